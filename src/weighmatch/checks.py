@@ -1,0 +1,79 @@
+"""Checks of parameters: each error is one sentence with the parameter's name and the cure."""
+
+from dataclasses import fields
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def require_integer(name: str, value: Any, minimum: int) -> None:
+    """Raise a ValueError unless `value` is an integer of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"{name} must be an integer of at least {minimum}, got {value!r}")
+
+
+def require_multiple(name: str, value: Any, of: int, reason: str) -> None:
+    """Raise a ValueError unless `value` is a positive multiple of `of`."""
+    require_integer(name, value, of)
+    if value % of:
+        raise ValueError(f"{name} must be a multiple of {of} ({reason}), got {value}")
+
+
+def require_number(
+    name: str, value: Any, low: float, high: float, *, above: bool = False, below: bool = True
+) -> None:
+    """Raise a ValueError unless `value` lies between `low` and `high`.
+
+    Args:
+        name: of the parameter.
+        value: to check.
+        low: smallest value allowed, or excluded where `above`.
+        high: largest value allowed, or excluded where `below`.
+        above: exclude `low` itself.
+        below: exclude `high` itself.
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        enough = value > low if above else value >= low
+        little = value < high if below else value <= high
+        if enough and little:
+            return
+    lower = f"{'above' if above else 'at least'} {low:g}"
+    upper = f"{'below' if below else 'at most'} {high:g}"
+    raise ValueError(f"{name} must be a number {lower} and {upper}, got {value!r}")
+
+
+def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Raise a ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def require_seeds(name: str, seeds: Any) -> tuple[int, ...]:
+    """The seeds as a tuple; a ValueError unless they are different whole numbers ≥ 0."""
+    listed = isinstance(seeds, list | tuple) and len(seeds) > 0
+    whole = listed and all(
+        isinstance(s, int) and not isinstance(s, bool) and 0 <= s < 2**31 for s in seeds
+    )
+    if not whole or len(set(seeds)) < len(seeds):
+        raise ValueError(
+            f"{name} must be a list of different whole numbers from 0, such as [10, 11, 12], "
+            f"got {seeds!r}"
+        )
+    return tuple(seeds)
+
+
+def require_group(name: str, value: Any, kind: type[T]) -> T:
+    """`value` as the dataclass `kind`, from a dictionary of its fields.
+
+    Raises:
+        ValueError: if it is no dictionary, or has a key that is no field.
+    """
+    if isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} must be a group of parameters, got {value!r}")
+    known = sorted(f.name for f in fields(kind))  # type: ignore[arg-type]
+    unknown = sorted(str(key) for key in value if key not in known)
+    if unknown:
+        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+    return kind(**value)

@@ -1,0 +1,1 @@
+"""Scores, statistics, figures and the report: reads tables, knows no training."""

@@ -1,0 +1,305 @@
+"""Figures: one message each, readable without the text, in a palette safe for colour blindness."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from weighmatch.evaluation.statistics import mean_interval
+from weighmatch.evaluation.tables import BASELINE, CEILING
+
+# Okabe & Ito (2008).
+BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
+RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
+
+ARM_NAMES = {
+    "supervised": "supervised only",
+    "fixmatch": "FixMatch",
+    "fixmatch_matched": "FixMatch, learned arm's compute",
+    "max_prob": "weights = confidence",
+    "pu": "weights = labelled-vs-pool classifier",
+    "learned": "learned weights",
+    "oracle": "oracle (OOD removed)",
+}
+ARM_COLOURS = {
+    "supervised": GREY,
+    "fixmatch": BLUE,
+    "fixmatch_matched": SKY,
+    "max_prob": ORANGE,
+    "pu": PINK,
+    "learned": RED,
+    "oracle": GREEN,
+}
+SOURCE_NAMES = {
+    "id": "in-distribution",
+    "unseen": "unseen classes (OOD)",
+    "patches": "photograph patches (OOD)",
+    "noise": "noise (OOD)",
+}
+SOURCE_COLOURS = {"id": GREEN, "unseen": RED, "patches": PINK, "noise": ORANGE}
+
+
+def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    grid = figure.subplots(1, columns, squeeze=False)[0]
+    for axes in grid:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+    return figure, list(grid)
+
+
+def _in_order(arms: Sequence[str]) -> list[str]:
+    return [arm for arm in ARM_NAMES if arm in set(arms)]
+
+
+def draw_accuracy(scores: pd.DataFrame) -> Figure:
+    """Test accuracy of each arm: seeds as dots, mean and 95 % interval."""
+    arms = _in_order(scores["arm"].unique().tolist())
+    figure, (axes,) = _axes(8, 0.5 * len(arms) + 1.4)
+    for row, arm in enumerate(reversed(arms)):
+        values = scores.loc[scores["arm"] == arm, "accuracy"].to_numpy(np.float64)
+        _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
+    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
+    axes.set_xlabel("accuracy on test images of seen classes (%)")
+    seeds = scores["seed"].nunique()
+    axes.set_title(
+        f"Test accuracy: mean and 95 % interval over {_count(seeds, 'seed')}", loc="left"
+    )
+    return figure
+
+
+def draw_differences(scores: pd.DataFrame) -> Figure:
+    """Each arm's accuracy minus FixMatch's on the same seed."""
+    wide = scores.pivot(index="seed", columns="arm", values="accuracy")
+    arms = [arm for arm in _in_order(list(wide.columns)) if arm != BASELINE and BASELINE in wide]
+    figure, (axes,) = _axes(8, 0.5 * len(arms) + 1.6)
+    for row, arm in enumerate(reversed(arms)):
+        values = (wide[arm] - wide[BASELINE]).dropna().to_numpy(np.float64)
+        _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
+    axes.axvline(0, color=BLACK, linewidth=1)
+    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
+    axes.set_xlabel("accuracy minus FixMatch's on the same seed (points)")
+    axes.set_title("Difference to FixMatch at equal steps: mean and 95 % interval", loc="left")
+    return figure
+
+
+def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.float64], colour: str) -> None:
+    offsets = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
+    axes.scatter(values, row + offsets, s=14, color=colour, alpha=0.4, linewidths=0)
+    low, high = mean_interval(values)
+    if low is not None and high is not None:
+        axes.plot([low, high], [row, row], color=colour, linewidth=2.5)
+    axes.scatter([values.mean()], [row], s=55, color=colour, edgecolors="white", zorder=3)
+
+
+def draw_weights(trace: pd.DataFrame) -> Figure:
+    """Mean weight of each source of pool images through training, a panel a weighted arm."""
+    varying = trace.groupby("arm")["weight"].agg(lambda w: float(np.ptp(w)))
+    arms = _in_order([str(arm) for arm in varying[varying > 1e-6].index])
+    figure, panels = _axes(4.2 * max(len(arms), 1), 3.6, max(len(arms), 1))
+    highest = 1.0
+    for axes, arm in zip(panels, arms, strict=False):
+        mine = trace[trace["arm"] == arm].assign(
+            share=lambda t: t["step"] / t.groupby("seed")["step"].transform("max")
+        )
+        for source in [s for s in SOURCE_NAMES if s in set(mine["source"])]:
+            wide = mine[mine["source"] == source].pivot(
+                index="share", columns="seed", values="weight"
+            )
+            mean = wide.mean(axis=1)
+            highest = max(highest, float(wide.to_numpy().max()))
+            colour = SOURCE_COLOURS[source]
+            axes.plot(100 * wide.index, mean, color=colour, label=SOURCE_NAMES[source])
+            axes.fill_between(
+                100 * wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15
+            )
+        axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+        axes.set_title(ARM_NAMES[arm], loc="left")
+        axes.set_xlabel("training done (%)")
+    for axes in panels:
+        axes.set_ylim(0, 1.05 * highest)
+    panels[0].set_ylabel("mean weight of pool images (1 = plain FixMatch)")
+    if arms:
+        panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    figure.suptitle("Which images are weighed up: mean over seeds, band from lowest to highest")
+    return figure
+
+
+def draw_auroc(scores: pd.DataFrame) -> Figure:
+    """How well weights and confidence tell held-out in-distribution images from OOD ones."""
+    arms = _in_order(scores["arm"].unique().tolist())
+    arms = [arm for arm in arms if arm not in ("supervised", CEILING)]
+    figure, (axes,) = _axes(8, 0.6 * len(arms) + 1.6)
+    columns = (
+        ("auroc_weight", RED, "weight"),
+        ("auroc_confidence", BLUE, "classifier's confidence"),
+    )
+    for row, arm in enumerate(reversed(arms)):
+        for shift, (column, colour, name) in zip((0.16, -0.16), columns, strict=True):
+            values = scores.loc[scores["arm"] == arm, column].dropna().to_numpy(np.float64)
+            # Weights that are all the same rank nothing.
+            if len(values) == 0 or (column == "auroc_weight" and (values == 0.5).all()):
+                continue
+            low, high = mean_interval(values)
+            if low is not None and high is not None:
+                axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
+            label = name if row == 0 else None
+            axes.scatter([values.mean()], [row + shift], color=colour, s=45, label=label, zorder=3)
+    axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
+    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
+    axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
+    axes.set_title("What tells unseen OOD images apart: mean and 95 % interval", loc="left")
+    if arms:
+        axes.legend(frameon=False, loc="upper left", fontsize=9)
+    return figure
+
+
+def draw_calibration(calibration: pd.DataFrame) -> Figure:
+    """Reliability diagram: accuracy against confidence."""
+    figure, (axes,) = _axes(5.2, 4.6)
+    axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle=":", label="calibrated")
+    for arm in _in_order(calibration["arm"].unique().tolist()):
+        bins = calibration[(calibration["arm"] == arm) & (calibration["count"] >= 10)]
+        bins = bins.sort_values("confidence")
+        axes.plot(
+            bins["confidence"],
+            bins["accuracy"],
+            marker="o",
+            markersize=4,
+            color=ARM_COLOURS[arm],
+            label=ARM_NAMES[arm],
+        )
+    axes.set_xlim(0.1, 1.01)
+    axes.set_ylim(0, 1.03)
+    axes.set_xlabel("confidence on test images")
+    axes.set_ylabel("share classified rightly")
+    axes.set_title("Calibration (bins of at least 10 images)", loc="left")
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def draw_samples(images: dict[str, NDArray[np.uint8]], title: str) -> Figure:
+    """Rows of images (n, C, H, W), one row a source, each named with its frame's colour."""
+    columns = max(len(part) for part in images.values())
+    figure = Figure(figsize=(0.62 * columns + 2.2, 0.72 * len(images) + 0.6), layout="constrained")
+    grid = figure.subplots(len(images), columns, squeeze=False)
+    for row, (name, part) in enumerate(images.items()):
+        colour = SOURCE_COLOURS.get(name, BLACK)
+        for column, axes in enumerate(grid[row]):
+            if column < len(part):
+                _show(axes, part[column], colour)
+            else:
+                axes.set_axis_off()
+        grid[row][0].set_ylabel(
+            SOURCE_NAMES.get(name, name).replace(" (", "\n("),
+            rotation=0,
+            ha="right",
+            va="center",
+            fontsize=9,
+        )
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_gallery(
+    images: NDArray[np.uint8],
+    weights: NDArray[np.float64],
+    sources: Sequence[str],
+    per_side: int = 24,
+) -> Figure:
+    """The most up- and the most down-weighed images, framed by what they really are."""
+    order = np.argsort(-weights, kind="stable")
+    per_side = min(per_side, len(order) // 2)
+    columns = 12
+    rows_each = -(-per_side // columns)
+    figure = Figure(
+        figsize=(0.72 * columns + 0.6, 0.98 * 2 * rows_each + 1.5), layout="constrained"
+    )
+    halves: Any = figure.subfigures(2, 1, hspace=0.04)
+    parts = {"Weighed up most": order[:per_side], "Weighed down most": order[-per_side:][::-1]}
+    for half, (title, chosen) in zip(halves, parts.items(), strict=True):
+        ood = float(np.mean([sources[k] != "id" for k in chosen]))
+        half.suptitle(f"{title}: {100 * ood:.0f} % of these are OOD", fontsize=11)
+        grid = half.subplots(rows_each, columns, squeeze=False).ravel()
+        for axes in grid[len(chosen) :]:
+            axes.set_axis_off()
+        for axes, k in zip(grid, chosen, strict=False):
+            _show(axes, images[k], SOURCE_COLOURS[sources[k]])
+            axes.set_xlabel(f"{weights[k]:.2f}", fontsize=8, labelpad=2)
+    present = [name for name in SOURCE_NAMES if name in set(sources)]
+    handles = [_frame_handle(SOURCE_COLOURS[name]) for name in present]
+    figure.legend(
+        handles,
+        [SOURCE_NAMES[name] for name in present],
+        loc="outside lower center",
+        ncols=len(present),
+        frameon=False,
+        fontsize=9,
+    )
+    return figure
+
+
+def _frame_handle(colour: str) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(facecolor="white", edgecolor=colour, linewidth=2)
+
+
+def _show(axes: Axes, image: NDArray[np.uint8], colour: str) -> None:
+    if image.shape[0] == 1:
+        axes.imshow(image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+    else:
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_edgecolor(colour)
+        spine.set_linewidth(2)
+
+
+METHOD_COLOURS = {"identity": GREY, "neumann": ORANGE, "conjugate_gradient": BLUE}
+METHOD_NAMES = {
+    "identity": "identity (no curvature)",
+    "neumann": "Neumann series",
+    "conjugate_gradient": "conjugate gradients",
+}
+
+
+def draw_ihvp(study: pd.DataFrame) -> Figure:
+    """Error of the hypergradient against what a solve costs, a panel a damping."""
+    dampings = sorted(study["damping_ratio"].unique(), reverse=True)
+    figure, panels = _axes(4.2 * len(dampings), 3.8, len(dampings))
+    for axes, damping in zip(panels, dampings, strict=True):
+        rows = study[study["damping_ratio"] == damping]
+        for method in [m for m in METHOD_NAMES if m in set(rows["method"])]:
+            mine = rows[rows["method"] == method]
+            line = mine.groupby("products")["hypergradient_error"].median()
+            axes.plot(
+                line.index,
+                line,
+                marker="o",
+                markersize=4,
+                color=METHOD_COLOURS[method],
+                label=METHOD_NAMES[method],
+            )
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_title(f"damping {damping:g} of the largest eigenvalue", loc="left", fontsize=10)
+        axes.set_xlabel("curvature products spent, check included")
+    low = min(axes.get_ylim()[0] for axes in panels)
+    for axes in panels:
+        axes.set_ylim(low, 3)
+    panels[0].set_ylabel("relative error of the hypergradient")
+    panels[0].legend(frameon=False, fontsize=9)
+    figure.suptitle("What a product buys: distance to the exact solve (median over seeds)")
+    return figure
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

@@ -1,0 +1,158 @@
+"""The verdict in words and numbers, and one self-contained page that a person reads."""
+
+import base64
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import jinja2
+import pandas as pd
+
+from weighmatch.evaluation.figures import ARM_NAMES
+from weighmatch.evaluation.tables import BASELINE, CEILING
+
+SOURCES = {
+    "unseen": "images of unseen classes",
+    "patches": "patches of photographs",
+    "noise": "noise",
+    "mix": "a mix of unseen classes, photograph patches and noise",
+}
+
+
+def summarise(comparison: pd.DataFrame, setting: Mapping[str, Any]) -> dict[str, Any]:
+    """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
+
+    Args:
+        comparison: from `compare_arms`.
+        setting: `ratio`, `regime`, `ood_source`, `labels_per_class`, `seeds`.
+    """
+    arms: dict[str, dict[str, float | None]] = {
+        row["arm"]: {str(k): _number(v) for k, v in row.items() if k != "arm"}
+        for row in comparison.to_dict("records")
+    }
+    return {"setting": dict(setting), "verdict": verdict(arms, setting), "arms": arms}
+
+
+def _number(value: Any) -> float | None:
+    """A number that JSON can hold: 6 significant digits, None for NaN."""
+    number = float(value)
+    return float(f"{number:.6g}") if math.isfinite(number) else None
+
+
+def verdict(arms: Mapping[str, Mapping[str, Any]], setting: Mapping[str, Any]) -> str:
+    """Who won, by how much and how sure that is, in a sentence or three."""
+    where = describe(setting)
+    if "learned" not in arms or BASELINE not in arms:
+        best = max(arms, key=lambda arm: arms[arm]["accuracy"])
+        return (
+            f"{where}, the highest mean accuracy is {arms[best]['accuracy']:.1f} % "
+            f"({ARM_NAMES[best]}); learned weights and FixMatch were not both run, so there is "
+            f"no verdict between them."
+        )
+    learned, baseline = arms["learned"], arms[BASELINE]
+    sentence = (
+        f"{where}, learned-weight FixMatch classifies {learned['accuracy']:.1f} % of the test "
+        f"images and FixMatch {baseline['accuracy']:.1f} %: {_difference(learned)}"
+    )
+    sentence += f" {_conclusion(learned)}"
+    matched = arms.get("fixmatch_matched")
+    if matched:
+        sentence += (
+            f" FixMatch given the learned arm's total compute reaches {matched['accuracy']:.1f} %."
+        )
+    if CEILING in arms:
+        sentence += _towards_oracle(learned, arms[CEILING])
+    return sentence
+
+
+def describe(setting: Mapping[str, Any]) -> str:
+    """The setting as the opening of a sentence."""
+    seeds = len(setting["seeds"])
+    return (
+        f"With {setting['labels_per_class']} labels a class and "
+        f"{100 * setting['ratio']:.0f} % of the unlabelled pool out-of-distribution "
+        f"({SOURCES[setting['ood_source']]}), over {seeds} paired "
+        f"{'seed' if seeds == 1 else 'seeds'}"
+    )
+
+
+def _difference(row: Mapping[str, Any]) -> str:
+    points = f"{row['difference']:+.1f} points"
+    if row["difference_low"] is None:
+        return f"{points} (one seed: no interval)."
+    return (
+        f"{points}, 95 % interval {row['difference_low']:+.1f} to {row['difference_high']:+.1f}, "
+        f"sign-flip p = {row['p_value']:.2g}."
+    )
+
+
+def _conclusion(row: Mapping[str, Any]) -> str:
+    low, high = row["difference_low"], row["difference_high"]
+    if low is None or low <= 0 <= high:
+        return "Neither is shown to be better."
+    return "Learned weights win." if low > 0 else "Learned weights lose."
+
+
+def _towards_oracle(learned: Mapping[str, Any], oracle: Mapping[str, Any]) -> str:
+    text = f" With every OOD image removed it would be {oracle['accuracy']:.1f} %"
+    share = learned.get("gap_closed")
+    if share is None:
+        return text + ", no more than FixMatch, so there is no gap to close."
+    return text + f"; learned weights close {100 * share:.0f} % of that gap."
+
+
+def render_report(
+    metrics: Mapping[str, Any],
+    comparison: pd.DataFrame,
+    study: pd.DataFrame,
+    manifest: Mapping[str, Any],
+    figures: Mapping[str, bytes],
+) -> str:
+    """The page, with its figures inside.
+
+    Args:
+        metrics: from `summarise`.
+        comparison: from `compare_arms`.
+        study: from `weighmatch.studies.ihvp.compare_methods`, seeds stacked.
+        manifest: counts, seeds and fingerprints of the data.
+        figures: PNG bytes by name.
+    """
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["number"] = _format
+    template = (
+        resources.files("weighmatch.evaluation").joinpath("report.html.j2").read_text("utf-8")
+    )
+    encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    rows = [
+        {**row, "name": ARM_NAMES[row["arm"]]}
+        for row in comparison.sort_values("accuracy").to_dict("records")
+    ]
+    return environment.from_string(template).render(
+        metrics=metrics,
+        rows=rows,
+        learned=metrics["arms"].get("learned"),
+        study=_summarise_study(study),
+        manifest=manifest,
+        figures=encoded,
+        sources=SOURCES,
+    )
+
+
+def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def _summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
+    """The largest budget of each method at each damping, medians over seeds."""
+    largest = study[
+        study["max_products"] == study.groupby("method")["max_products"].transform("max")
+    ]
+    columns = ["products", "residual", "ihvp_error", "hypergradient_error", "hypergradient_cosine"]
+    grouped = largest.groupby(["damping_ratio", "method"], sort=False)[[*columns, "gradients"]]
+    rows: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")  # type: ignore[assignment]
+    return rows

@@ -1,0 +1,185 @@
+"""From predictions and the truth to one row a run, and from runs to comparisons of arms."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from weighmatch.data.config import seed_key
+from weighmatch.evaluation.scores import (
+    auroc,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability,
+)
+from weighmatch.evaluation.statistics import gap_closed, holm, mean_interval, paired_difference
+
+Truth = Mapping[str, Mapping[str, Any]]
+BASELINE, CEILING = "fixmatch", "oracle"
+
+
+def class_probabilities(rows: pd.DataFrame) -> NDArray[np.float64]:
+    """The columns p_0, p_1, … as an array (n, classes)."""
+    columns = [name for name in rows.columns if name.startswith("p_")]
+    return rows[sorted(columns, key=lambda name: int(name[2:]))].to_numpy(np.float64)
+
+
+def score_runs(
+    runs: pd.DataFrame, predictions: pd.DataFrame, truth: Truth, test_labels: Truth
+) -> pd.DataFrame:
+    """One row a run.
+
+    Args:
+        runs: columns `arm`, `seed`, `steps`, `seconds`.
+        predictions: columns `arm`, `seed`, `split` ("test", "heldout"), `index`, `score`,
+            `weight`, `p_0`, …; one row an image, in the order of the images.
+        truth: by seed's key, `heldout_sources` (0 is in-distribution) and `heldout_classes`.
+        test_labels: by seed's key, `labels`.
+
+    Returns:
+        `runs` with `accuracy` (%), `nll` (nats) and `ece` on the test images, `heldout_accuracy`
+        (%) on the held-out in-distribution images, and on all held-out images `auroc_weight`,
+        `auroc_confidence`, `weight_id` and `weight_ood` (NaN where not defined).
+    """
+    rows = []
+    records: list[dict[str, Any]] = runs.to_dict("records")  # type: ignore[assignment]
+    for run in records:
+        mine = predictions[
+            (predictions["arm"] == run["arm"]) & (predictions["seed"] == run["seed"])
+        ]
+        key = seed_key(run["seed"])
+        test = mine[mine["split"] == "test"].sort_values("index")
+        heldout = mine[mine["split"] == "heldout"].sort_values("index")
+        labels = test_labels[key]["labels"]
+        probabilities = class_probabilities(test)
+        is_id = truth[key]["heldout_sources"] == 0
+        heldout_probabilities = class_probabilities(heldout)
+        heldout_correct = heldout_probabilities.argmax(1) == truth[key]["heldout_classes"]
+        weights = heldout["weight"].to_numpy(np.float64)
+        rows.append(
+            {
+                **run,
+                "accuracy": 100 * float((probabilities.argmax(1) == labels).mean()),
+                "nll": negative_log_likelihood(probabilities, labels),
+                "ece": expected_calibration_error(probabilities, labels),
+                "heldout_accuracy": 100 * float(heldout_correct[is_id].mean()),
+                "auroc_weight": auroc(heldout["score"].to_numpy(np.float64), is_id),
+                "auroc_confidence": auroc(heldout_probabilities.max(axis=1), is_id),
+                "weight_id": float(weights[is_id].mean()),
+                "weight_ood": float(weights[~is_id].mean()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def calibration_table(predictions: pd.DataFrame, test_labels: Truth) -> pd.DataFrame:
+    """Reliability bins of each arm, all its seeds' test images together."""
+    tables = []
+    test = predictions[predictions["split"] == "test"]
+    for arm, rows in test.groupby("arm", sort=False):
+        parts = [part.sort_values("index") for _, part in rows.groupby("seed")]
+        seeds = [int(part["seed"].iloc[0]) for part in parts]
+        labels = np.concatenate([test_labels[seed_key(seed)]["labels"] for seed in seeds])
+        probabilities = np.concatenate([class_probabilities(part) for part in parts])
+        tables.append(reliability(probabilities, labels).assign(arm=arm))
+    return pd.concat(tables, ignore_index=True)
+
+
+def trace_weights(
+    pool_weights: pd.DataFrame, truth: Truth, source_names: list[str], threshold: float
+) -> pd.DataFrame:
+    """Mean weight and mask rate of each source of pool images, through training.
+
+    Args:
+        pool_weights: columns `arm`, `seed`, `step`, `index`, `weight`, `confidence`.
+        truth: by seed's key, `pool_sources` codes into `source_names`.
+        source_names: what the codes mean.
+        threshold: τ.
+
+    Returns:
+        Columns `arm`, `seed`, `step`, `source`, `weight`, `mask_rate`, `images`.
+    """
+    parts = []
+    for _, rows in pool_weights.groupby("seed", sort=False):
+        codes = truth[seed_key(int(rows["seed"].iloc[0]))]["pool_sources"]
+        names = np.array(source_names)[codes[rows["index"].to_numpy()]]
+        parts.append(rows.assign(source=names, passed=rows["confidence"] >= threshold))
+    if not parts:
+        columns = ["arm", "seed", "step", "source", "weight", "mask_rate", "images"]
+        return pd.DataFrame(columns=columns)
+    ordered = pd.concat(parts)
+    grouped = ordered.groupby(["arm", "seed", "step", "source"], sort=False)
+    table = grouped.agg(
+        weight=("weight", "mean"), mask_rate=("passed", "mean"), images=("weight", "size")
+    )
+    return table.reset_index()
+
+
+def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm: accuracy with its interval, and against FixMatch over paired seeds.
+
+    Returns:
+        Columns `arm`, `seeds`, `accuracy`, `accuracy_low`, `accuracy_high` (%), `steps`,
+        `seconds`, `ece`, `nll`, `auroc_weight`, `auroc_confidence`, `weight_id`, `weight_ood`,
+        `mask_rate`; against FixMatch `difference`, `difference_low`, `difference_high` (points),
+        `p_value`, `p_holm` (over the arms) and, where the oracle was run, `gap_closed`,
+        `gap_closed_low`, `gap_closed_high`. NaN where not defined.
+    """
+    accuracy = scores.pivot(index="seed", columns="arm", values="accuracy")
+    rows: list[dict[str, Any]] = []
+    for arm in scores["arm"].unique():
+        mine = scores[scores["arm"] == arm]
+        low, high = mean_interval(mine["accuracy"].to_numpy(np.float64))
+        row = {
+            "arm": arm,
+            "seeds": len(mine),
+            "accuracy": float(mine["accuracy"].mean()),
+            "accuracy_low": low,
+            "accuracy_high": high,
+            **{
+                name: float(mine[name].mean())
+                for name in (
+                    "steps",
+                    "seconds",
+                    "ece",
+                    "nll",
+                    "auroc_weight",
+                    "auroc_confidence",
+                    "weight_id",
+                    "weight_ood",
+                    "mask_rate",
+                )
+            },
+        }
+        rows.append({**row, **_against_baseline(arm, accuracy)})
+    table = pd.DataFrame(rows)
+    if "p_value" in table:
+        tested = table["p_value"].notna()
+        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p_value"].tolist())
+    return table.astype({c: float for c in table.columns if c not in ("arm", "seeds")})
+
+
+def _against_baseline(arm: str, accuracy: pd.DataFrame) -> dict[str, Any]:
+    if arm == BASELINE or BASELINE not in accuracy:
+        return {}
+    pairs = accuracy[[arm, BASELINE]].dropna()
+    if pairs.empty:
+        return {}
+    test = paired_difference((pairs[arm] - pairs[BASELINE]).to_numpy(np.float64))
+    row: dict[str, Any] = {
+        "difference": test.mean,
+        "difference_low": test.low,
+        "difference_high": test.high,
+        "p_value": test.p_value,
+    }
+    if CEILING in accuracy and arm != CEILING:
+        triples = accuracy[[arm, BASELINE, CEILING]].dropna().to_numpy(np.float64)
+        closed = gap_closed(*triples.T)
+        row |= {
+            "gap_closed": closed.share,
+            "gap_closed_low": closed.low,
+            "gap_closed_high": closed.high,
+        }
+    return row

@@ -1,0 +1,22 @@
+"""v = g: the curvature is taken to be the identity (T1–T2; Luketina et al., 2016; DARTS, 2019)."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from weighmatch.implicit.method import Iterate, Method, State, Status
+from weighmatch.implicit.operators import LinearOperator
+
+
+@dataclass(frozen=True, kw_only=True)
+class Identity(Method):
+    """No curvature at all; spends one product, on the check of the residual.
+
+    Its status is "budget" unless C + δI really is the identity.
+    """
+
+    def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
+        return Iterate(unit.clone())
+
+    def _judge(self, residual: float) -> Status:
+        return "converged" if residual <= 1e-6 else "budget"

@@ -1,0 +1,158 @@
+"""The contract of every inverse-Hessian-vector product (IHVP): v ≈ (C + δI)⁻¹ g."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import MutableMapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from weighmatch.implicit.operators import LinearOperator
+
+Status = Literal["converged", "budget", "negative_curvature", "diverged"]
+State = MutableMapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a solve gives and what it cost.
+
+    Attributes:
+        value: the approximation of v, (P,); finite whatever `status` says.
+        residual: ‖(C+δI)v − g‖/‖g‖, recomputed from the operator.
+        products: vectors multiplied, spectrum probe and residual check included.
+        error_bound: a bound on ‖v − v*‖/‖g‖, from residual/λ with λ a known lower bound on
+            the spectrum of C+δI; None where no positive λ is known.
+        status: "converged" (residual within rtol, or a direct method that worked), "budget"
+            (max_products spent first), "negative_curvature" (C+δI is not positive definite),
+            "diverged" (the iteration grew or overflowed; value is the best iterate).
+    """
+
+    value: Tensor
+    residual: float
+    products: int
+    error_bound: float | None
+    status: Status
+
+
+@dataclass(frozen=True)
+class Iterate:
+    """What a method hands back to `Method.solve`."""
+
+    value: Tensor
+    status: Status | None = None
+    smallest_eigenvalue: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of all IHVP methods: checks the input, the output and the budget in one place.
+
+    Attributes:
+        damping: δ ≥ 0, added to the diagonal of C.
+    """
+
+    damping: float = 0.0
+    registry: ClassVar[dict[str, type["Method"]]] = {}
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            Method.registry[cls.__name__] = cls
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.damping) and self.damping >= 0):
+            raise ValueError(f"damping must be a finite number ≥ 0, got {self.damping}")
+
+    def solve(self, op: LinearOperator, rhs: Tensor, state: State | None = None) -> Solution:
+        """Approximate (C + δI)⁻¹ `rhs`.
+
+        Args:
+            op: the curvature C, (P, P).
+            rhs: g, (P,), finite.
+            state: what may be carried from one call to the next (a mapping that the method
+                reads and writes, for example an estimate of λ_max); None: nothing is.
+
+        Raises:
+            ValueError: if `rhs` is not a finite vector of the operator's length.
+        """
+        if rhs.shape != (op.shape[0],):
+            raise ValueError(
+                f"rhs must have shape ({op.shape[0]},) to match the operator, "
+                f"got {tuple(rhs.shape)}"
+            )
+        norm = float(torch.linalg.vector_norm(rhs))
+        if not math.isfinite(norm):
+            raise ValueError("rhs holds NaN or Inf (or its norm overflows); nothing was solved")
+        if norm == 0.0:
+            return Solution(torch.zeros_like(rhs), 0.0, 0, 0.0, "converged")
+        spent_before = op.products
+        # Solving for g/‖g‖ keeps half- and single-precision dot products in range.
+        unit = rhs / norm
+        iterate = self._iterate(op, unit, state)
+        value, status = iterate.value, iterate.status
+        if not bool(torch.isfinite(value).all()):
+            value, status = torch.zeros_like(unit), "diverged"
+        residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
+        if not math.isfinite(residual):
+            value, residual, status = torch.zeros_like(unit), 1.0, "diverged"
+        scaled = value * norm
+        if not bool(torch.isfinite(scaled).all()):
+            scaled, residual, status = torch.zeros_like(unit), 1.0, "diverged"
+        return Solution(
+            value=scaled,
+            residual=residual,
+            products=op.products - spent_before,
+            error_bound=self._error_bound(op, residual, iterate.smallest_eigenvalue),
+            status=status or self._judge(residual),
+        )
+
+    @abstractmethod
+    def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
+        """The method itself, for a right-hand side of norm 1."""
+
+    def _judge(self, residual: float) -> Status:
+        """Status of a method that did not set one: a direct method is done."""
+        return "converged"
+
+    def _damped(self, op: LinearOperator, vector: Tensor) -> Tensor:
+        return (op @ vector).add_(vector, alpha=self.damping)
+
+    def _error_bound(
+        self, op: LinearOperator, residual: float, smallest_eigenvalue: float | None
+    ) -> float | None:
+        if smallest_eigenvalue is None and op.positive_semidefinite:
+            smallest_eigenvalue = 0.0
+        if smallest_eigenvalue is None or smallest_eigenvalue + self.damping <= 0:
+            return None
+        return residual / (smallest_eigenvalue + self.damping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _IterativeMethod(Method):
+    """A method that stops at a residual or at a budget.
+
+    Attributes:
+        max_products: bounds everything spent in a solve: probes, iterations and the final
+            check of the residual.
+        rtol: stop when the recursion's residual is at most rtol·‖g‖.
+    """
+
+    max_products: int = 20
+    rtol: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_products < 2:
+            raise ValueError(
+                f"max_products must be at least 2 (one product and one check of the residual), "
+                f"got {self.max_products}"
+            )
+        if not self.rtol >= 0:
+            raise ValueError(f"rtol must be ≥ 0, got {self.rtol}")
+
+    def _judge(self, residual: float) -> Status:
+        # The recomputed residual may differ from the recursion's by rounding.
+        return "converged" if residual <= 1.1 * self.rtol else "budget"

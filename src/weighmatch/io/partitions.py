@@ -1,0 +1,62 @@
+"""A folder of files of one kind, one file a seed or a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset
+from kedro.io.core import parse_dataset_definition
+from kedro_datasets._typing import JSONPreview
+
+
+class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
+    """A dictionary whose values lie in files `<path>/<key><suffix>` of a given dataset type.
+
+    Unlike kedro-datasets' PartitionedDataset it may be empty (an arm that is left out), and
+    saving removes the files of keys that are gone: what lies in the folder is what was saved.
+
+    Args:
+        path: the folder.
+        dataset: class name of the files' dataset.
+        suffix: of the files, with its dot.
+        metadata: for kedro-viz.
+    """
+
+    def __init__(
+        self, path: str, dataset: str, suffix: str, metadata: dict[str, Any] | None = None
+    ) -> None:
+        self._path, self._suffix = Path(path), suffix
+        self._kind: Any
+        self._kind, _ = parse_dataset_definition({"type": dataset, "filepath": ""})
+        self.metadata = metadata
+
+    def load(self) -> dict[str, Any]:
+        if not self._path.is_dir():
+            raise FileNotFoundError(f"{self._path} does not exist; run the pipeline that makes it")
+        return {path.stem: self._member(path.stem).load() for path in self._members()}
+
+    def save(self, data: dict[str, Any]) -> None:
+        self._path.mkdir(parents=True, exist_ok=True)
+        for key, value in data.items():
+            self._member(key).save(value)
+        for path in self._members():
+            if path.stem not in data:
+                path.unlink()
+
+    def _member(self, key: str) -> Any:
+        return self._kind(filepath=str(self._path / f"{key}{self._suffix}"))
+
+    def _members(self) -> list[Path]:
+        return sorted(self._path.glob(f"*{self._suffix}"))
+
+    def _exists(self) -> bool:
+        return self._path.is_dir()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path), "dataset": self._kind.__name__}
+
+    def preview(self) -> JSONPreview:
+        """The names of the files and what is in the first, for kedro-viz."""
+        keys = [path.stem for path in self._members()]
+        first = json.loads(self._member(keys[0]).preview()) if keys else {}
+        return JSONPreview(json.dumps({"files": keys, "first": first}))

@@ -1,0 +1,54 @@
+"""Nodes of `evaluation`. Imports are kept in the functions: scipy and scikit-learn take seconds."""
+
+from dataclasses import asdict
+from typing import Any
+
+import pandas as pd
+
+from weighmatch.data.config import DataConfig
+from weighmatch.data.splits import SOURCE_NAMES
+from weighmatch.semisup.config import TrainingConfig
+
+
+def score_runs(
+    runs: pd.DataFrame,
+    predictions: pd.DataFrame,
+    ood_truth: dict[str, Any],
+    test_labels: dict[str, Any],
+) -> pd.DataFrame:
+    """One row a run."""
+    from weighmatch.evaluation import tables
+
+    return tables.score_runs(runs, predictions, ood_truth, test_labels)
+
+
+def bin_confidences(predictions: pd.DataFrame, test_labels: dict[str, Any]) -> pd.DataFrame:
+    """Reliability bins of each arm."""
+    from weighmatch.evaluation import tables
+
+    return tables.calibration_table(predictions, test_labels)
+
+
+def trace_weights(
+    pool_weights: pd.DataFrame, ood_truth: dict[str, Any], training: TrainingConfig
+) -> pd.DataFrame:
+    """Mean weight and mask rate by source, through training."""
+    from weighmatch.evaluation import tables
+
+    return tables.trace_weights(pool_weights, ood_truth, list(SOURCE_NAMES), training.threshold)
+
+
+def compare_arms(run_scores: pd.DataFrame) -> pd.DataFrame:
+    """Arms against FixMatch over paired seeds."""
+    from weighmatch.evaluation import tables
+
+    return tables.compare_arms(run_scores)
+
+
+def summarise(comparison: pd.DataFrame, data: DataConfig) -> dict[str, Any]:
+    """Setting, verdict and numbers of each arm."""
+    from weighmatch.evaluation import report
+
+    names = ("ood_source", "ratio", "regime", "labels_per_class", "seeds")
+    setting = {name: asdict(data)[name] for name in names}
+    return report.summarise(comparison, {**setting, "seeds": list(data.seeds)})

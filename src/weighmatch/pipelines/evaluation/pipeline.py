@@ -1,0 +1,33 @@
+"""Graph of `evaluation`."""
+
+from kedro.pipeline import Node, Pipeline
+
+from weighmatch.pipelines.evaluation import nodes
+
+
+def create_pipeline() -> Pipeline:
+    """From predictions and the truth to scores, comparisons and metrics."""
+    return Pipeline(
+        [
+            Node(
+                nodes.score_runs,
+                ["runs", "predictions", "ood_truth", "test_labels"],
+                "run_scores",
+                name="score_runs",
+            ),
+            Node(
+                nodes.bin_confidences,
+                ["predictions", "test_labels"],
+                "calibration",
+                name="bin_confidences",
+            ),
+            Node(
+                nodes.trace_weights,
+                ["pool_weights", "ood_truth", "params:training"],
+                "weight_trace",
+                name="trace_weights",
+            ),
+            Node(nodes.compare_arms, "run_scores", "comparison", name="compare_arms"),
+            Node(nodes.summarise, ["comparison", "params:data"], "metrics", name="summarise"),
+        ]
+    )

@@ -1,0 +1,75 @@
+"""Nodes of `reporting`. Imports are kept in the functions: matplotlib takes seconds."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from weighmatch.data.config import seed_key
+from weighmatch.data.splits import SOURCE_NAMES
+
+# Whose weights the gallery shows: the first of these arms that was run.
+SHOWN = ("learned", "pu", "max_prob", "fixmatch", "supervised", "fixmatch_matched", "oracle")
+
+
+def draw_accuracy(run_scores: pd.DataFrame) -> Any:
+    """Test accuracy of each arm."""
+    from weighmatch.evaluation import figures
+
+    return figures.draw_accuracy(run_scores)
+
+
+def draw_differences(run_scores: pd.DataFrame) -> Any:
+    """Each arm against FixMatch on the same seed."""
+    from weighmatch.evaluation import figures
+
+    return figures.draw_differences(run_scores)
+
+
+def draw_weights(weight_trace: pd.DataFrame) -> Any:
+    """Mean weight of each source through training."""
+    from weighmatch.evaluation import figures
+
+    return figures.draw_weights(weight_trace)
+
+
+def draw_auroc(run_scores: pd.DataFrame) -> Any:
+    """What tells held-out OOD images apart."""
+    from weighmatch.evaluation import figures
+
+    return figures.draw_auroc(run_scores)
+
+
+def draw_calibration(calibration: pd.DataFrame) -> Any:
+    """Reliability diagram."""
+    from weighmatch.evaluation import figures
+
+    return figures.draw_calibration(calibration)
+
+
+def draw_gallery(
+    predictions: pd.DataFrame, evaluation_images: dict[str, Any], ood_truth: dict[str, Any]
+) -> Any:
+    """Held-out images of the first seed, by the learned weights (or the next arm's)."""
+    from weighmatch.evaluation import figures
+
+    arm = next(arm for arm in SHOWN if arm in set(predictions["arm"]))
+    rows = predictions[(predictions["arm"] == arm) & (predictions["split"] == "heldout")]
+    seed = int(rows["seed"].min())
+    weights = rows[rows["seed"] == seed].sort_values("index")["weight"].to_numpy(np.float64)
+    codes = ood_truth[seed_key(seed)]["heldout_sources"]
+    images = evaluation_images[seed_key(seed)]["heldout_images"]
+    return figures.draw_gallery(images, weights, [SOURCE_NAMES[code] for code in codes])
+
+
+def write_report(
+    metrics: dict[str, Any],
+    comparison: pd.DataFrame,
+    study: pd.DataFrame,
+    manifest: dict[str, Any],
+    **figures: bytes,
+) -> str:
+    """One self-contained page."""
+    from weighmatch.evaluation import report
+
+    return report.render_report(metrics, comparison, study, manifest, figures)

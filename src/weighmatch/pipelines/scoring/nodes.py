@@ -1,0 +1,71 @@
+"""Nodes of `scoring`: nothing here knows a test label or which image is OOD."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from weighmatch.data.config import seed_key
+from weighmatch.semisup.config import TrainingConfig
+
+Checkpoints = dict[str, dict[str, Any]]
+
+
+def score_unseen_images(
+    checkpoints: Checkpoints,
+    oracle_checkpoints: Checkpoints,
+    evaluation_images: dict[str, dict[str, Any]],
+) -> pd.DataFrame:
+    """Class probabilities and weights of test and held-out images, one row an image and run."""
+    from weighmatch.semisup.scoring import score_images
+
+    tables = []
+    for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
+        config = checkpoint["config"]
+        for name, images in evaluation_images[seed_key(config["seed"])].items():
+            scored = score_images(checkpoint, images)
+            table = pd.DataFrame(scored.probabilities).add_prefix("p_")
+            table.insert(0, "weight", scored.weights)
+            table.insert(0, "score", scored.scores)
+            table.insert(0, "index", np.arange(len(table)))
+            table.insert(0, "split", name.removesuffix("_images"))
+            table.insert(0, "seed", config["seed"])
+            table.insert(0, "arm", config["arm"])
+            tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def collect_runs(
+    checkpoints: Checkpoints, oracle_checkpoints: Checkpoints, training: TrainingConfig
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run, and the weights and confidences of pool images through training.
+
+    The oracle's pool is another one, so it is not among the latter.
+    """
+    runs, histories = [], []
+    for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
+        config, history = checkpoint["config"], checkpoint["history"]
+        row = {"arm": config["arm"], "seed": config["seed"], "steps": config["steps"]}
+        mask_rate = float("nan")
+        if history["step"]:
+            mask_rate = float((history["confidence"][-1] >= training.threshold).float().mean())
+        runs.append({**row, "seconds": checkpoint["seconds"], "mask_rate": mask_rate})
+        if config["arm"] != "oracle" and history["step"]:
+            snapshots, images = history["weights"].shape
+            histories.append(
+                pd.DataFrame(
+                    {
+                        "arm": config["arm"],
+                        "seed": config["seed"],
+                        "step": np.repeat(history["step"], images),
+                        "index": np.tile(np.arange(images), snapshots),
+                        "weight": history["weights"].flatten().numpy(),
+                        "confidence": history["confidence"].flatten().numpy(),
+                    }
+                )
+            )
+    columns = ["arm", "seed", "step", "index", "weight", "confidence"]
+    weights = (
+        pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(columns=columns)
+    )
+    return pd.DataFrame(runs), weights

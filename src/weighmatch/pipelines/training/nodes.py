@@ -1,0 +1,55 @@
+"""Nodes of `training`."""
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from weighmatch.semisup.config import ArmName, RunsConfig, TrainingConfig
+
+Arrays = dict[str, Any]
+Checkpoints = dict[str, dict[str, Any]]
+
+
+def train_arms(
+    training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> tuple[Checkpoints, pd.DataFrame]:
+    """Every arm but the oracle, on every seed's contaminated pool."""
+    arms = tuple(arm for arm in runs.arms if arm != "oracle")
+    return _train(arms, training_sets, training, runs)
+
+
+def remove_intruders(
+    training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays]
+) -> dict[str, Arrays]:
+    """The training sets with every OOD image taken out of the pool: the oracle's alone."""
+    return {
+        key: {
+            **arrays,
+            "unlabelled_images": arrays["unlabelled_images"][ood_truth[key]["pool_sources"] == 0],
+        }
+        for key, arrays in training_sets.items()
+    }
+
+
+def train_oracle(
+    oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> tuple[Checkpoints, pd.DataFrame]:
+    """FixMatch on the cleaned pools, if the oracle is among the arms."""
+    arms = tuple(arm for arm in runs.arms if arm == "oracle")
+    return _train(arms, oracle_sets, training, runs)
+
+
+def _train(
+    arms: tuple[ArmName, ...], sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> tuple[Checkpoints, pd.DataFrame]:
+    from weighmatch.semisup.runs import make_jobs, train_all
+
+    jobs = make_jobs(arms, sets, training)
+    results = train_all(jobs, Path(runs.folder), runs.workers)
+    log = [
+        {"arm": job.config.arm, "seed": job.config.seed, **line}
+        for job in jobs
+        for line in results[job.name].pop("metrics")
+    ]
+    return results, pd.DataFrame(log, columns=None if log else ["arm", "seed", "step"])

@@ -1,0 +1,44 @@
+"""FixMatch with a weight on every unlabelled image; usable without Kedro.
+
+from weighmatch.semisup import RunConfig, Trainer, TrainingConfig, TrainingSet
+Trainer(RunConfig("learned", seed=0, steps=1000, classes=6, training=TrainingConfig())).fit(
+    TrainingSet(labelled_images, labels, unlabelled_images), Path("run")
+)
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from weighmatch.semisup.config import AugmentationConfig, TrainingConfig, WeighingConfig
+    from weighmatch.semisup.networks import ConfidenceNetwork, build_classifier
+    from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet
+
+_HOMES = {
+    "AugmentationConfig": "config",
+    "ConfidenceNetwork": "networks",
+    "RunConfig": "trainer",
+    "Trainer": "trainer",
+    "TrainingConfig": "config",
+    "TrainingSet": "trainer",
+    "WeighingConfig": "config",
+    "build_classifier": "networks",
+}
+
+__all__ = [
+    "AugmentationConfig",
+    "ConfidenceNetwork",
+    "RunConfig",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingSet",
+    "WeighingConfig",
+    "build_classifier",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on demand: parameters are checked without waiting for torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"weighmatch.semisup.{_HOMES[name]}"), name)

@@ -1,0 +1,48 @@
+"""What an arm costs, counted in floating-point operations so that it does not depend on noise."""
+
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from torch.utils.flop_counter import FlopCounterMode
+
+from weighmatch.semisup.config import ArmName, TrainingConfig
+from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
+
+# Steps that are counted; an update of the weights falls on the last of them, or on none.
+COUNTED = 2
+
+
+def flops_per_step(arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet) -> float:
+    """Mean operations of a step once the warm-up is over, its share of an update included.
+
+    Counts the convolutions and matrix products of steps that are really taken, on the CPU, but
+    not the snapshots of the pool, which are measurement.
+    """
+    without = _count(arm, classes, config, data, interval=2 * COUNTED)
+    with_update = _count(arm, classes, config, data, interval=COUNTED)
+    return without / COUNTED + (with_update - without) / config.weighing.interval
+
+
+def _count(
+    arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet, interval: int
+) -> int:
+    """Operations of the first steps of a run that updates its weights every `interval` steps."""
+    weighing = replace(config.weighing, warmup=0.0, interval=interval)
+    # Any confidence passes, so that an untrained network's step does all that a trained one's does.
+    config = replace(config, device="cpu", snapshots=1, threshold=1e-6, weighing=weighing)
+    run_config = RunConfig(arm, seed=0, steps=2 * COUNTED, classes=classes, training=config)
+    with TemporaryDirectory() as folder:
+        run = Run(run_config, data, Path(folder))
+        with FlopCounterMode(display=False) as counter:
+            run.train_steps(COUNTED)
+    return int(counter.get_total_flops())
+
+
+def matched_steps(classes: int, config: TrainingConfig, data: TrainingSet) -> int:
+    """Steps that give `fixmatch` the total compute of `learned` with `config.steps` steps."""
+    plain = flops_per_step("fixmatch", classes, config, data)
+    learned = flops_per_step("learned", classes, config, data)
+    overhead = (1 - config.weighing.warmup) * (learned / plain - 1)
+    return ceil(config.steps * (1 + overhead))

@@ -1,0 +1,235 @@
+"""What a training run is defined by, beside its data and its seed."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from weighmatch.checks import (
+    require_choice,
+    require_group,
+    require_integer,
+    require_multiple,
+    require_number,
+)
+
+ArmName = Literal[
+    "supervised", "fixmatch", "fixmatch_matched", "oracle", "max_prob", "pu", "learned"
+]
+ARMS: tuple[ArmName, ...] = (
+    "supervised",
+    "fixmatch",
+    "fixmatch_matched",
+    "oracle",
+    "max_prob",
+    "pu",
+    "learned",
+)
+SolverName = Literal["identity", "neumann", "conjugate_gradient"]
+SOLVERS: tuple[SolverName, ...] = ("identity", "neumann", "conjugate_gradient")
+NetworkName = Literal["small_cnn", "wrn_28_2"]
+NETWORKS: tuple[NetworkName, ...] = ("small_cnn", "wrn_28_2")
+# RandAugment as FixMatch uses it (Sohn et al., 2020, table 12).
+OPERATIONS = (
+    "identity",
+    "autocontrast",
+    "brightness",
+    "color",
+    "contrast",
+    "equalize",
+    "posterize",
+    "sharpness",
+    "solarize",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+)
+
+
+@dataclass(frozen=True)
+class AugmentationConfig:
+    """What the two views of an image may look like.
+
+    Attributes:
+        shift: weak view: move by up to this fraction of the side, reflecting at the border.
+        flip: weak view: mirror half of the images (not where mirroring changes the class).
+        operations: what the strong view draws from, names of `OPERATIONS`.
+        draws: how many of them an image gets, with replacement.
+        magnitude: 0 to 1, a factor on the geometric ranges of FixMatch.
+        cutout: side of the erased square as a fraction of the image's side; 0 for none.
+        fill: grey level (0–255) of cutout and of what moves in from outside.
+    """
+
+    shift: float = 0.125
+    flip: bool = False
+    operations: tuple[str, ...] = OPERATIONS
+    draws: int = 2
+    magnitude: float = 1.0
+    cutout: float = 0.5
+    fill: float = 0.0
+
+    def __post_init__(self) -> None:
+        group = "training.augmentation"
+        if not isinstance(self.operations, list | tuple) or not self.operations:
+            raise ValueError(
+                f"{group}.operations must be a list of names from {', '.join(OPERATIONS)}, "
+                f"got {self.operations!r}"
+            )
+        for name in self.operations:
+            require_choice(f"{group}.operations", name, OPERATIONS)
+        object.__setattr__(self, "operations", tuple(self.operations))
+        require_number(f"{group}.shift", self.shift, 0, 0.5, below=False)
+        require_number(f"{group}.magnitude", self.magnitude, 0, 1, below=False)
+        require_number(f"{group}.cutout", self.cutout, 0, 1, below=False)
+        require_number(f"{group}.fill", self.fill, 0, 255, below=False)
+        require_integer(f"{group}.draws", self.draws, 1)
+        if not isinstance(self.flip, bool):
+            raise ValueError(f"{group}.flip must be true or false, got {self.flip!r}")
+
+
+@dataclass(frozen=True)
+class WeighingConfig:
+    """How the weights of the arms `pu` and `learned` are made.
+
+    Attributes:
+        weights: "hard": two sizes, cut where the pool's scores fall apart (Otsu); "soft": the
+            scores themselves.
+        width: first-layer channels of the Confidence Network (and of the `pu` classifier).
+        learning_rate: of Adam on the Confidence Network.
+        weight_decay: of the same, decoupled.
+        interval: steps of the classifier between two updates of the weights.
+        warmup: share of all steps during which weights are 1 and nothing is learned of them.
+        solver: the IHVP method.
+        max_products: curvature products that one solve may spend.
+        damping: δ as a multiple of λ_max of the curvature.
+        outer_batch: labelled images, strongly augmented, in one estimate of the outer gradient.
+        outer_labels: "training": the outer loss is taken on the labelled images that are also
+            trained on; "held_out": half of each class is kept for the outer loss alone.
+        curvature_batch: unlabelled images in the curvature.
+        influence_batch: unlabelled images whose influence is measured in one update.
+        memory: weight of the past in an image's running mean of influence, 0 for none.
+        fit_steps: Adam steps on the Confidence Network in one update.
+        fit_batch: images in one of them.
+        proximity: pulls the weights towards 1, so that they cannot collapse onto few images.
+    """
+
+    weights: Literal["hard", "soft"] = "hard"
+    width: int = 16
+    learning_rate: float = 3e-3
+    weight_decay: float = 1e-2
+    interval: int = 20
+    warmup: float = 0.2
+    solver: SolverName = "conjugate_gradient"
+    max_products: int = 8
+    damping: float = 0.1
+    outer_batch: int = 96
+    outer_labels: Literal["training", "held_out"] = "training"
+    curvature_batch: int = 64
+    influence_batch: int = 128
+    memory: float = 0.8
+    fit_steps: int = 2
+    fit_batch: int = 128
+    proximity: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
+            require_integer(f"training.weighing.{name}", getattr(self, name), 1)
+        for name in ("fit_steps", "fit_batch"):
+            require_integer(f"training.weighing.{name}", getattr(self, name), 1)
+        require_integer("training.weighing.max_products", self.max_products, 2)
+        require_multiple("training.weighing.width", self.width, 4, "GroupNorm has 4 groups")
+        require_number("training.weighing.learning_rate", self.learning_rate, 0, 10, above=True)
+        require_number("training.weighing.weight_decay", self.weight_decay, 0, 10)
+        require_number("training.weighing.warmup", self.warmup, 0, 1)
+        require_number("training.weighing.damping", self.damping, 0, 1e6, above=True)
+        require_number("training.weighing.memory", self.memory, 0, 1)
+        require_choice("training.weighing.weights", self.weights, ("hard", "soft"))
+        require_choice("training.weighing.solver", self.solver, SOLVERS)
+        require_choice(
+            "training.weighing.outer_labels", self.outer_labels, ("training", "held_out")
+        )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """FixMatch (Sohn et al., 2020, section 2) and its optimiser.
+
+    Attributes:
+        network: "small_cnn" for images of about 8×8, "wrn_28_2" for 32×32.
+        width: first-layer channels of "small_cnn".
+        steps: of the arms other than `fixmatch_matched`.
+        batch_size: labelled images in a step, B.
+        unlabelled_ratio: µ; a step sees µB unlabelled images.
+        threshold: τ, the confidence from which a pseudo-label counts.
+        unlabelled_weight: λ_u.
+        learning_rate: of SGD with Nesterov momentum; decays as cos(7πk/16K).
+        momentum: of SGD.
+        weight_decay: of SGD.
+        ema: decay of the exponential moving average of the weights, which is evaluated.
+        snapshots: how often, evenly over the run, the weights of the whole pool are recorded.
+        checkpoint_every: steps between two checkpoints that a killed run resumes from.
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        augmentation: see `AugmentationConfig`.
+        weighing: see `WeighingConfig`.
+    """
+
+    network: NetworkName = "small_cnn"
+    width: int = 16
+    steps: int = 1000
+    batch_size: int = 16
+    unlabelled_ratio: int = 4
+    threshold: float = 0.95
+    unlabelled_weight: float = 1.0
+    learning_rate: float = 0.05
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    ema: float = 0.99
+    snapshots: int = 10
+    checkpoint_every: int = 200
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    weighing: WeighingConfig = field(default_factory=WeighingConfig)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("augmentation", AugmentationConfig), ("weighing", WeighingConfig)):
+            group = require_group(f"training.{name}", getattr(self, name), kind)
+            object.__setattr__(self, name, group)
+        require_choice("training.network", self.network, NETWORKS)
+        for name in ("steps", "batch_size", "unlabelled_ratio", "snapshots", "checkpoint_every"):
+            require_integer(f"training.{name}", getattr(self, name), 1)
+        require_multiple("training.width", self.width, 4, "GroupNorm has 4 groups")
+        require_number("training.threshold", self.threshold, 0, 1, above=True)
+        require_number("training.unlabelled_weight", self.unlabelled_weight, 0, 1e6)
+        require_number("training.learning_rate", self.learning_rate, 0, 100, above=True)
+        require_number("training.momentum", self.momentum, 0, 1, above=True)
+        require_number("training.weight_decay", self.weight_decay, 0, 1)
+        require_number("training.ema", self.ema, 0, 1)
+        require_choice("training.device", self.device, ("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class RunsConfig:
+    """Which runs are done and where they keep their state.
+
+    Attributes:
+        arms: names of `ARMS`, a list or names joined by "+".
+        folder: gets a folder a run with its checkpoint and metrics, to resume from.
+        workers: runs at a time; "auto": one a core, or one on a GPU.
+    """
+
+    arms: tuple[ArmName, ...] = ARMS
+    folder: str = "data/06_models/runs"
+    workers: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        given: Any = self.arms
+        arms = given.split("+") if isinstance(given, str) else given
+        if not isinstance(arms, list | tuple) or not arms or len(set(arms)) < len(arms):
+            raise ValueError(
+                f"runs.arms must be a list of different names from {', '.join(ARMS)}, got {given!r}"
+            )
+        for arm in arms:
+            require_choice("runs.arms", arm, ARMS)
+        object.__setattr__(self, "arms", tuple(arms))
+        if self.workers != "auto":
+            require_integer("runs.workers (or auto)", self.workers, 1)

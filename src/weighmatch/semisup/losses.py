@@ -1,0 +1,60 @@
+"""FixMatch's loss with a weight on every unlabelled image."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PseudoLabels:
+    """What the weak view of unlabelled images says.
+
+    Attributes:
+        probabilities: (n, classes), without a graph.
+        labels: argmax, (n,).
+        confidence: max, (n,).
+        mask: 1 where the confidence reaches τ, else 0, (n,).
+    """
+
+    probabilities: Tensor
+    labels: Tensor
+    confidence: Tensor
+    mask: Tensor
+
+
+def pseudo_label(weak_logits: Tensor, threshold: float) -> PseudoLabels:
+    """Pseudo-labels and mask from logits (n, classes) of the weak view (Sohn et al., 2020)."""
+    probabilities = weak_logits.detach().softmax(dim=1)
+    confidence, labels = probabilities.max(dim=1)
+    return PseudoLabels(probabilities, labels, confidence, (confidence >= threshold).float())
+
+
+def consistency_losses(strong_logits: Tensor, pseudo: PseudoLabels) -> Tensor:
+    """m_i · CE(p(A(u_i)), q_i), (n,)."""
+    return pseudo.mask * F.cross_entropy(strong_logits, pseudo.labels, reduction="none")
+
+
+def fixmatch_loss(
+    labelled_logits: Tensor,
+    labels: Tensor,
+    strong_logits: Tensor,
+    pseudo: PseudoLabels,
+    weights: Tensor,
+    unlabelled_weight: float,
+) -> Tensor:
+    """CE(labelled) + λ_u · mean_i(w_i m_i CE(p(A(u_i)), q_i)), a scalar.
+
+    The mean is over all unlabelled images of the batch, masked or not (Sohn et al., 2020,
+    equations 3 and 4, with weights).
+    """
+    supervised = F.cross_entropy(labelled_logits, labels)
+    return supervised + unlabelled_weight * torch.mean(
+        weights * consistency_losses(strong_logits, pseudo)
+    )
+
+
+def mean_one(scores: Tensor) -> Tensor:
+    """Positive scores (n,) scaled to mean 1 over the batch."""
+    return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)

@@ -1,0 +1,170 @@
+"""Many runs at once: one process a core, one thread each, resumed run by run."""
+
+import multiprocessing
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from weighmatch.semisup.compute import matched_steps
+from weighmatch.semisup.config import ArmName, TrainingConfig
+from weighmatch.semisup.trainer import (
+    RunConfig,
+    Trainer,
+    TrainingSet,
+    fingerprint,
+    pick_device,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run to be done."""
+
+    name: str
+    config: RunConfig
+    data: TrainingSet
+
+
+def make_jobs(
+    arms: Sequence[ArmName], sets: Mapping[str, Mapping[str, Any]], training: TrainingConfig
+) -> list[Job]:
+    """One job a seed and arm.
+
+    Args:
+        arms: what to run.
+        sets: by a key that ends in `_<seed>`, the arrays of a `TrainingSet`.
+        training: the configuration that all share.
+    """
+    jobs: list[Job] = []
+    matched = 0
+    for key, arrays in sets.items():
+        data, seed = TrainingSet(**arrays), int(key.rpartition("_")[2])
+        classes = int(data.labels.max()) + 1
+        if "fixmatch_matched" in arms and not matched:
+            # The same for every seed: their data have the same shapes.
+            matched = matched_steps(classes, training, data)
+        for arm in arms:
+            steps = matched if arm == "fixmatch_matched" else training.steps
+            config = RunConfig(arm, seed, steps, classes, training)
+            jobs.append(Job(f"{arm}-{key}", config, data))
+    return jobs
+
+
+def train_all(
+    jobs: Sequence[Job], folder: Path, workers: int | Literal["auto"] = "auto"
+) -> dict[str, dict[str, Any]]:
+    """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
+
+    Args:
+        jobs: with different names.
+        folder: each run resumes from, and writes to, `folder/<name>-<fingerprint>`.
+        workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU.
+
+    Returns:
+        `Trainer.fit`'s answer by the name of the job, in the order of `jobs`.
+    """
+    if not jobs:
+        return {}
+    if workers == "auto":
+        workers = default_workers(pick_device(jobs[0].config.training.device))
+    total = sum(job.config.steps for job in jobs)
+    description = f"training {len(jobs)} runs"
+    with tqdm(total=total, desc=description, unit="step", mininterval=0.5) as bar:
+        if workers <= 1 or len(jobs) <= 1:
+            with one_thread():
+                return {job.name: _train(job, folder, bar.update) for job in jobs}
+        return _train_in_processes(jobs, folder, workers, bar)
+
+
+def _train(job: Job, folder: Path, progress: Any) -> dict[str, Any]:
+    directory = folder / f"{job.name}-{fingerprint(job.config, job.data)}"
+    return Trainer(job.config).fit(job.data, directory, progress)
+
+
+def _train_in_processes(
+    jobs: Sequence[Job], folder: Path, workers: int, bar: "tqdm[Any]"
+) -> dict[str, dict[str, Any]]:
+    context = multiprocessing.get_context("spawn")
+    steps = context.Queue()
+    pool = ProcessPoolExecutor(
+        min(workers, len(jobs)),
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(os.getpid(), steps),
+    )
+    # The longest first, so that no core waits for a long run at the end.
+    order = sorted(jobs, key=lambda job: -job.config.steps)
+    futures: dict[str, Future[None]] = {}
+    try:
+        futures = {job.name: pool.submit(_work, job, folder) for job in order}
+        pending = set(futures.values())
+        while pending:
+            done, pending = wait(pending, timeout=0.3, return_when=FIRST_EXCEPTION)
+            _drain(steps, bar)
+            for future in done:
+                future.result()
+        _drain(steps, bar)
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+    # Finished runs are read back from their folders: tensors need not cross processes.
+    return {job.name: _train(job, folder, lambda _: None) for job in jobs}
+
+
+def _drain(steps: Any, bar: "tqdm[Any]") -> None:
+    while True:
+        try:
+            bar.update(steps.get_nowait())
+        except queue.Empty:
+            return
+
+
+_report: Any = None
+
+
+def _start_worker(parent: int, steps: Any) -> None:
+    global _report
+    _report = steps
+    torch.set_num_threads(1)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone, even if it was killed.
+
+    Otherwise an orphan would go on writing to the folder that a restarted run resumes from.
+    """
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(job: Job, folder: Path) -> None:
+    _train(job, folder, _report.put)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread: small images gain nothing from more, and results then do not depend
+    on how many cores there are or whether runs share them.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_workers(device: torch.device) -> int:
+    """One process a core on the CPU; on a GPU a single one."""
+    return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))

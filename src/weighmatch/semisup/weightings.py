@@ -1,0 +1,166 @@
+"""The weights of the arms that do not need a hypergradient.
+
+A weighting gives each unlabelled image of a batch a weight, scaled to mean 1 over the batch: it
+redistributes the consistency loss, and cannot switch it off.
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weighmatch.semisup.augmentation import Augmentation
+from weighmatch.semisup.config import WeighingConfig
+from weighmatch.semisup.losses import PseudoLabels, mean_one
+from weighmatch.semisup.networks import Classifier, ConfidenceNetwork
+from weighmatch.semisup.streams import Streams, derive_seed
+
+
+class Weighting(ABC):
+    """Base of all weightings."""
+
+    def weights(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Weights of mean 1 for a batch of weak views (n, C, H, W), (n,), without a graph."""
+        return mean_one(self.scores(weak, pseudo))
+
+    @abstractmethod
+    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Positive scores (n,) of any scale: the weights before they are normalised."""
+
+    def update(self, classifier: Classifier) -> dict[str, float]:
+        """Learn from the classifier as it stands; returns what is worth logging."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to continue."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027 (not all keep a state)
+        """Continue from `state_dict`'s answer."""
+
+
+class Uniform(Weighting):
+    """Every image counts the same: plain FixMatch."""
+
+    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        return torch.ones_like(pseudo.confidence)
+
+
+class MaxProbability(Weighting):
+    """The pseudo-label's own confidence."""
+
+    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        return pseudo.confidence
+
+
+# Weight of an image below the cut, before normalisation: small, so that it can come back.
+BELOW_CUT = 0.05
+# Pool images that the cut is placed on; more would not move it.
+CUT_SAMPLE = 2048
+
+
+def confidence_weights(scores: Tensor, cut: float | None) -> Tensor:
+    """Scores in [0, 1] as they are, or, given a cut, `BELOW_CUT` below it and 1 above, (n,)."""
+    if cut is None:
+        return scores
+    return torch.where(scores > cut, 1.0, BELOW_CUT).to(scores.dtype)
+
+
+def otsu_cut(scores: Tensor) -> float:
+    """The cut of scores (n,) into two groups that lie furthest apart (Otsu, 1979)."""
+    ordered = scores.sort().values.double()
+    n = len(ordered)
+    if n < 2:
+        return float("-inf")
+    below = torch.arange(1, n, device=scores.device)
+    sums = ordered.cumsum(0)
+    gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / (n - below)
+    best = int((below * (n - below) * gap.square()).argmax())
+    return float((ordered[best] + ordered[best + 1]) / 2)
+
+
+class InductiveWeighting(Weighting):
+    """Weights from scores σ(f_φ(u)), f_φ a small network on the image alone.
+
+    Sub-classes say how φ is fitted, and place the cut after each fit: with scores that are far
+    from perfect, weights of two sizes helped where soft ones did not.
+    """
+
+    def __init__(
+        self,
+        labelled: Tensor,
+        labels: Tensor,
+        pool: Tensor,
+        augmentation: Augmentation,
+        config: WeighingConfig,
+        streams: Streams,
+    ) -> None:
+        self.labelled, self.labels, self.pool = labelled, labels, pool
+        self.augmentation, self.config, self.streams = augmentation, config, streams
+        self.cut: float | None = None
+        seed = derive_seed(streams.seed, "initialisation of the confidence network")
+        self.network = ConfidenceNetwork(pool.shape[1], config.width, seed).to(pool.device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+        return confidence_weights(self._raw(weak), self.cut)
+
+    def _raw(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return torch.sigmoid(self.network(images))
+
+    def place_cut(self) -> None:
+        """Move the cut to where the scores of the pool fall apart."""
+        if self.config.weights == "hard":
+            sample = self.pool
+            if len(sample) > CUT_SAMPLE:
+                sample = sample[self.draw(sample, CUT_SAMPLE, "sample for the cut")]
+            self.cut = otsu_cut(self._raw(sample.float() / 255))
+
+    def draw(self, images: Tensor, count: int, purpose: str) -> Tensor:
+        """Indices (count,) into `images`, with replacement, on their device."""
+        drawn = torch.randint(len(images), (count,), generator=self.streams[purpose])
+        return drawn.to(images.device)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "cut": self.cut,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.cut = state["cut"]
+
+
+class PositiveUnlabelled(InductiveWeighting):
+    """A classifier of labelled against unlabelled images (Elkan & Noto, 2008).
+
+    Labelled images are positives, the whole pool negatives, both strongly augmented so that the
+    few labelled ones are not learned by heart. The odds rank unlabelled images by how much they
+    look like labelled ones. The control for learned weights: it uses no classifier and no
+    hypergradient.
+    """
+
+    def update(self, classifier: Classifier) -> dict[str, float]:
+        half = self.config.fit_batch // 2 or 1
+        total = 0.0
+        for _ in range(self.config.fit_steps):
+            noise = self.streams["augmentation for the confidence network"]
+            positives = self.labelled[self.draw(self.labelled, half, "positives")]
+            negatives = self.pool[self.draw(self.pool, half, "negatives")]
+            images = self.augmentation.strong(torch.cat([positives, negatives]), noise)
+            targets = torch.arange(2 * half, device=images.device).lt(half).float()
+            loss = F.binary_cross_entropy_with_logits(self.network(images), targets)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            self.optimizer.step()
+            total += float(loss.detach())
+        self.place_cut()
+        return {"confidence_loss": total / self.config.fit_steps}
