@@ -22,8 +22,9 @@ BASELINE, CEILING = "fixmatch", "oracle"
 
 def class_probabilities(rows: pd.DataFrame) -> NDArray[np.float64]:
     """The columns p_0, p_1, … as an array (n, classes)."""
-    columns = [name for name in rows.columns if name.startswith("p_")]
-    return rows[sorted(columns, key=lambda name: int(name[2:]))].to_numpy(np.float64)
+    columns = [str(name) for name in rows.columns if str(name).startswith("p_")]
+    columns.sort(key=lambda name: int(name.removeprefix("p_")))
+    return rows[columns].to_numpy(np.float64)
 
 
 def score_runs(

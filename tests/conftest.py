@@ -1,0 +1,53 @@
+"""Tiny data and settings that many tests share."""
+
+import numpy as np
+import pytest
+
+from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, WeighingConfig
+
+
+@pytest.fixture
+def training_set():
+    """12 labelled and 40 unlabelled grey 8×8 images of three easy classes."""
+    rng = np.random.default_rng(0)
+
+    def draw(labels):
+        images = rng.integers(0, 60, (len(labels), 1, 8, 8), dtype=np.uint8)
+        for image, label in zip(images, labels, strict=True):
+            image[0, 2 * label : 2 * label + 3] += 180
+        return images
+
+    labels = np.arange(12, dtype=np.int64) % 3
+    return TrainingSet(draw(labels), labels, draw(np.arange(40) % 3))
+
+
+@pytest.fixture
+def run_config():
+    """Makes the configuration of a short run."""
+
+    def make(arm="learned", seed=0, steps=40, weighing=None, **training):
+        settings = {
+            "width": 8,
+            "steps": steps,
+            "batch_size": 6,
+            "unlabelled_ratio": 2,
+            "threshold": 0.4,
+            "snapshots": 2,
+            "checkpoint_every": 10,
+            "device": "cpu",
+        }
+        weigh = {
+            "width": 8,
+            "interval": 5,
+            "max_products": 4,
+            "outer_batch": 12,
+            "curvature_batch": 8,
+            "influence_batch": 12,
+            "fit_batch": 12,
+        }
+        config = TrainingConfig(
+            **{**settings, **training}, weighing=WeighingConfig(**{**weigh, **(weighing or {})})
+        )
+        return RunConfig(arm, seed, steps, 3, config)
+
+    return make

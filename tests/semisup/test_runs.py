@@ -1,0 +1,114 @@
+import dataclasses
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from weighmatch.semisup.compute import flops_per_step, matched_steps
+from weighmatch.semisup.runs import make_jobs, one_thread, train_all
+from weighmatch.semisup.scoring import score_images
+from weighmatch.semisup.trainer import Run
+
+
+@pytest.fixture
+def sets(training_set):
+    arrays = {f.name: getattr(training_set, f.name) for f in dataclasses.fields(training_set)}
+    return {"seed_0000": arrays, "seed_0001": arrays}
+
+
+def test_processes_give_what_one_process_gives_and_finished_runs_are_kept(
+    sets, run_config, tmp_path, monkeypatch
+):
+    jobs = make_jobs(("fixmatch", "learned"), sets, run_config().training)
+    parallel = train_all(jobs, tmp_path / "parallel", workers=2)
+    single = train_all(jobs, tmp_path / "single", workers=1)
+    assert list(parallel) == list(single) == [job.name for job in jobs]
+    for name, result in parallel.items():
+        for key, value in result["classifier"].items():
+            assert torch.equal(value, single[name]["classifier"][key])
+    monkeypatch.setattr(Run, "train_steps", lambda self: pytest.fail("trained again"))
+    train_all(jobs, tmp_path / "parallel", workers=1)
+
+
+def test_no_jobs_give_no_results(tmp_path):
+    assert train_all([], tmp_path) == {}
+
+
+def test_jobs_have_the_seed_of_their_data(sets, run_config):
+    jobs = make_jobs(("supervised",), sets, run_config().training)
+    assert [(job.name, job.config.seed) for job in jobs] == [
+        ("supervised-seed_0000", 0),
+        ("supervised-seed_0001", 1),
+    ]
+
+
+def test_matched_fixmatch_has_the_learned_arms_operations(training_set, run_config):
+    training = run_config().training
+    steps = matched_steps(3, training, training_set)
+    plain = flops_per_step("fixmatch", 3, training, training_set)
+    learned = flops_per_step("learned", 3, training, training_set)
+    warm = training.weighing.warmup * training.steps
+    total = warm * plain + (training.steps - warm) * learned
+    assert steps > training.steps
+    assert steps * plain == pytest.approx(total, rel=1 / training.steps)
+
+
+def test_one_thread_is_undone():
+    before = torch.get_num_threads()
+    with one_thread():
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == before
+
+
+def test_workers_leave_with_the_process_that_started_them(tmp_path):
+    """A worker whose parent was killed must not go on writing where a new run resumes."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import multiprocessing, os, time\n"
+        "from weighmatch.semisup.runs import _leave_with\n"
+        "if __name__ == '__main__':\n"
+        "    context = multiprocessing.get_context('spawn')\n"
+        "    child = context.Process(target=_leave_with, args=(os.getpid(),))\n"
+        "    child.start()\n"
+        "    print(child.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    for _ in range(300):
+        if not _alive(child):
+            return
+        time.sleep(0.1)
+    pytest.fail("the worker outlived its parent")
+
+
+def _alive(pid):
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+@pytest.mark.parametrize("arm", ["fixmatch", "max_prob", "learned"])
+def test_scoring_is_the_trained_run(arm, sets, run_config, tmp_path):
+    jobs = make_jobs((arm,), sets, run_config().training)[:1]
+    (checkpoint,) = train_all(jobs, tmp_path, workers=1).values()
+    images = sets["seed_0000"]["unlabelled_images"]
+    scored = score_images(checkpoint, images)
+    assert scored.probabilities.shape == (40, 3)
+    assert scored.probabilities.sum(axis=1) == pytest.approx(1)
+    assert scored.weights.mean() == pytest.approx(1)
+    last = checkpoint["history"]["weights"][-1]
+    if arm == "learned":  # φ is on the image alone: the same weights as recorded in training
+        assert scored.weights == pytest.approx(last.double().numpy(), abs=1e-5)
+    with pytest.raises(ValueError, match="1 channel"):
+        score_images(checkpoint, images.repeat(3, 1))

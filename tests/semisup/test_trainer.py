@@ -1,0 +1,124 @@
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from weighmatch.semisup import Trainer
+from weighmatch.semisup.config import ARMS
+from weighmatch.semisup.trainer import Run, fingerprint, pick_device
+
+
+def same(a, b):
+    """Whether two nested checkpoints are equal, leaving out times."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_trains_and_repeats_to_the_bit(arm, training_set, run_config, tmp_path):
+    first = Trainer(run_config(arm)).fit(training_set, tmp_path / "a")
+    second = Trainer(run_config(arm)).fit(training_set, tmp_path / "b")
+    assert same(first, second)
+    assert all(torch.isfinite(v).all() for v in first["classifier"].values())
+    if arm == "supervised":
+        assert first["history"]["step"] == []
+    else:
+        assert first["history"]["step"] == [20, 40]
+        assert first["history"]["weights"].shape == (2, 40)
+        means = first["history"]["weights"].mean(dim=1)
+        torch.testing.assert_close(means, torch.ones(2))
+
+
+@pytest.mark.parametrize("arm", ["fixmatch", "pu", "learned"])
+def test_a_killed_run_resumes_to_the_same_end(arm, training_set, run_config, tmp_path):
+    config = run_config(arm, steps=48)
+    whole = Trainer(config).fit(training_set, tmp_path / "whole")
+
+    class KilledError(Exception):
+        pass
+
+    def kill(steps):
+        kill.done += steps
+        if kill.done >= 32:
+            raise KilledError
+
+    kill.done = 0
+    with pytest.raises(KilledError):
+        Trainer(config).fit(training_set, tmp_path / "killed", kill)
+    reported = []
+    resumed = Trainer(config).fit(training_set, tmp_path / "killed", reported.append)
+    assert reported[0] >= 16  # what was done before the kill
+    assert sum(reported) == 48
+    assert same(whole, resumed)
+    lines = (tmp_path / "killed" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [16, 32, 48]
+
+
+def test_a_finished_run_is_not_trained_again(training_set, run_config, tmp_path, monkeypatch):
+    first = Trainer(run_config()).fit(training_set, tmp_path)
+    monkeypatch.setattr(Run, "train_steps", lambda self: pytest.fail("trained again"))
+    assert same(Trainer(run_config()).fit(training_set, tmp_path), first)
+
+
+def test_another_configuration_starts_over(training_set, run_config, tmp_path):
+    Trainer(run_config(seed=0)).fit(training_set, tmp_path)
+    other = Trainer(run_config(seed=1)).fit(training_set, tmp_path)
+    assert other["config"]["seed"] == 1
+    assert same(other, Trainer(run_config(seed=1)).fit(training_set, tmp_path / "fresh"))
+
+
+def test_the_fingerprint_sees_data_seed_and_configuration(training_set, run_config):
+    prints = {
+        fingerprint(run_config(), training_set),
+        fingerprint(run_config(seed=1), training_set),
+    }
+    prints.add(fingerprint(run_config(learning_rate=0.01), training_set))
+    images = training_set.unlabelled_images.copy()
+    images[0, 0, 0, 0] ^= 1
+    changed = dataclasses.replace(training_set, unlabelled_images=images)
+    prints.add(fingerprint(run_config(), changed))
+    assert len(prints) == 4
+    assert fingerprint(run_config(), training_set) in prints
+
+
+def test_arms_of_a_seed_are_paired_until_their_weights_differ(training_set, run_config, tmp_path):
+    """Same initialisation, batches and augmentation: equal losses through the warm-up."""
+    losses = {}
+    for arm in ("fixmatch", "fixmatch_matched", "pu", "max_prob", "learned"):
+        config = run_config(arm, steps=32, weighing={"warmup": 0.9})
+        result = Trainer(config).fit(training_set, tmp_path / arm)
+        losses[arm] = result["metrics"][0]["loss"]
+    assert len(set(losses.values())) == 1
+
+
+def test_training_learns(training_set, run_config, tmp_path):
+    result = Trainer(run_config("fixmatch", steps=200)).fit(training_set, tmp_path)
+    losses = [line["loss"] for line in result["metrics"]]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_divergence_is_an_error_with_a_cure(training_set, run_config, tmp_path):
+    config = run_config("supervised", learning_rate=99.0, momentum=0.99, weight_decay=0.9)
+    with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
+        Trainer(config).fit(training_set, tmp_path)
+
+
+def test_held_out_outer_labels_leave_training(training_set, run_config, tmp_path):
+    config = run_config("learned", weighing={"outer_labels": "held_out"})
+    run = Run(config, training_set, tmp_path)
+    assert len(run.labelled) == len(run.outer[0]) == 6
+    inside = {image.numpy().tobytes() for image in run.labelled}
+    assert not any(image.numpy().tobytes() in inside for image in run.outer[0])
+    assert np.bincount(run.labels.numpy()).tolist() == [2, 2, 2]
+
+
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="set it to auto or cpu"):
+        pick_device("cuda")
