@@ -1,0 +1,78 @@
+import numpy as np
+import pandas as pd
+import pytest
+
+from weighmatch.evaluation import figures
+from weighmatch.semisup.config import ARMS
+
+from .test_tables import scores
+
+
+def texts(figure):
+    found = figure.findobj(lambda item: hasattr(item, "get_text"))
+    return " ".join(item.get_text() for item in found)
+
+
+def test_every_arm_has_a_name_and_a_colour():
+    assert set(figures.ARM_NAMES) == set(figures.ARM_COLOURS) == set(ARMS)
+
+
+def test_accuracy_and_differences_name_axes_arms_and_seeds():
+    table = scores(fixmatch=[80.0, 85.0], learned=[85.0, 89.0], oracle=[90.0, 95.0])
+    shown = texts(figures.draw_accuracy(table))
+    assert "accuracy on test images of seen classes (%)" in shown
+    assert "2 seeds" in shown
+    assert "learned weights" in shown
+    shown = texts(figures.draw_differences(table))
+    assert "points" in shown
+    assert "FixMatch" in shown
+
+
+@pytest.mark.parametrize("arms", [{"supervised": [60.0]}, {"learned": [85.0], "fixmatch": [80.0]}])
+def test_single_seeds_and_missing_arms_can_be_drawn(arms):
+    table = scores(**arms)
+    for draw in (figures.draw_accuracy, figures.draw_differences, figures.draw_auroc):
+        draw(table).canvas.draw()
+
+
+def test_weights_are_drawn_for_arms_whose_weights_vary():
+    rows = [
+        {
+            "arm": arm,
+            "seed": seed,
+            "step": step,
+            "source": source,
+            "weight": weight,
+            "mask_rate": 0.5,
+            "images": 10,
+        }
+        for arm, spread in (("fixmatch", 0.0), ("learned", 0.4))
+        for seed in (0, 1)
+        for step in (50, 100)
+        for source, weight in (("id", 1 + spread), ("unseen", 1 - spread))
+    ]
+    figure = figures.draw_weights(pd.DataFrame(rows))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["learned weights"]
+    assert "unseen classes (OOD)" in texts(figure)
+    figures.draw_weights(pd.DataFrame(rows)[:4]).canvas.draw()  # no arm whose weights vary
+
+
+def test_gallery_shows_the_highest_first_and_counts_ood():
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
+    weights = np.linspace(2, 0, 30)
+    sources = ["id"] * 12 + ["unseen"] * 18
+    figure = figures.draw_gallery(images, weights, sources, per_side=12)
+    shown = texts(figure)
+    assert "Weighed up most: 0 % of these are OOD" in shown
+    assert "Weighed down most: 100 % of these are OOD" in shown
+    assert "2.00" in shown
+    figures.draw_gallery(images.repeat(3, 1), weights, sources).canvas.draw()
+
+
+def test_samples_show_a_row_a_source():
+    images = {
+        "labelled": np.zeros((3, 1, 8, 8), np.uint8),
+        "noise": np.zeros((5, 1, 8, 8), np.uint8),
+    }
+    assert "noise" in texts(figures.draw_samples(images, "title"))

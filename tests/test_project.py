@@ -1,0 +1,281 @@
+"""The project as a whole: its graph, its commands and the rules that both keep."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from click.testing import CliRunner
+from kedro.framework.project import configure_project, pipelines
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "weighmatch"
+
+
+@pytest.fixture(scope="module")
+def graph():
+    configure_project("weighmatch")
+    return pipelines["__default__"]
+
+
+def run_project(folder, *, names=None, params=None):
+    bootstrap_project(ROOT)
+    runtime_params = {"data_folder": str(folder), **(params or {})}
+    with KedroSession.create(ROOT, env="test", runtime_params=runtime_params) as session:
+        return session.run(pipeline_names=names or ["__default__"])
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """The folder of one whole run at tiny size."""
+    folder = tmp_path_factory.mktemp("data")
+    run_project(folder)
+    return folder
+
+
+# --- the whole graph -------------------------------------------------------------------------
+
+
+def test_the_whole_graph_runs_and_reports(outputs):
+    metrics = json.loads((outputs / "08_reporting" / "metrics.json").read_text())
+    arms = {
+        "supervised",
+        "fixmatch",
+        "fixmatch_matched",
+        "max_prob",
+        "pu",
+        "learned",
+        "oracle",
+    }
+    assert set(metrics["arms"]) == arms
+    assert all(arm["seeds"] == 2 for arm in metrics["arms"].values())
+    assert metrics["setting"]["ratio"] == 0.75
+    page = (outputs / "08_reporting" / "report.html").read_text()
+    assert metrics["verdict"].split(":")[0] in page
+    assert page.count("data:image/png;base64,") == 8
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_every_output_is_where_the_catalog_says(outputs, graph):
+    made = {str(p.relative_to(outputs)) for p in outputs.rglob("*") if p.is_file()}
+    for name in (
+        "accuracy",
+        "differences",
+        "weights",
+        "auroc",
+        "calibration",
+        "gallery",
+        "ihvp",
+        "samples",
+    ):
+        assert f"08_reporting/{name}.png" in made
+    assert "05_model_input/manifest.json" in made
+    assert "06_models/checkpoints/learned-seed_0000.pt" in made
+    assert "06_models/oracle_checkpoints/oracle-seed_0001.pt" in made
+    assert not any("oracle" in name for name in made if name.startswith("06_models/checkpoints"))
+
+
+def test_predictions_cover_every_run_and_image(outputs):
+    table = pd.read_parquet(outputs / "07_model_output" / "predictions.parquet")
+    counts = table.groupby(["arm", "seed", "split"]).size()
+    assert (counts == 60).all()  # 60 test images; 30 in-distribution and 30 OOD held out
+    assert len(counts) == 7 * 2 * 2
+    sums = table[[c for c in table.columns if c.startswith("p_")]].sum(axis=1)
+    assert sums.between(0.999, 1.001).all()
+
+
+def test_a_second_run_trains_nothing_and_says_the_same(outputs, monkeypatch):
+    from weighmatch.semisup.trainer import Run
+
+    monkeypatch.setattr(Run, "train_steps", lambda self, limit=0: pytest.fail("trained again"))
+    before = (outputs / "08_reporting" / "metrics.json").read_bytes()
+    # Counting operations takes steps of its own: leave that arm's count out.
+    monkeypatch.setattr(
+        "weighmatch.semisup.runs.matched_steps",
+        lambda *_: int(
+            pd.read_parquet(outputs / "07_model_output/runs.parquet")
+            .query("arm == 'fixmatch_matched'")["steps"]
+            .iloc[0]
+        ),
+    )
+    run_project(outputs, names=["training", "scoring", "evaluation"])
+    assert (outputs / "08_reporting" / "metrics.json").read_bytes() == before
+
+
+def test_one_arm_and_another_ratio(tmp_path):
+    params = {"runs": {"arms": "learned"}, "data": {"ratio": 0.5, "seeds": [5]}}
+    run_project(tmp_path, params=params)
+    metrics = json.loads((tmp_path / "08_reporting" / "metrics.json").read_text())
+    assert set(metrics["arms"]) == {"learned"}
+    assert metrics["setting"]["ratio"] == 0.5
+    assert "no verdict" in metrics["verdict"]
+
+
+# --- leakage ---------------------------------------------------------------------------------
+
+
+def consumers(graph, dataset):
+    """Names of the nodes that `dataset` reaches, directly or through what is made of it."""
+    return {node.name for node in graph.from_inputs(dataset).nodes}
+
+
+def test_only_the_oracle_and_the_evaluation_start_from_the_truth(graph):
+    direct = {node.name for node in graph.nodes if "ood_truth" in node.inputs}
+    assert direct == {
+        "describe_splits",
+        "draw_samples",
+        "remove_intruders",
+        "score_runs",
+        "trace_weights",
+        "draw_gallery",
+    }
+    reached = consumers(graph, "ood_truth")
+    assert "train_oracle" in reached
+    assert "train_arms" not in reached
+    assert "compare_ihvps" not in reached
+
+
+def test_no_test_image_or_label_reaches_training(graph):
+    for dataset in ("evaluation_images", "test_labels"):
+        reached = consumers(graph, dataset)
+        assert not reached & {"train_arms", "train_oracle", "remove_intruders", "compare_ihvps"}
+    training = {node.name: set(node.inputs) for node in graph.nodes if node.name == "train_arms"}
+    assert training == {"train_arms": {"training_sets", "params:training", "params:runs"}}
+
+
+def test_training_files_hold_no_test_or_held_out_image_and_no_truth(outputs):
+    import numpy as np
+
+    for path in sorted((outputs / "05_model_input" / "training_sets").glob("*.npz")):
+        with np.load(path) as training:
+            assert set(training.files) == {"labelled_images", "labels", "unlabelled_images"}
+            seen = {
+                image.tobytes()
+                for name in ("labelled_images", "unlabelled_images")
+                for image in training[name]
+            }
+        with np.load(outputs / "05_model_input" / "evaluation_images" / path.name) as unseen:
+            for name in ("test_images", "heldout_images"):
+                assert not any(image.tobytes() in seen for image in unseen[name])
+
+
+def test_every_edge_is_a_file_of_the_catalog(graph):
+    bootstrap_project(ROOT)
+    with KedroSession.create(ROOT, env="test") as session:
+        catalog = session.load_context().catalog
+        for name in graph.datasets():
+            if not name.startswith("params:"):
+                assert type(catalog.get(name)).__name__ != "MemoryDataset", name
+
+
+# --- architecture ----------------------------------------------------------------------------
+
+FLOORS = {
+    "checks": set(),
+    "implicit": set(),
+    "semisup": {"implicit", "checks"},
+    "data": {"checks"},
+    "studies": {"implicit", "semisup", "data", "checks"},
+    "evaluation": {"data", "checks"},
+    "io": set(),
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+@pytest.mark.parametrize("floor", sorted(FLOORS))
+def test_imports_point_down_only(floor):
+    place = SOURCE / floor
+    files = [SOURCE / f"{floor}.py"] if not place.is_dir() else sorted(place.rglob("*.py"))
+    for path in files:
+        for module in imported(path):
+            parts = module.split(".")
+            if parts[0] == "weighmatch" and len(parts) > 1:
+                assert parts[1] in FLOORS[floor] | {floor}, (path.name, module)
+            if floor != "io":
+                assert parts[0] not in ("kedro", "kedro_datasets"), (path.name, module)
+            if floor in ("data", "evaluation", "checks"):
+                assert parts[0] != "torch", (path.name, module)
+
+
+@pytest.mark.parametrize("floor", ["implicit", "semisup", "data", "studies", "evaluation"])
+def test_floors_work_without_kedro(floor):
+    code = f"import sys; sys.modules['kedro'] = None; import weighmatch.{floor}"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parameters_and_registry_are_read_without_torch():
+    code = (
+        "import sys\n"
+        "from kedro.framework.project import configure_project, pipelines\n"
+        "configure_project('weighmatch')\n"
+        "dict(pipelines)\n"
+        "assert not {'torch', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- commands and bad input ------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    bootstrap_project(ROOT)
+    from weighmatch.cli import run
+
+    def call(params, *more):
+        folder = "" if "data_folder" in params else f",data_folder={tmp_path}"
+        arguments = ["--env", "test", "--params", params + folder, *more]
+        return CliRunner().invoke(run, arguments)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("data.ratio=1.5", "data.ratio must be a number at least 0 and below 1, got 1.5"),
+        ("data.labels_per_class=400", "only 177 images; lower it"),
+        ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from unseen"),
+        ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
+        ("data.rato=0.5", "data has no parameter 'rato'"),
+        ("runs.arms=fixmatch+foo", "runs.arms 'foo' is unknown; choose from supervised"),
+        ("training.threshold=1.2", "training.threshold must be a number above 0 and below 1"),
+        ("training.threshold=0", "training.threshold"),
+        ("training.device=tpu", "training.device 'tpu' is unknown; choose from auto, cpu, cuda"),
+        ("training.weighing.solver=magic", "training.weighing.solver 'magic' is unknown"),
+        ("training.weighing.spede=1", "training.weighing has no parameter spede"),
+        ("training.augmentation.cutout=2", "training.augmentation.cutout must be a number"),
+        ("ihvp_analysis.hidden=0", "ihvp_analysis.hidden must be an integer of at least 1"),
+        ("data_folder=/dev/null/x", "choose another with --params data_folder="),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, message):
+    result = command(params)
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1
+    assert "Traceback" not in result.output
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_pipeline_can_be_run_by_itself(command, tmp_path):
+    result = command("data.ratio=0.25", "--pipelines", "data_preparation")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "05_model_input" / "manifest.json").read_text())
+    assert [seed["pool"] for seed in manifest["seeds"]] == [
+        {"id": 60, "ood": 20, "by_source": {"id": 60, "unseen": 20, "patches": 0, "noise": 0}}
+    ] * 2
