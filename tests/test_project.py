@@ -174,6 +174,37 @@ def test_every_edge_is_a_file_of_the_catalog(graph):
                 assert type(catalog.get(name)).__name__ != "MemoryDataset", name
 
 
+# --- DVC -------------------------------------------------------------------------------------
+
+
+def test_dvc_stages_are_the_pipelines_and_their_files(graph):
+    import yaml
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    bootstrap_project(ROOT)
+    with KedroSession.create(ROOT) as session:
+        catalog = session.load_context().catalog
+        folder = {name: path_of(catalog, name) for name in graph.datasets() if ":" not in name}
+    covered = set()
+    for stage in stages.values():
+        name = stage["cmd"].removeprefix("kedro run --pipelines ")
+        covered.add(name)
+        pipeline = pipelines[name]
+        inputs = {folder[d] for d in pipeline.inputs() if ":" not in d}
+        assert inputs == {d for d in stage["deps"] if d.startswith("data/")}, name
+        outs = {*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])}
+        assert outs == {folder[d] for d in pipeline.all_outputs()}, name
+        for dep in stage["deps"]:
+            assert dep.startswith("data/") or (ROOT / dep).exists(), dep
+    assert covered == set(pipelines) - {"__default__"}
+
+
+def path_of(catalog, name):
+    description = catalog.get(name)._describe()
+    path = Path(str(description.get("filepath", description.get("path"))))
+    return str(path.relative_to(ROOT)) if path.is_absolute() else str(path)
+
+
 # --- architecture ----------------------------------------------------------------------------
 
 FLOORS = {

@@ -120,16 +120,16 @@ class WeighingConfig:
     interval: int = 20
     warmup: float = 0.2
     solver: SolverName = "conjugate_gradient"
-    max_products: int = 8
-    damping: float = 0.1
+    max_products: int = 4
+    damping: float = 1.0
     outer_batch: int = 96
     outer_labels: Literal["training", "held_out"] = "training"
-    curvature_batch: int = 64
+    curvature_batch: int = 32
     influence_batch: int = 128
-    memory: float = 0.8
-    fit_steps: int = 2
+    memory: float = 0.95
+    fit_steps: int = 4
     fit_batch: int = 128
-    proximity: float = 0.5
+    proximity: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
