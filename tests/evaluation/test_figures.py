@@ -62,12 +62,12 @@ def test_gallery_shows_the_highest_first_and_counts_ood():
     images = rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
     weights = np.linspace(2, 0, 30)
     sources = ["id"] * 12 + ["unseen"] * 18
-    figure = figures.draw_gallery(images, weights, sources, per_side=12)
+    figure = figures.draw_gallery(images, weights, weights, sources, per_side=12)
     shown = texts(figure)
     assert "Weighed up most: 0 % of these are OOD" in shown
     assert "Weighed down most: 100 % of these are OOD" in shown
     assert "2.00" in shown
-    figures.draw_gallery(images.repeat(3, 1), weights, sources).canvas.draw()
+    figures.draw_gallery(images.repeat(3, 1), weights, weights, sources).canvas.draw()
 
 
 def test_samples_show_a_row_a_source():

@@ -6,6 +6,7 @@ from weighmatch.evaluation.tables import (
     calibration_table,
     class_probabilities,
     compare_arms,
+    join_truth,
     score_runs,
     trace_weights,
 )
@@ -33,25 +34,38 @@ def predictions(shuffle=False):
     return rows.sample(frac=1, random_state=0) if shuffle else rows
 
 
+TRUTH = {
+    "seed_0007": {
+        "heldout_sources": np.array([0, 0, 1, 2]),
+        "heldout_classes": np.array([0, 0, -1, -1]),
+    }
+}
+LABELS = {"seed_0007": {"labels": np.array([0, 0])}}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_truth_is_joined_by_image(shuffle):
+    given = predictions(shuffle)
+    joined = join_truth(given, TRUTH, LABELS, ["id", "unseen", "noise"])
+    assert len(joined) == len(given)
+    heldout = joined[joined["split"] == "heldout"].sort_values("index")
+    assert heldout["source"].tolist() == ["id", "id", "unseen", "noise"]
+    assert heldout["label"].tolist() == [0, 0, -1, -1]
+    assert joined[joined["split"] == "test"]["label"].tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_scores_of_a_run_by_hand(shuffle):
     runs = pd.DataFrame([{"arm": "learned", "seed": 7, "steps": 5, "seconds": 1.0}])
-    truth = {
-        "seed_0007": {
-            "heldout_sources": np.array([0, 0, 1, 1]),
-            "heldout_classes": np.array([0, 0, -1, -1]),
-        }
-    }
-    labels = {"seed_0007": {"labels": np.array([0, 0])}}
-    (row,) = score_runs(runs, predictions(shuffle), truth, labels).to_dict("records")
+    judgements = join_truth(predictions(shuffle), TRUTH, LABELS, ["id", "unseen", "noise"])
+    (row,) = score_runs(runs, judgements).to_dict("records")
     assert row["accuracy"] == 50
     assert row["heldout_accuracy"] == 50
     assert row["auroc_weight"] == 0.75
     assert row["auroc_confidence"] == 0.875
     assert (row["weight_id"], row["weight_ood"]) == (1.25, 0.75)
     assert row["steps"] == 5
-    bins = calibration_table(predictions(shuffle), labels)
-    assert bins["count"].sum() == 2
+    assert calibration_table(judgements)["count"].sum() == 2
 
 
 def test_trace_gives_each_image_its_own_source():

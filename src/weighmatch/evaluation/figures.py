@@ -88,12 +88,17 @@ def draw_differences(scores: pd.DataFrame) -> Figure:
 
 
 def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.float64], colour: str) -> None:
-    offsets = np.linspace(-0.18, 0.18, len(values)) if len(values) > 1 else np.zeros(1)
-    axes.scatter(values, row + offsets, s=14, color=colour, alpha=0.4, linewidths=0)
+    # Beside the interval, not on it.
+    offsets = 0.17 + 0.14 * (np.arange(len(values)) % 2)
+    axes.scatter(
+        values, row + offsets, s=20, color=colour, edgecolors="white", linewidths=0.6, zorder=2
+    )
     low, high = mean_interval(values)
     if low is not None and high is not None:
-        axes.plot([low, high], [row, row], color=colour, linewidth=2.5)
-    axes.scatter([values.mean()], [row], s=55, color=colour, edgecolors="white", zorder=3)
+        axes.plot([low, high], [row, row], color=colour, linewidth=2.5, zorder=1)
+    axes.scatter(
+        [values.mean()], [row], s=70, marker="D", color=colour, edgecolors="white", zorder=3
+    )
 
 
 def draw_weights(trace: pd.DataFrame) -> Figure:
@@ -122,10 +127,12 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
         axes.set_xlabel("training done (%)")
     for axes in panels:
         axes.set_ylim(0, 1.05 * highest)
-    panels[0].set_ylabel("mean weight of pool images (1 = plain FixMatch)")
+    panels[0].set_ylabel("mean weight (1: plain FixMatch)")
     if arms:
         panels[0].legend(frameon=False, loc="lower left", fontsize=9)
-    figure.suptitle("Which images are weighed up: mean over seeds, band from lowest to highest")
+    figure.suptitle(
+        "Which pool images are weighed up: mean over seeds, band from lowest to highest seed"
+    )
     return figure
 
 
@@ -209,12 +216,21 @@ def draw_samples(images: dict[str, NDArray[np.uint8]], title: str) -> Figure:
 
 def draw_gallery(
     images: NDArray[np.uint8],
+    scores: NDArray[np.float64],
     weights: NDArray[np.float64],
     sources: Sequence[str],
     per_side: int = 24,
 ) -> Figure:
-    """The most up- and the most down-weighed images, framed by what they really are."""
-    order = np.argsort(-weights, kind="stable")
+    """The images ranked highest and lowest by their scores, framed by what they really are.
+
+    Args:
+        images: (n, C, H, W) uint8.
+        scores: what ranks them, (n,).
+        weights: what is written below them, (n,).
+        sources: of each, names of `SOURCE_NAMES`.
+        per_side: how many of the highest and of the lowest.
+    """
+    order = np.argsort(-scores, kind="stable")
     per_side = min(per_side, len(order) // 2)
     columns = 12
     rows_each = -(-per_side // columns)
@@ -279,10 +295,10 @@ def draw_ihvp(study: pd.DataFrame) -> Figure:
         rows = study[study["damping_ratio"] == damping]
         for method in [m for m in METHOD_NAMES if m in set(rows["method"])]:
             mine = rows[rows["method"] == method]
-            line = mine.groupby("products")["hypergradient_error"].median()
+            line = mine.groupby("max_products")[["products", "hypergradient_error"]].median()
             axes.plot(
-                line.index,
-                line,
+                line["products"],
+                line["hypergradient_error"],
                 marker="o",
                 markersize=4,
                 color=METHOD_COLOURS[method],

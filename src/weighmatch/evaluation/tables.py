@@ -27,17 +27,39 @@ def class_probabilities(rows: pd.DataFrame) -> NDArray[np.float64]:
     return rows[columns].to_numpy(np.float64)
 
 
-def score_runs(
-    runs: pd.DataFrame, predictions: pd.DataFrame, truth: Truth, test_labels: Truth
+def join_truth(
+    predictions: pd.DataFrame, truth: Truth, test_labels: Truth, source_names: list[str]
 ) -> pd.DataFrame:
+    """Predictions with what the images really are: the one place where the two meet.
+
+    Args:
+        predictions: columns `arm`, `seed`, `split` ("test", "heldout"), `index`, `score`,
+            `weight`, `p_0`, …; one row an image and run.
+        truth: by seed's key, `heldout_sources` (codes into `source_names`) and `heldout_classes`.
+        test_labels: by seed's key, `labels`.
+        source_names: what the codes mean; the first is in-distribution.
+
+    Returns:
+        `predictions` with `source` and `label` (index of the seen class, −1 for OOD).
+    """
+    parts = []
+    for _, rows in predictions.groupby(["seed", "split"], sort=False):
+        key, index = seed_key(int(rows["seed"].iloc[0])), rows["index"].to_numpy()
+        if rows["split"].iloc[0] == "test":
+            part = rows.assign(source=source_names[0], label=test_labels[key]["labels"][index])
+        else:
+            sources = np.array(source_names)[truth[key]["heldout_sources"][index]]
+            part = rows.assign(source=sources, label=truth[key]["heldout_classes"][index])
+        parts.append(part)
+    return pd.concat(parts).sort_index()
+
+
+def score_runs(runs: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
     """One row a run.
 
     Args:
-        runs: columns `arm`, `seed`, `steps`, `seconds`.
-        predictions: columns `arm`, `seed`, `split` ("test", "heldout"), `index`, `score`,
-            `weight`, `p_0`, …; one row an image, in the order of the images.
-        truth: by seed's key, `heldout_sources` (0 is in-distribution) and `heldout_classes`.
-        test_labels: by seed's key, `labels`.
+        runs: columns `arm`, `seed`, `steps`, `seconds`, `mask_rate`.
+        judgements: from `join_truth`.
 
     Returns:
         `runs` with `accuracy` (%), `nll` (nats) and `ece` on the test images, `heldout_accuracy`
@@ -45,29 +67,23 @@ def score_runs(
         `auroc_confidence`, `weight_id` and `weight_ood` (NaN where not defined).
     """
     rows = []
+    by_run = dict(list(judgements.groupby(["arm", "seed"])))
     records: list[dict[str, Any]] = runs.to_dict("records")  # type: ignore[assignment]
     for run in records:
-        mine = predictions[
-            (predictions["arm"] == run["arm"]) & (predictions["seed"] == run["seed"])
-        ]
-        key = seed_key(run["seed"])
-        test = mine[mine["split"] == "test"].sort_values("index")
-        heldout = mine[mine["split"] == "heldout"].sort_values("index")
-        labels = test_labels[key]["labels"]
-        probabilities = class_probabilities(test)
-        is_id = truth[key]["heldout_sources"] == 0
-        heldout_probabilities = class_probabilities(heldout)
-        heldout_correct = heldout_probabilities.argmax(1) == truth[key]["heldout_classes"]
+        mine = by_run[(run["arm"], run["seed"])]
+        test, heldout = mine[mine["split"] == "test"], mine[mine["split"] == "heldout"]
+        is_id = (heldout["label"] >= 0).to_numpy()
+        confidence = class_probabilities(heldout).max(axis=1)
         weights = heldout["weight"].to_numpy(np.float64)
         rows.append(
             {
                 **run,
-                "accuracy": 100 * float((probabilities.argmax(1) == labels).mean()),
-                "nll": negative_log_likelihood(probabilities, labels),
-                "ece": expected_calibration_error(probabilities, labels),
-                "heldout_accuracy": 100 * float(heldout_correct[is_id].mean()),
+                "accuracy": _accuracy(test),
+                "nll": negative_log_likelihood(class_probabilities(test), _labels(test)),
+                "ece": expected_calibration_error(class_probabilities(test), _labels(test)),
+                "heldout_accuracy": _accuracy(heldout[is_id]),
                 "auroc_weight": auroc(heldout["score"].to_numpy(np.float64), is_id),
-                "auroc_confidence": auroc(heldout_probabilities.max(axis=1), is_id),
+                "auroc_confidence": auroc(confidence, is_id),
                 "weight_id": float(weights[is_id].mean()),
                 "weight_ood": float(weights[~is_id].mean()),
             }
@@ -75,16 +91,20 @@ def score_runs(
     return pd.DataFrame(rows)
 
 
-def calibration_table(predictions: pd.DataFrame, test_labels: Truth) -> pd.DataFrame:
+def _labels(rows: pd.DataFrame) -> NDArray[np.int64]:
+    return rows["label"].to_numpy(np.int64)
+
+
+def _accuracy(rows: pd.DataFrame) -> float:
+    """Share of images classified rightly, in per cent."""
+    return 100 * float((class_probabilities(rows).argmax(axis=1) == _labels(rows)).mean())
+
+
+def calibration_table(judgements: pd.DataFrame) -> pd.DataFrame:
     """Reliability bins of each arm, all its seeds' test images together."""
     tables = []
-    test = predictions[predictions["split"] == "test"]
-    for arm, rows in test.groupby("arm", sort=False):
-        parts = [part.sort_values("index") for _, part in rows.groupby("seed")]
-        seeds = [int(part["seed"].iloc[0]) for part in parts]
-        labels = np.concatenate([test_labels[seed_key(seed)]["labels"] for seed in seeds])
-        probabilities = np.concatenate([class_probabilities(part) for part in parts])
-        tables.append(reliability(probabilities, labels).assign(arm=arm))
+    for arm, rows in judgements[judgements["split"] == "test"].groupby("arm", sort=False):
+        tables.append(reliability(class_probabilities(rows), _labels(rows)).assign(arm=arm))
     return pd.concat(tables, ignore_index=True)
 
 

@@ -8,10 +8,12 @@ from tempfile import TemporaryDirectory
 from torch.utils.flop_counter import FlopCounterMode
 
 from weighmatch.semisup.config import ArmName, TrainingConfig
+from weighmatch.semisup.learned import PROBE_EVERY
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
 
-# Steps that are counted; an update of the weights falls on the last of them, or on none.
-COUNTED = 2
+# Steps that are counted: with an update of the weights on each, as many as there are between two
+# probes of the curvature, so that a probe is counted with its share.
+COUNTED = PROBE_EVERY
 
 
 def flops_per_step(arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet) -> float:
@@ -21,8 +23,8 @@ def flops_per_step(arm: ArmName, classes: int, config: TrainingConfig, data: Tra
     not the snapshots of the pool, which are measurement.
     """
     without = _count(arm, classes, config, data, interval=2 * COUNTED)
-    with_update = _count(arm, classes, config, data, interval=COUNTED)
-    return without / COUNTED + (with_update - without) / config.weighing.interval
+    with_updates = _count(arm, classes, config, data, interval=1)
+    return (without + (with_updates - without) / config.weighing.interval) / COUNTED
 
 
 def _count(

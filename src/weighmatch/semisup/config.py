@@ -114,7 +114,7 @@ class WeighingConfig:
     """
 
     weights: Literal["hard", "soft"] = "hard"
-    width: int = 16
+    width: int = 8
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
     interval: int = 20

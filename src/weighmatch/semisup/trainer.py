@@ -1,5 +1,6 @@
 """One training run: FixMatch with a weight on every unlabelled image, resumable."""
 
+import copy
 import hashlib
 import json
 import math
@@ -15,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import ArmName, TrainingConfig
@@ -130,15 +130,14 @@ class Run:
             derive_seed(config.seed, "initialisation of the classifier"),
             self.training.width,
         ).to(self.device)
-        self.ema = AveragedModel(
-            self.classifier, multi_avg_fn=get_ema_multi_avg_fn(self.training.ema)
-        )
+        self.average = copy.deepcopy(self.classifier).requires_grad_(False)
         self.optimizer = torch.optim.SGD(
             self.classifier.parameters(),
             lr=self.training.learning_rate,
             momentum=self.training.momentum,
             weight_decay=self.training.weight_decay,
             nesterov=True,
+            fused=True,
         )
         self.weighting = self._build_weighting()
         self.step, self.seconds = 0, 0.0
@@ -254,7 +253,7 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
-        self.ema.update_parameters(self.classifier)
+        self._update_average()
         self.step += 1
         entry["loss"] = loss.detach()
         if self._weighs() and self.step % self.training.weighing.interval == 0:
@@ -262,6 +261,17 @@ class Run:
         if self.step in self._snapshot_steps():
             self._record_pool()
         return entry
+
+    def _update_average(self) -> None:
+        """θ̄ ← θ̄ + (1 − decay)(θ − θ̄); the decay is less at first, so that θ̄ forgets its start.
+
+        In one fused call: torch's AveragedModel takes ten times as long on a small network.
+        """
+        decay = min(self.training.ema, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.average.parameters()), list(self.classifier.parameters()), 1 - decay
+            )
 
     def _weighs(self) -> bool:
         return self.step >= self.training.weighing.warmup * self.config.steps
@@ -310,7 +320,7 @@ class Run:
             for name, values in self.history.items()
         }
         return {
-            "classifier": self.ema.module.state_dict(),
+            "classifier": self.average.state_dict(),
             "weighting": self.weighting.state_dict(),
             "history": stacked,
             "seconds": self.seconds,
@@ -329,7 +339,7 @@ class Run:
             "step": self.step,
             "seconds": self.seconds,
             "classifier": self.classifier.state_dict(),
-            "ema": self.ema.state_dict(),
+            "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "weighting": self.weighting.state_dict(),
             "streams": self.streams.state_dict(),
@@ -349,7 +359,7 @@ class Run:
             metrics.write_text("")
             return
         self.classifier.load_state_dict(state["classifier"])
-        self.ema.load_state_dict(state["ema"])
+        self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.weighting.load_state_dict(state["weighting"])
         self.streams.load_state_dict({k: v.cpu() for k, v in state["streams"].items()})

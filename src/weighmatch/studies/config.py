@@ -23,7 +23,7 @@ class StudyConfig:
     pool: int = 200
     steps: int = 400
     l2: float = 1e-3
-    dampings: tuple[float, ...] = (1e-1, 1e-2, 1e-3)
+    dampings: tuple[float, ...] = (1.0, 0.1, 0.01)
     budgets: tuple[int, ...] = (5, 10, 20, 40, 80)
     seeds: int = 2
 

@@ -20,9 +20,15 @@ def load_images() -> tuple[Arrays, Arrays]:
 
 def split_and_contaminate(
     digits: Arrays, photographs: Arrays, data: DataConfig
-) -> tuple[dict[str, Arrays], dict[str, Arrays], dict[str, Arrays], dict[str, Arrays]]:
-    """One set of splits a seed, cut so that no file mixes what training may and may not see."""
+) -> tuple[dict[str, Arrays], dict[str, Arrays], dict[str, Arrays], dict[str, Arrays], Arrays]:
+    """One set of splits a seed, cut so that no file mixes what training may and may not see.
+
+    Returns:
+        Training sets, evaluation images, truth about OOD and test labels by the seed's key, and
+        a manifest: counts, seeds and fingerprints.
+    """
     training, evaluation, truth, labels = {}, {}, {}, {}
+    described = []
     for seed in data.seeds:
         key = seed_key(seed)
         splits = make_splits(digits["images"], digits["labels"], photographs["images"], data, seed)
@@ -42,31 +48,19 @@ def split_and_contaminate(
             "heldout_classes": splits.heldout.classes,
         }
         labels[key] = {"labels": splits.test_labels}
-    return training, evaluation, truth, labels
-
-
-def describe_splits(
-    training_sets: dict[str, Arrays],
-    evaluation_images: dict[str, Arrays],
-    ood_truth: dict[str, Arrays],
-    data: DataConfig,
-) -> dict[str, Any]:
-    """Counts, seeds and fingerprints: what the results belong to."""
-    seeds = []
-    for seed in data.seeds:
-        key = seed_key(seed)
-        arrays = {**training_sets[key], **evaluation_images[key]}
-        seeds.append(
+        arrays: Arrays = {**training[key], **evaluation[key]}
+        described.append(
             {
                 "seed": seed,
-                "labelled": len(training_sets[key]["labels"]),
-                "pool": _count_sources(ood_truth[key]["pool_sources"]),
-                "heldout": _count_sources(ood_truth[key]["heldout_sources"]),
-                "test": len(evaluation_images[key]["test_images"]),
+                "labelled": len(splits.labels),
+                "pool": _count_sources(splits.pool.sources),
+                "heldout": _count_sources(splits.heldout.sources),
+                "test": len(splits.test_labels),
                 "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
             }
         )
-    return {"parameters": asdict(data), "seeds": seeds}
+    manifest = {"parameters": asdict(data), "seeds": described}
+    return training, evaluation, truth, labels, manifest
 
 
 def _count_sources(codes: Any) -> dict[str, Any]:

@@ -13,14 +13,8 @@ def create_pipeline() -> Pipeline:
             Node(
                 nodes.split_and_contaminate,
                 ["digits", "photographs", "params:data"],
-                ["training_sets", "evaluation_images", "ood_truth", "test_labels"],
+                ["training_sets", "evaluation_images", "ood_truth", "test_labels", "manifest"],
                 name="split_and_contaminate",
-            ),
-            Node(
-                nodes.describe_splits,
-                ["training_sets", "evaluation_images", "ood_truth", "params:data"],
-                "manifest",
-                name="describe_splits",
             ),
             Node(
                 nodes.draw_samples,

@@ -10,23 +10,27 @@ from weighmatch.data.splits import SOURCE_NAMES
 from weighmatch.semisup.config import TrainingConfig
 
 
-def score_runs(
-    runs: pd.DataFrame,
-    predictions: pd.DataFrame,
-    ood_truth: dict[str, Any],
-    test_labels: dict[str, Any],
+def join_truth(
+    predictions: pd.DataFrame, ood_truth: dict[str, Any], test_labels: dict[str, Any]
 ) -> pd.DataFrame:
+    """Predictions with what the images really are."""
+    from weighmatch.evaluation import tables
+
+    return tables.join_truth(predictions, ood_truth, test_labels, list(SOURCE_NAMES))
+
+
+def score_runs(runs: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
     """One row a run."""
     from weighmatch.evaluation import tables
 
-    return tables.score_runs(runs, predictions, ood_truth, test_labels)
+    return tables.score_runs(runs, judgements)
 
 
-def bin_confidences(predictions: pd.DataFrame, test_labels: dict[str, Any]) -> pd.DataFrame:
+def bin_confidences(judgements: pd.DataFrame) -> pd.DataFrame:
     """Reliability bins of each arm."""
     from weighmatch.evaluation import tables
 
-    return tables.calibration_table(predictions, test_labels)
+    return tables.calibration_table(judgements)
 
 
 def trace_weights(

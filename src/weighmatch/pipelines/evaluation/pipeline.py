@@ -10,17 +10,13 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(
-                nodes.score_runs,
-                ["runs", "predictions", "ood_truth", "test_labels"],
-                "run_scores",
-                name="score_runs",
+                nodes.join_truth,
+                ["predictions", "ood_truth", "test_labels"],
+                "judgements",
+                name="join_truth",
             ),
-            Node(
-                nodes.bin_confidences,
-                ["predictions", "test_labels"],
-                "calibration",
-                name="bin_confidences",
-            ),
+            Node(nodes.score_runs, ["runs", "judgements"], "run_scores", name="score_runs"),
+            Node(nodes.bin_confidences, "judgements", "calibration", name="bin_confidences"),
             Node(
                 nodes.trace_weights,
                 ["pool_weights", "ood_truth", "params:training"],

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 
 from weighmatch.data.config import seed_key
-from weighmatch.data.splits import SOURCE_NAMES
 
 # Whose weights the gallery shows: the first of these arms that was run.
 SHOWN = ("learned", "pu", "max_prob", "fixmatch", "supervised", "fixmatch_matched", "oracle")
@@ -47,19 +46,17 @@ def draw_calibration(calibration: pd.DataFrame) -> Any:
     return figures.draw_calibration(calibration)
 
 
-def draw_gallery(
-    predictions: pd.DataFrame, evaluation_images: dict[str, Any], ood_truth: dict[str, Any]
-) -> Any:
+def draw_gallery(judgements: pd.DataFrame, evaluation_images: dict[str, Any]) -> Any:
     """Held-out images of the first seed, by the learned weights (or the next arm's)."""
     from weighmatch.evaluation import figures
 
-    arm = next(arm for arm in SHOWN if arm in set(predictions["arm"]))
-    rows = predictions[(predictions["arm"] == arm) & (predictions["split"] == "heldout")]
+    arm = next(arm for arm in SHOWN if arm in set(judgements["arm"]))
+    rows = judgements[(judgements["arm"] == arm) & (judgements["split"] == "heldout")]
     seed = int(rows["seed"].min())
-    weights = rows[rows["seed"] == seed].sort_values("index")["weight"].to_numpy(np.float64)
-    codes = ood_truth[seed_key(seed)]["heldout_sources"]
+    rows = rows[rows["seed"] == seed].sort_values("index")
     images = evaluation_images[seed_key(seed)]["heldout_images"]
-    return figures.draw_gallery(images, weights, [SOURCE_NAMES[code] for code in codes])
+    scores, weights = (rows[name].to_numpy(np.float64) for name in ("score", "weight"))
+    return figures.draw_gallery(images, scores, weights, rows["source"].tolist())
 
 
 def write_report(

@@ -17,7 +17,7 @@ def create_pipeline() -> Pipeline:
         Node(nodes.draw_calibration, "calibration", "calibration_figure", name="draw_calibration"),
         Node(
             nodes.draw_gallery,
-            ["predictions", "evaluation_images", "ood_truth"],
+            ["judgements", "evaluation_images"],
             "gallery_figure",
             name="draw_gallery",
         ),
