@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from weighmatch.semisup.compute import flops_per_step, matched_steps
-from weighmatch.semisup.runs import make_jobs, one_thread, train_all
+from weighmatch.semisup.runs import Job, make_jobs, one_thread, train_all
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.trainer import Run
 
@@ -112,3 +112,22 @@ def test_scoring_is_the_trained_run(arm, sets, run_config, tmp_path):
         assert scored.weights == pytest.approx(last.double().numpy(), abs=1e-5)
     with pytest.raises(ValueError, match="1 channel"):
         score_images(checkpoint, images.repeat(3, 1))
+
+
+def test_a_failing_run_stops_the_others_and_names_itself(sets, run_config, tmp_path):
+    good = make_jobs(("fixmatch",), sets, run_config(steps=4000).training)
+    wild = run_config("supervised", learning_rate=99.0, momentum=0.99, weight_decay=0.9)
+    bad = [Job("bad", wild, good[0].data)]
+    with pytest.raises(FloatingPointError, match="supervised, seed 0"):
+        train_all([*good[:1], *bad], tmp_path, workers=2)
+    # A new pool is there for the next call.
+    short = make_jobs(("fixmatch",), sets, run_config().training)
+    assert len(train_all(short, tmp_path, workers=2)) == 2
+
+
+def test_an_edit_while_runs_go_on_splits_none(sets, run_config, tmp_path, monkeypatch):
+    jobs = make_jobs(("fixmatch",), sets, run_config().training)
+    train_all(jobs, tmp_path, workers=1)
+    monkeypatch.setattr("weighmatch.semisup.trainer.code_digest", lambda: "another")
+    monkeypatch.setattr(Run, "train_steps", lambda self: pytest.fail("trained again"))
+    train_all(jobs, tmp_path, workers=1)

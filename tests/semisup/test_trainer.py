@@ -72,7 +72,7 @@ def test_another_configuration_starts_over(training_set, run_config, tmp_path):
     assert same(other, Trainer(run_config(seed=1)).fit(training_set, tmp_path / "fresh"))
 
 
-def test_the_fingerprint_sees_data_seed_and_configuration(training_set, run_config):
+def test_the_fingerprint_sees_data_seed_configuration_and_code(training_set, run_config):
     prints = {
         fingerprint(run_config(), training_set),
         fingerprint(run_config(seed=1), training_set),
@@ -82,7 +82,8 @@ def test_the_fingerprint_sees_data_seed_and_configuration(training_set, run_conf
     images[0, 0, 0, 0] ^= 1
     changed = dataclasses.replace(training_set, unlabelled_images=images)
     prints.add(fingerprint(run_config(), changed))
-    assert len(prints) == 4
+    prints.add(fingerprint(dataclasses.replace(run_config(), code="another"), training_set))
+    assert len(prints) == 5
     assert fingerprint(run_config(), training_set) in prints
 
 

@@ -1,5 +1,6 @@
 """Many runs at once: one process a core, one thread each, resumed run by run."""
 
+import functools
 import multiprocessing
 import os
 import queue
@@ -94,30 +95,40 @@ def _train(job: Job, folder: Path, progress: Any) -> dict[str, Any]:
 def _train_in_processes(
     jobs: Sequence[Job], folder: Path, workers: int, bar: "tqdm[Any]"
 ) -> dict[str, dict[str, Any]]:
-    context = multiprocessing.get_context("spawn")
-    steps = context.Queue()
-    pool = ProcessPoolExecutor(
-        min(workers, len(jobs)),
-        mp_context=context,
-        initializer=_start_worker,
-        initargs=(os.getpid(), steps),
-    )
+    pool, steps = _pool(workers)
     # The longest first, so that no core waits for a long run at the end.
     order = sorted(jobs, key=lambda job: -job.config.steps)
-    futures: dict[str, Future[None]] = {}
     try:
-        futures = {job.name: pool.submit(_work, job, folder) for job in order}
-        pending = set(futures.values())
+        pending: set[Future[None]] = {pool.submit(_work, job, folder) for job in order}
         while pending:
             done, pending = wait(pending, timeout=0.3, return_when=FIRST_EXCEPTION)
             _drain(steps, bar)
             for future in done:
                 future.result()
         _drain(steps, bar)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    except BaseException:
+        _end_pool(pool)
+        raise
     # Finished runs are read back from their folders: tensors need not cross processes.
     return {job.name: _train(job, folder, lambda _: None) for job in jobs}
+
+
+@functools.lru_cache(maxsize=1)
+def _pool(workers: int) -> tuple[ProcessPoolExecutor, Any]:
+    """Workers and the queue that they report steps on; kept, since they take seconds to start."""
+    context = multiprocessing.get_context("spawn")
+    steps = context.Queue()
+    initial = (os.getpid(), steps)
+    return ProcessPoolExecutor(workers, context, _start_worker, initial), steps
+
+
+def _end_pool(pool: ProcessPoolExecutor) -> None:
+    """Stop the workers at once: their runs resume from their last checkpoints."""
+    _pool.cache_clear()
+    processes = list(pool._processes.values())  # ProcessPoolExecutor.kill_workers is of 3.14
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in processes:
+        process.terminate()
 
 
 def _drain(steps: Any, bar: "tqdm[Any]") -> None:
@@ -167,4 +178,8 @@ def one_thread() -> Iterator[None]:
 
 def default_workers(device: torch.device) -> int:
     """One process a core on the CPU; on a GPU a single one."""
-    return 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+    if device.type == "cuda":
+        return 1
+    # What this process may use, where the system tells (Linux), else what there is.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

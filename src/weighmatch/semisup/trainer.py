@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,15 +49,34 @@ class TrainingSet:
     unlabelled_images: NDArray[np.uint8]
 
 
+def code_digest() -> str:
+    """Identifies the code that trains and the version of torch; 16 hexadecimal digits."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    package = Path(__file__).parents[1]
+    for source in sorted([*package.glob("semisup/*.py"), *package.glob("implicit/*.py")]):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class RunConfig:
-    """What defines a run beside its data: arm, seed, number of steps and of classes, the rest."""
+    """What defines a run beside its data.
+
+    Attributes:
+        arm: the weighting.
+        seed: of every random stream.
+        steps: of the classifier.
+        classes: number of seen classes.
+        training: the rest.
+        code: what trains it. Fixed here, so that an edit while many runs go on splits none.
+    """
 
     arm: ArmName
     seed: int
     steps: int
     classes: int
     training: TrainingConfig
+    code: str = field(default_factory=code_digest)
 
 
 class Trainer:
@@ -100,15 +119,11 @@ class Trainer:
 
 
 def fingerprint(config: RunConfig, data: TrainingSet) -> str:
-    """Identifies a run: its configuration, data and the code that trains it; 16 hex digits."""
+    """Identifies a run: its configuration (code included) and data; 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
     for array in (data.labelled_images, data.labels, data.unlabelled_images):
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
-    package = Path(__file__).parents[1]
-    for source in sorted([*package.glob("semisup/*.py"), *package.glob("implicit/*.py")]):
-        digest.update(source.read_bytes())
-    digest.update(torch.__version__.encode())
     return digest.hexdigest()[:16]
 
 
@@ -354,7 +369,7 @@ class Run:
     def _resume(self) -> None:
         """Go on from a checkpoint of this very run; anything else there is started over."""
         path, metrics = self.directory / "checkpoint.pt", self.directory / "metrics.jsonl"
-        state = _load_checkpoint(path, self.device)
+        state = _load_checkpoint(path)
         if state is None or state["fingerprint"] != self.fingerprint:
             metrics.write_text("")
             return
@@ -362,7 +377,7 @@ class Run:
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.weighting.load_state_dict(state["weighting"])
-        self.streams.load_state_dict({k: v.cpu() for k, v in state["streams"].items()})
+        self.streams.load_state_dict(state["streams"])
         self.history = state["history"]
         self.step, self.seconds = state["step"], state["seconds"]
         lines = metrics.read_text().splitlines() if metrics.exists() else []
@@ -370,10 +385,10 @@ class Run:
         metrics.write_text("".join(line + "\n" for line in kept))
 
 
-def _load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
+def _load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     return state
 
 

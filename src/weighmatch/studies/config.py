@@ -19,9 +19,9 @@ class StudyConfig:
         seeds: how many of the data's seeds, from the first.
     """
 
-    hidden: int = 16
+    hidden: int = 12
     pool: int = 200
-    steps: int = 400
+    steps: int = 300
     l2: float = 1e-3
     dampings: tuple[float, ...] = (1.0, 0.1, 0.01)
     budgets: tuple[int, ...] = (5, 10, 20, 40, 80)
