@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from weighmatch.semisup.compute import matched_steps
-from weighmatch.semisup.config import ArmName, TrainingConfig
+from weighmatch.semisup.config import ARMS, ArmName, TrainingConfig
 from weighmatch.semisup.trainer import (
     RunConfig,
     Trainer,
@@ -96,8 +96,8 @@ def _train_in_processes(
     jobs: Sequence[Job], folder: Path, workers: int, bar: "tqdm[Any]"
 ) -> dict[str, dict[str, Any]]:
     pool, steps = _pool(workers)
-    # The longest first, so that no core waits for a long run at the end.
-    order = sorted(jobs, key=lambda job: -job.config.steps)
+    # The longest first (`ARMS` goes from cheap to dear), so that no core waits at the end.
+    order = sorted(jobs, key=lambda job: (-job.config.steps, -ARMS.index(job.config.arm)))
     try:
         pending: set[Future[None]] = {pool.submit(_work, job, folder) for job in order}
         while pending:
