@@ -65,6 +65,8 @@ def draw_accuracy(scores: pd.DataFrame) -> Figure:
         _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
     axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
     axes.set_xlabel("accuracy on test images of seen classes (%)")
+    # An interval may reach beyond what an accuracy can be.
+    axes.set_xlim(right=min(axes.get_xlim()[1], 101))
     seeds = scores["seed"].nunique()
     axes.set_title(
         f"Test accuracy: mean and 95 % interval over {_count(seeds, 'seed')}", loc="left"
@@ -161,7 +163,7 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
     axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
     axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
-    axes.set_title("What tells unseen OOD images apart: mean and 95 % interval", loc="left")
+    axes.set_title("What tells new OOD images apart: mean and 95 % interval", loc="left")
     if arms:
         axes.legend(frameon=False, loc="upper left", fontsize=9)
     return figure

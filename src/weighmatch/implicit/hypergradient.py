@@ -1,6 +1,7 @@
 """Hypergradients by the implicit function theorem (DESIGN: dL_outer/dφ = −(∂²L/∂φ∂θ)ᵀ v)."""
 
 import inspect
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -98,6 +99,8 @@ def weight_gradient(
         (B,), without a graph.
     """
     theta = {name: p.detach() for name, p in params.items()}
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        # torch's own forward-mode rules call torch.jit.script, which warns of itself.
+        warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
         tangent: Tensor = torch.func.jvp(example_losses, (theta,), (unflatten(v, theta),))[1]
     return -tangent

@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
 
@@ -23,12 +22,16 @@ class CheckpointDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
         self.metadata = metadata
 
     def load(self) -> dict[str, Any]:
+        import torch  # here, so that a catalog that merely lists checkpoints starts at once
+
         checkpoint: dict[str, Any] = torch.load(
             self._filepath, map_location="cpu", weights_only=True
         )
         return checkpoint
 
     def save(self, data: dict[str, Any]) -> None:
+        import torch
+
         write_atomically(self._filepath, lambda file: torch.save(data, file))
 
     def _exists(self) -> bool:

@@ -75,7 +75,10 @@ def draw_samples(training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays])
 
     key = next(iter(training_sets))
     pool, sources = training_sets[key]["unlabelled_images"], ood_truth[key]["pool_sources"]
-    rows = {"labelled": training_sets[key]["labelled_images"][:14]}
+    labelled = training_sets[key]["labelled_images"]
+    # They are ordered by class: show some of each.
+    spread = np.linspace(0, len(labelled) - 1, min(14, len(labelled))).round().astype(int)
+    rows = {"labelled": labelled[spread]}
     for code, name in enumerate(SOURCE_NAMES):
         if (sources == code).any():
             rows[name] = pool[sources == code][:14]
