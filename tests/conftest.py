@@ -2,8 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
 from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, WeighingConfig
+
+
+# Tiny tensors gain nothing from threads, and lose much where a core is busy with something else.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

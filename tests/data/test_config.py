@@ -9,6 +9,8 @@ from weighmatch.data.config import DataConfig, proportional
         ({"ratio": 1.0}, "data.ratio must be a number at least 0 and below 1"),
         ({"ratio": -0.1}, "data.ratio"),
         ({"ratio": "much"}, "data.ratio"),
+        ({"ratio": float("nan")}, "data.ratio"),
+        ({"ratio": 0.9999, "ood_source": "noise"}, "leaves no in-distribution image"),
         ({"labels_per_class": 178}, "rarest seen class has only 177 images; lower it"),
         ({"labels_per_class": 150}, "lower data.labels_per_class"),
         ({"labels_per_class": 0}, "data.labels_per_class must be an integer of at least 1"),

@@ -65,6 +65,15 @@ def test_a_finished_run_is_not_trained_again(training_set, run_config, tmp_path,
     assert same(Trainer(run_config()).fit(training_set, tmp_path), first)
 
 
+def test_a_damaged_checkpoint_is_named_and_kept(training_set, run_config, tmp_path):
+    Trainer(run_config()).fit(training_set, tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="delete its folder to train that run anew"):
+        Trainer(run_config()).fit(training_set, tmp_path)
+    assert path.stat().st_size == 1000
+
+
 def test_another_configuration_starts_over(training_set, run_config, tmp_path):
     Trainer(run_config(seed=0)).fit(training_set, tmp_path)
     other = Trainer(run_config(seed=1)).fit(training_set, tmp_path)

@@ -85,6 +85,11 @@ class DataConfig:
                 f"data.labels_per_class is {self.labels_per_class}, but the rarest seen class has "
                 f"only {min(seen)} images; lower it"
             )
+        if self.pool_id < 1:
+            raise ValueError(
+                f"data.ratio {self.ratio} leaves no in-distribution image in a pool of "
+                f"{self.pool_size}; lower it or raise data.pool_size"
+            )
         labelled = self.labels_per_class * len(seen)
         needed = labelled + self.heldout_size + self.test_size + self.pool_id
         tested = proportional(seen, min(self.test_size, sum(seen)))

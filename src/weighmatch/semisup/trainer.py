@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -110,6 +111,7 @@ class Trainer:
 
         Raises:
             FloatingPointError: if the loss is no longer finite.
+            ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
         run = Run(self.config, data, checkpoint_dir)
         progress(run.step)
@@ -388,7 +390,12 @@ class Run:
 def _load_checkpoint(path: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
-    state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise ValueError(
+            f"{path} is not a whole checkpoint; delete its folder to train that run anew"
+        ) from error
     return state
 
 
