@@ -6,7 +6,6 @@ import torch
 
 from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, WeighingConfig
 
-
 # Tiny tensors gain nothing from threads, and lose much where a core is busy with something else.
 torch.set_num_threads(1)
 
