@@ -3,7 +3,7 @@ import json
 import pytest
 
 from weighmatch.evaluation.report import summarise, verdict
-from weighmatch.evaluation.tables import compare_arms
+from weighmatch.evaluation.tables import compare_arms, learned_against
 
 from .test_tables import scores
 
@@ -16,8 +16,13 @@ SETTING = {
 }
 
 
+def metrics(**accuracy):
+    table = scores(**accuracy)
+    return summarise(compare_arms(table), learned_against(table), SETTING)
+
+
 def sentence(**accuracy):
-    return summarise(compare_arms(scores(**accuracy)), SETTING)["verdict"]
+    return metrics(**accuracy)["verdict"]
 
 
 def test_the_verdict_follows_the_interval():
@@ -29,14 +34,16 @@ def test_the_verdict_follows_the_interval():
     assert "Neither is shown to be better." in sentence(fixmatch=base, learned=[85.0, 80.0, 91.0])
 
 
-def test_the_verdict_names_compute_and_oracle():
+def test_the_verdict_names_controls_and_oracle():
     text = sentence(
         fixmatch=[80.0, 85.0],
         learned=[85.0, 89.0],
         fixmatch_matched=[81.0, 86.0],
+        pu=[85.0, 89.0],
         oracle=[90.0, 95.0],
     )
-    assert "total compute reaches 83.5 %" in text
+    assert "total compute (83.5 %) the difference is +3.5 points" in text
+    assert "no hypergradient (87.0 %) the difference is +0.0 points" in text
     assert "close 45 % of that gap" in text
     flat = sentence(fixmatch=[80.0, 85.0], learned=[85.0, 89.0], oracle=[70.0, 85.0])
     assert "no gap to close" in flat
@@ -48,13 +55,14 @@ def test_one_seed_has_no_interval_and_missing_arms_no_verdict():
 
 
 def test_metrics_are_json_without_nan():
-    metrics = summarise(compare_arms(scores(fixmatch=[80.0], learned=[85.0])), SETTING)
-    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics
-    assert metrics["arms"]["learned"]["difference_low"] is None
-    assert metrics["arms"]["learned"]["accuracy"] == 85
+    found = metrics(fixmatch=[80.0], learned=[85.0])
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["arms"]["learned"]["difference_low"] is None
+    assert found["arms"]["learned"]["accuracy"] == 85
+    assert found["learned_minus"]["fixmatch"]["mean"] == 5
 
 
 @pytest.mark.parametrize("source", ["unseen", "patches", "noise", "mix"])
 def test_every_source_has_words(source):
     arms = {"learned": {"accuracy": 90.0}}
-    assert "%" in verdict(arms, {**SETTING, "ood_source": source})
+    assert "%" in verdict(arms, {}, {**SETTING, "ood_source": source})

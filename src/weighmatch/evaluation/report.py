@@ -3,6 +3,7 @@
 import base64
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -10,8 +11,14 @@ import jinja2
 import pandas as pd
 
 from weighmatch.evaluation.figures import ARM_NAMES
-from weighmatch.evaluation.tables import BASELINE, CEILING
+from weighmatch.evaluation.statistics import PairedDifference
+from weighmatch.evaluation.tables import BASELINE, CEILING, LEARNED
 
+# What learned weights must be held against before they are said to be of use.
+CONTROLS = {
+    "fixmatch_matched": "FixMatch with the learned arm's total compute",
+    "pu": "weights from a classifier of labelled against pool images, which need no hypergradient",
+}
 SOURCES = {
     "unseen": "images of unseen classes",
     "patches": "patches of photographs",
@@ -20,18 +27,30 @@ SOURCES = {
 }
 
 
-def summarise(comparison: pd.DataFrame, setting: Mapping[str, Any]) -> dict[str, Any]:
+def summarise(
+    comparison: pd.DataFrame, against: Mapping[str, PairedDifference], setting: Mapping[str, Any]
+) -> dict[str, Any]:
     """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
 
     Args:
         comparison: from `compare_arms`.
+        against: from `learned_against`.
         setting: `ratio`, `regime`, `ood_source`, `labels_per_class`, `seeds`.
     """
     arms: dict[str, dict[str, float | None]] = {
         row["arm"]: {str(k): _number(v) for k, v in row.items() if k != "arm"}
         for row in comparison.to_dict("records")
     }
-    return {"setting": dict(setting), "verdict": verdict(arms, setting), "arms": arms}
+    learned_minus = {
+        arm: {k: None if v is None else _number(v) for k, v in asdict(difference).items()}
+        for arm, difference in against.items()
+    }
+    return {
+        "setting": dict(setting),
+        "verdict": verdict(arms, against, setting),
+        "arms": arms,
+        "learned_minus": learned_minus,
+    }
 
 
 def _number(value: Any) -> float | None:
@@ -40,30 +59,35 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def verdict(arms: Mapping[str, Mapping[str, Any]], setting: Mapping[str, Any]) -> str:
-    """Who won, by how much and how sure that is, in a sentence or three."""
+def verdict(
+    arms: Mapping[str, Mapping[str, Any]],
+    against: Mapping[str, PairedDifference],
+    setting: Mapping[str, Any],
+) -> str:
+    """Who won, by how much and how sure that is, and whether the controls do as well."""
     where = describe(setting)
-    if "learned" not in arms or BASELINE not in arms:
+    if BASELINE not in against:
         best = max(arms, key=lambda arm: arms[arm]["accuracy"])
         return (
             f"{where}, the highest mean accuracy is {arms[best]['accuracy']:.1f} % "
             f"({ARM_NAMES[best]}); learned weights and FixMatch were not both run, so there is "
             f"no verdict between them."
         )
-    learned, baseline = arms["learned"], arms[BASELINE]
-    sentence = (
-        f"{where}, learned-weight FixMatch classifies {learned['accuracy']:.1f} % of the test "
-        f"images and FixMatch {baseline['accuracy']:.1f} %: {_difference(learned)}"
-    )
-    sentence += f" {_conclusion(learned)}"
-    matched = arms.get("fixmatch_matched")
-    if matched:
-        sentence += (
-            f" FixMatch given the learned arm's total compute reaches {matched['accuracy']:.1f} %."
-        )
+    learned, baseline = arms[LEARNED]["accuracy"], arms[BASELINE]["accuracy"]
+    sentences = [
+        f"{where}, learned-weight FixMatch classifies {learned:.1f} % of the test images and "
+        f"FixMatch {baseline:.1f} %: {_difference(against[BASELINE])}, "
+        f"sign-flip p = {against[BASELINE].p_value:.2g}. {_conclusion(against[BASELINE])}"
+    ]
+    for arm, name in CONTROLS.items():
+        if arm in against:
+            sentences.append(
+                f"Against {name} ({arms[arm]['accuracy']:.1f} %) the difference is "
+                f"{_difference(against[arm])}."
+            )
     if CEILING in arms:
-        sentence += _towards_oracle(learned, arms[CEILING])
-    return sentence
+        sentences.append(_towards_oracle(arms[LEARNED], arms[CEILING]))
+    return " ".join(sentences)
 
 
 def describe(setting: Mapping[str, Any]) -> str:
@@ -77,29 +101,26 @@ def describe(setting: Mapping[str, Any]) -> str:
     )
 
 
-def _difference(row: Mapping[str, Any]) -> str:
-    points = f"{row['difference']:+.1f} points"
-    if row["difference_low"] is None:
-        return f"{points} (one seed: no interval)."
-    return (
-        f"{points}, 95 % interval {row['difference_low']:+.1f} to {row['difference_high']:+.1f}, "
-        f"sign-flip p = {row['p_value']:.2g}."
-    )
+def _difference(difference: PairedDifference) -> str:
+    points = f"{difference.mean:+.1f} points"
+    if difference.low is None:
+        return f"{points} (one seed: no interval)"
+    return f"{points}, 95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
 
 
-def _conclusion(row: Mapping[str, Any]) -> str:
-    low, high = row["difference_low"], row["difference_high"]
-    if low is None or low <= 0 <= high:
+def _conclusion(difference: PairedDifference) -> str:
+    low, high = difference.low, difference.high
+    if low is None or high is None or low <= 0 <= high:
         return "Neither is shown to be better."
     return "Learned weights win." if low > 0 else "Learned weights lose."
 
 
 def _towards_oracle(learned: Mapping[str, Any], oracle: Mapping[str, Any]) -> str:
-    text = f" With every OOD image removed it would be {oracle['accuracy']:.1f} %"
+    text = f"With every OOD image removed FixMatch reaches {oracle['accuracy']:.1f} %"
     share = learned.get("gap_closed")
     if share is None:
-        return text + ", no more than FixMatch, so there is no gap to close."
-    return text + f"; learned weights close {100 * share:.0f} % of that gap."
+        return f"{text}, no more than with them, so there is no gap to close."
+    return f"{text}; learned weights close {100 * share:.0f} % of that gap."
 
 
 def render_report(

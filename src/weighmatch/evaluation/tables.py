@@ -14,10 +14,16 @@ from weighmatch.evaluation.scores import (
     negative_log_likelihood,
     reliability,
 )
-from weighmatch.evaluation.statistics import gap_closed, holm, mean_interval, paired_difference
+from weighmatch.evaluation.statistics import (
+    PairedDifference,
+    gap_closed,
+    holm,
+    mean_interval,
+    paired_difference,
+)
 
 Truth = Mapping[str, Mapping[str, Any]]
-BASELINE, CEILING = "fixmatch", "oracle"
+BASELINE, CEILING, LEARNED = "fixmatch", "oracle", "learned"
 
 
 def class_probabilities(rows: pd.DataFrame) -> NDArray[np.float64]:
@@ -180,6 +186,20 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
         tested = table["p_value"].notna()
         table.loc[tested, "p_holm"] = holm(table.loc[tested, "p_value"].tolist())
     return table.astype({c: float for c in table.columns if c not in ("arm", "seeds")})
+
+
+def learned_against(scores: pd.DataFrame) -> dict[str, PairedDifference]:
+    """The learned arm's accuracy minus that of each other arm it shares seeds with, in points."""
+    accuracy = scores.pivot(index="seed", columns="arm", values="accuracy")
+    if LEARNED not in accuracy:
+        return {}
+    others = [str(arm) for arm in accuracy.columns if arm != LEARNED]
+    pairs = {arm: (accuracy[LEARNED] - accuracy[arm]).dropna() for arm in others}
+    return {
+        arm: paired_difference(differences.to_numpy(np.float64))
+        for arm, differences in pairs.items()
+        if len(differences)
+    }
 
 
 def _against_baseline(arm: str, accuracy: pd.DataFrame) -> dict[str, Any]:

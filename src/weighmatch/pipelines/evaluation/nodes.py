@@ -49,10 +49,13 @@ def compare_arms(run_scores: pd.DataFrame) -> pd.DataFrame:
     return tables.compare_arms(run_scores)
 
 
-def summarise(comparison: pd.DataFrame, data: DataConfig) -> dict[str, Any]:
+def summarise(
+    comparison: pd.DataFrame, run_scores: pd.DataFrame, data: DataConfig
+) -> dict[str, Any]:
     """Setting, verdict and numbers of each arm."""
-    from weighmatch.evaluation import report
+    from weighmatch.evaluation import report, tables
 
     names = ("ood_source", "ratio", "regime", "labels_per_class", "seeds")
     setting = {name: asdict(data)[name] for name in names}
-    return report.summarise(comparison, {**setting, "seeds": list(data.seeds)})
+    against = tables.learned_against(run_scores)
+    return report.summarise(comparison, against, {**setting, "seeds": list(data.seeds)})

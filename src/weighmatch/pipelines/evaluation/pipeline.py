@@ -24,6 +24,11 @@ def create_pipeline() -> Pipeline:
                 name="trace_weights",
             ),
             Node(nodes.compare_arms, "run_scores", "comparison", name="compare_arms"),
-            Node(nodes.summarise, ["comparison", "params:data"], "metrics", name="summarise"),
+            Node(
+                nodes.summarise,
+                ["comparison", "run_scores", "params:data"],
+                "metrics",
+                name="summarise",
+            ),
         ]
     )
