@@ -64,8 +64,8 @@ def test_gallery_shows_the_highest_first_and_counts_ood():
     sources = ["id"] * 12 + ["unseen"] * 18
     figure = figures.draw_gallery(images, weights, weights, sources, per_side=12)
     shown = texts(figure)
-    assert "Weighed up most: 0 % of these are OOD" in shown
-    assert "Weighed down most: 100 % of these are OOD" in shown
+    assert "Weighed up most (weights 1.24 to 2.00): 0 % of these are OOD" in shown
+    assert "Weighed down most (weights 0.00 to 0.76): 100 % of these are OOD" in shown
     assert "2.00" in shown
     figures.draw_gallery(images.repeat(3, 1), weights, weights, sources).canvas.draw()
 

@@ -29,8 +29,10 @@ def test_the_verdict_follows_the_interval():
     base = [80.0, 85.0, 90.0]
     win = sentence(fixmatch=base, learned=[85.0, 90.1, 94.9])
     assert "+5.0 points, 95 % interval +4.8 to +5.2" in win
-    assert "Learned weights win." in win
-    assert "Learned weights lose." in sentence(fixmatch=base, learned=[75.0, 80.1, 84.9])
+    assert "Learned weights beat FixMatch at equal steps." in win
+    assert "Learned weights fall behind FixMatch" in sentence(
+        fixmatch=base, learned=[75.0, 80.1, 84.9]
+    )
     assert "Neither is shown to be better." in sentence(fixmatch=base, learned=[85.0, 80.0, 91.0])
 
 

@@ -227,8 +227,8 @@ def draw_gallery(
 
     Args:
         images: (n, C, H, W) uint8.
-        scores: what ranks them, (n,).
-        weights: what is written below them, (n,).
+        scores: what ranks them and is written below them, (n,).
+        weights: what follows from the scores, (n,); the titles name them.
         sources: of each, names of `SOURCE_NAMES`.
         per_side: how many of the highest and of the lowest.
     """
@@ -243,13 +243,15 @@ def draw_gallery(
     parts = {"Weighed up most": order[:per_side], "Weighed down most": order[-per_side:][::-1]}
     for half, (title, chosen) in zip(halves, parts.items(), strict=True):
         ood = float(np.mean([sources[k] != "id" for k in chosen]))
-        half.suptitle(f"{title}: {100 * ood:.0f} % of these are OOD", fontsize=11)
+        half.suptitle(
+            f"{title} ({_span(weights[chosen])}): {100 * ood:.0f} % of these are OOD", fontsize=11
+        )
         grid = half.subplots(rows_each, columns, squeeze=False).ravel()
         for axes in grid[len(chosen) :]:
             axes.set_axis_off()
         for axes, k in zip(grid, chosen, strict=False):
             _show(axes, images[k], SOURCE_COLOURS[sources[k]])
-            axes.set_xlabel(f"{weights[k]:.2f}", fontsize=8, labelpad=2)
+            axes.set_xlabel(f"{scores[k]:.2f}", fontsize=8, labelpad=2)
     present = [name for name in SOURCE_NAMES if name in set(sources)]
     handles = [_frame_handle(SOURCE_COLOURS[name]) for name in present]
     figure.legend(
@@ -261,6 +263,11 @@ def draw_gallery(
         fontsize=9,
     )
     return figure
+
+
+def _span(weights: NDArray[np.float64]) -> str:
+    low, high = f"{weights.min():.2f}", f"{weights.max():.2f}"
+    return f"weight {low}" if low == high else f"weights {low} to {high}"
 
 
 def _frame_handle(colour: str) -> Any:

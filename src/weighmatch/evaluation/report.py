@@ -112,7 +112,11 @@ def _conclusion(difference: PairedDifference) -> str:
     low, high = difference.low, difference.high
     if low is None or high is None or low <= 0 <= high:
         return "Neither is shown to be better."
-    return "Learned weights win." if low > 0 else "Learned weights lose."
+    return (
+        "Learned weights beat FixMatch at equal steps."
+        if low > 0
+        else "Learned weights fall behind FixMatch at equal steps."
+    )
 
 
 def _towards_oracle(learned: Mapping[str, Any], oracle: Mapping[str, Any]) -> str:
