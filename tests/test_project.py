@@ -139,7 +139,9 @@ def test_no_test_image_or_label_reaches_training(graph):
         reached = consumers(graph, dataset)
         assert not reached & {"train_arms", "train_oracle", "remove_intruders", "compare_ihvps"}
     training = {node.name: set(node.inputs) for node in graph.nodes if node.name == "train_arms"}
-    assert training == {"train_arms": {"training_sets", "params:training", "params:runs"}}
+    assert training == {
+        "train_arms": {"training_sets", "params:training", "params:runs", "params:run_folder"}
+    }
 
 
 def test_training_files_hold_no_test_or_held_out_image_and_no_truth(outputs):
@@ -180,7 +182,7 @@ def test_dvc_stages_are_the_pipelines_and_their_files(graph):
         folder = {name: path_of(catalog, name) for name in graph.datasets() if ":" not in name}
     covered = set()
     for stage in stages.values():
-        name = stage["cmd"].removeprefix("kedro run --pipelines ")
+        name = stage["cmd"].removeprefix("kedro run --env base --pipelines ")
         covered.add(name)
         pipeline = pipelines[name]
         inputs = {folder[d] for d in pipeline.inputs() if ":" not in d}
@@ -190,6 +192,24 @@ def test_dvc_stages_are_the_pipelines_and_their_files(graph):
         for dep in stage["deps"]:
             assert dep.startswith("data/") or (ROOT / dep).exists(), dep
     assert covered == set(pipelines) - {"__default__"}
+
+
+def test_dvc_experiments_can_change_every_parameter_file(tmp_path):
+    """DVC resolves the whole file that it changes: none may need Kedro's own resolvers."""
+    import shutil
+
+    import yaml
+    from dvc.utils.hydra import apply_overrides
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    used = {file for stage in stages for group in stage.get("params", []) for file in group}
+    assert len(used) == 3
+    for file in used:
+        copy = tmp_path / Path(file).name
+        shutil.copy(ROOT / file, copy)
+        group = next(iter(yaml.safe_load(copy.read_text())))
+        apply_overrides(copy, [f"+{group}.added=1"])
+        assert yaml.safe_load(copy.read_text())[group]["added"] == 1
 
 
 def path_of(catalog, name):
@@ -289,10 +309,20 @@ def command(monkeypatch, tmp_path):
         ("training.weighing.spede=1", "training.weighing has no parameter spede"),
         ("training.augmentation.cutout=2", "training.augmentation.cutout must be a number"),
         ("ihvp_analysis.hidden=0", "ihvp_analysis.hidden must be an integer of at least 1"),
+        ("training.weighing.proximity=abc", "training.weighing.proximity must be a number"),
+        ("data=3", "data is a group of parameters"),
+        ("rns.arms=learned", "there is no parameter rns"),
+        ("training.device=cuda", "set it to auto or cpu"),
+        (
+            "training.weighing.outer_labels=held_out,data.labels_per_class=1",
+            "needs data.labels_per_class of at least 2",
+        ),
+        ("run_folder=/dev/null/x", "cannot be written"),
         ("data_folder=/dev/null/x", "choose another with --params data_folder="),
     ],
 )
-def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, message):
+def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     result = command(params)
     assert result.exit_code == 1
     assert message in result.output

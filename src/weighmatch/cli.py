@@ -9,7 +9,7 @@ from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS
 from kedro.validation.exceptions import ParameterValidationError
 
-from weighmatch.hooks import UnwritableFolderError
+from weighmatch.hooks import RefusedError
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -24,7 +24,7 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except UnwritableFolderError as error:
+    except RefusedError as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -43,6 +43,8 @@ def _without_prefix(problem: str) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     if unknown is not None:
         return f"{group} has no parameter {unknown[1]!r}; conf/base lists those that there are"
+    if text.startswith("Expected dict for dataclass"):
+        return f"{group} is a group of parameters, such as conf/base shows; set one of its members"
     missing = re.search(r"missing \d+ required positional arguments?: (.*)", text)
     if missing is not None:
         return f"{group} lacks {missing[1]}; conf/base shows how to set it"

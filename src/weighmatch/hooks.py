@@ -1,4 +1,4 @@
-"""What is checked before a run starts."""
+"""What is checked before a run starts, beyond what each group of parameters checks of itself."""
 
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -8,38 +8,82 @@ from kedro.framework.hooks import hook_impl
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
+Catalog = CatalogProtocol[Any, Any]
 
-class UnwritableFolderError(OSError):
-    """Results could not be saved where the catalog puts them."""
+# The groups of conf/base/parameters_*.yml, and the folder that the catalog asks for.
+GROUPS = ("data", "training", "runs", "ihvp_analysis", "run_folder", "data_folder")
 
 
-class WritableDataHook:
-    """Refuses to start work whose results could not be saved."""
+class RefusedError(ValueError):
+    """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
+
+
+class ChecksBeforeWork:
+    """Refuses to start work that could not be finished, or that was not asked for."""
 
     @hook_impl
     def before_pipeline_run(
-        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: CatalogProtocol[Any, Any]
+        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: Catalog
     ) -> None:
-        """Try to write into the folder of each output.
+        """Check runtime parameters, parameters that depend on one another, and folders.
 
         Raises:
-            UnwritableFolderError: naming the first folder that cannot be written.
+            RefusedError: saying what to change.
         """
-        folders = set()
-        for name in pipeline.outputs() | pipeline.all_outputs():
-            dataset = catalog.get(name)
-            description = dataset._describe() if dataset is not None else {}
-            if "filepath" in description:
-                folders.add(Path(description["filepath"]).parent)
-            elif "path" in description:
-                folders.add(Path(description["path"]))
-        for folder in sorted(folders):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with TemporaryFile(dir=folder):
-                    pass
-            except OSError as error:
-                raise UnwritableFolderError(
-                    f"the data folder {folder} cannot be written ({error.strerror}); make it "
-                    f"writable or choose another with --params data_folder=…"
-                ) from error
+        _check_groups(run_params.get("runtime_params") or {})
+        inputs = pipeline.inputs()
+        if "params:training" in inputs and "params:runs" in inputs:
+            _check_training(catalog.load("params:training"), catalog)
+        folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}
+        if "params:run_folder" in inputs:
+            # As catalog paths: from the project's folder, wherever the command was given.
+            folder = Path(run_params["project_path"]) / str(catalog.load("params:run_folder"))
+            catalog["params:run_folder"] = str(folder)
+            folders.add(folder)
+        for folder in sorted(folder for folder in folders if folder is not None):
+            _check_writable(folder)
+
+
+def _check_groups(given: dict[str, Any]) -> None:
+    unknown = sorted(set(given) - set(GROUPS))
+    if unknown:
+        raise RefusedError(
+            f"there is no parameter {', '.join(unknown)}; --params takes names such as data.ratio, "
+            f"from the groups {', '.join(GROUPS)}"
+        )
+
+
+def _check_training(training: Any, catalog: Catalog) -> None:
+    if training.device == "cuda":
+        from weighmatch.semisup.trainer import pick_device
+
+        try:
+            pick_device(training.device)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
+    labels = catalog.load("params:data").labels_per_class
+    if training.weighing.outer_labels == "held_out" and labels < 2:
+        raise RefusedError(
+            "training.weighing.outer_labels: held_out needs data.labels_per_class of at least 2; "
+            "raise it or set outer_labels to training"
+        )
+
+
+def _folder_of(catalog: Catalog, name: str) -> Path | None:
+    dataset = catalog.get(name)
+    description = dataset._describe() if dataset is not None else {}
+    if "filepath" in description:
+        return Path(description["filepath"]).parent
+    return Path(description["path"]) if "path" in description else None
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise RefusedError(
+            f"the data folder {folder} cannot be written ({error.strerror}); make it writable or "
+            f"choose another with --params data_folder=…"
+        ) from error

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from weighmatch.data.sources import (
     DIGITS_PER_CLASS,
@@ -39,3 +40,12 @@ def test_noise_covers_the_range():
     image = noise(200, 8, 3, np.random.default_rng(0))
     assert image.shape == (200, 3, 8, 8)
     assert (image.min(), image.max()) == (0, 255)
+
+
+@pytest.mark.parametrize("side", [8, 32, 64])
+def test_patches_of_any_size_fit_their_span(side):
+    rng = np.random.default_rng(0)
+    patches = natural_patches(load_photographs(), 10, side, 3, (0.7, 1.0), rng)
+    assert patches.shape == (10, 3, side, side)
+    with pytest.raises(ValueError, match="too small for patches of 500"):
+        natural_patches(load_photographs(), 1, 500, 3, (0.7, 1.0), rng)

@@ -151,3 +151,19 @@ def test_gauss_newton_can_be_the_curvature(data):
         inner, outer, params, weights, Exact(damping=2 * L2), curvature=gauss_newton
     )
     torch.testing.assert_close(by_gauss_newton, by_hessian)
+
+
+@pytest.mark.parametrize(
+    "outer",
+    [
+        lambda params, hyper=None: params["a"].sum() + 10 * hyper.sum(),
+        lambda *both: both[0]["a"].sum() + 10 * both[1].sum(),
+    ],
+)
+def test_the_direct_term_is_kept_however_the_outer_loss_takes_it(outer):
+    def inner(params, hyper):
+        return 0.5 * (params["a"] - hyper).square().sum()
+
+    hyper = torch.tensor([1.0, 2.0])
+    gradient, _ = implicit_gradient(inner, outer, {"a": hyper.clone()}, hyper, Exact())
+    torch.testing.assert_close(gradient, torch.tensor([11.0, 11.0]))

@@ -12,6 +12,7 @@ from weighmatch.implicit import (
     Dense,
     Exact,
     Identity,
+    LinearOperator,
     Method,
     Neumann,
 )
@@ -188,3 +189,66 @@ def test_a_preconditioner_changes_the_way_and_not_the_end():
         Dense(matrix), rhs
     )
     assert better.residual < 1e-3 * plain.residual
+
+
+class Broken(LinearOperator):
+    """Gives NaN."""
+
+    def _product(self, vector):
+        return torch.full_like(vector, math.nan)
+
+
+class Same(LinearOperator):
+    """The identity, handing back its very argument."""
+
+    def _product(self, vector):
+        return vector
+
+
+@each_method
+def test_an_operator_that_breaks_is_named_and_not_raised(name, kind):
+    op = Broken(3, torch.float64, torch.device("cpu"))
+    solution = kind().solve(op, torch.ones(3, dtype=torch.float64))
+    assert solution.status in ("diverged", "negative_curvature")
+    assert torch.isfinite(solution.value).all()
+
+
+@each_method
+def test_an_operator_may_hand_back_its_argument(name, kind):
+    rhs = torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64)
+    solution = kind(damping=1.0).solve(Same(3, torch.float64, torch.device("cpu")), rhs)
+    error = solution.value if name == "Identity" else 2 * solution.value
+    torch.testing.assert_close(error, rhs)
+
+
+@each_method
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_work(name, kind, dtype):
+    matrix, rhs = spd(torch.linspace(1, 3, 10), dtype=dtype)
+    solution = kind(damping=0.1).solve(Dense((matrix + matrix.T) / 2), rhs)
+    assert solution.value.dtype == dtype
+    assert solution.status in ("converged", "budget")
+    if name != "Identity":
+        assert solution.residual < 0.1
+
+
+def test_exact_says_when_a_system_has_no_solution():
+    op = Dense(torch.diag(torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)))
+    assert Exact().solve(op, torch.ones(3, dtype=torch.float64)).status == "negative_curvature"
+    inside = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+    assert Exact().solve(op, inside).status == "converged"
+
+
+def test_neumann_never_hands_back_worse_than_it_measured():
+    matrix = torch.diag(torch.tensor([1.0, 1.0, 1.0, 1.0, 100.0], dtype=torch.float64))
+    rhs = torch.tensor([1.0, 1.0, 1.0, 1.0, 1e-3], dtype=torch.float64)
+    for budget in range(2, 8):
+        solution = Neumann(step=0.99, max_products=budget).solve(Dense(matrix), rhs)
+        assert solution.residual <= 1.0 + 1e-12, budget
+        assert solution.status == "diverged"
+
+
+def test_neumann_with_a_state_that_says_zero():
+    op = Dense(torch.zeros(3, 3))
+    solution = Neumann().solve(op, torch.ones(3), {"largest_eigenvalue": 0.0})
+    assert torch.isfinite(solution.value).all()

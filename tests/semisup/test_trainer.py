@@ -68,10 +68,18 @@ def test_a_finished_run_is_not_trained_again(training_set, run_config, tmp_path,
 def test_a_damaged_checkpoint_is_named_and_kept(training_set, run_config, tmp_path):
     Trainer(run_config()).fit(training_set, tmp_path)
     path = tmp_path / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="delete its folder to train that run anew"):
-        Trainer(run_config()).fit(training_set, tmp_path)
-    assert path.stat().st_size == 1000
+    for damaged in (path.read_bytes()[:1000], b"", b"not a checkpoint" * 9):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="delete its folder to train that run anew"):
+            Trainer(run_config()).fit(training_set, tmp_path)
+        assert path.read_bytes() == damaged
+
+
+def test_a_cut_line_of_metrics_is_dropped(training_set, run_config, tmp_path):
+    first = Trainer(run_config()).fit(training_set, tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4')
+    assert same(Trainer(run_config()).fit(training_set, tmp_path), first)
 
 
 def test_another_configuration_starts_over(training_set, run_config, tmp_path):
@@ -112,8 +120,9 @@ def test_training_learns(training_set, run_config, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_divergence_is_an_error_with_a_cure(training_set, run_config, tmp_path):
-    config = run_config("supervised", learning_rate=99.0, momentum=0.99, weight_decay=0.9)
+@pytest.mark.parametrize("arm", ["supervised", "learned"])
+def test_divergence_is_an_error_with_a_cure(arm, training_set, run_config, tmp_path):
+    config = run_config(arm, learning_rate=99.0, momentum=0.99, weight_decay=0.9)
     with pytest.raises(FloatingPointError, match=r"lower training\.learning_rate"):
         Trainer(config).fit(training_set, tmp_path)
 

@@ -69,7 +69,7 @@ class DataConfig:
         known = range(len(DIGITS_PER_CLASS))
         if (
             not isinstance(classes, list | tuple)
-            or any(isinstance(c, bool) or c not in known for c in classes)
+            or any(type(c) is not int or c not in known for c in classes)
             or len(set(classes)) < len(classes)
             or len(classes) < 2
         ):
@@ -97,12 +97,18 @@ class DataConfig:
         short = any(
             t + h + self.labels_per_class > n for t, h, n in zip(tested, heldout, seen, strict=True)
         )
-        if short or needed > sum(seen):
+        size = "data.id_size" if self.regime == "added" else "data.pool_size"
+        if needed > sum(seen):
             raise ValueError(
                 f"data asks for {needed} images of seen classes ({labelled} labelled, "
                 f"{self.pool_id} in the pool, {self.heldout_size} held out, {self.test_size} "
                 f"for the test), but there are {sum(seen)}; lower data.labels_per_class, "
-                f"data.pool_size, data.heldout_size or data.test_size"
+                f"{size}, data.heldout_size or data.test_size"
+            )
+        if short:
+            raise ValueError(
+                "data.labels_per_class leaves too few images of the rarest seen class for the "
+                "held-out and test images; lower it, data.heldout_size or data.test_size"
             )
         wanted = self.ood_counts(self.pool_ood)["unseen"]
         wanted += self.ood_counts(self.heldout_size)["unseen"]
@@ -110,7 +116,7 @@ class DataConfig:
         if wanted > unseen:
             raise ValueError(
                 f"data asks for {wanted} images of unseen classes (pool and held-out), but there "
-                f"are {unseen}; lower data.ratio or data.pool_size, or choose the "
+                f"are {unseen}; lower data.ratio, {size} or data.heldout_size, or choose the "
                 f"data.ood_source patches or noise"
             )
 

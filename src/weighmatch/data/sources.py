@@ -51,7 +51,7 @@ def natural_patches(
     Args:
         photographs: (n, 3, H, W).
         count: how many patches.
-        size: side of a patch in pixels; the cut is 1 to 8 times as wide.
+        size: side of a patch in pixels; the cut is 1 to 8 times as wide, as far as it fits.
         channels: 1 for grey, 3 for colour.
         span: the part of the photographs' width to cut from, as fractions; disjoint spans
             give patches that share no pixel.
@@ -59,12 +59,18 @@ def natural_patches(
 
     Returns:
         (count, channels, size, size).
+
+    Raises:
+        ValueError: if the span is smaller than a patch.
     """
     _, _, height, width = photographs.shape
     first, last = round(span[0] * width), round(span[1] * width)
+    largest = min(8, height // size, (last - first) // size)
+    if largest < 1:
+        raise ValueError(f"photographs of {height}×{width} are too small for patches of {size}")
     patches = np.empty((count, channels, size, size), np.uint8)
     for k in range(count):
-        scale = int(rng.integers(1, 9))
+        scale = int(rng.integers(1, largest + 1))
         side = scale * size
         top = int(rng.integers(0, height - side + 1))
         left = int(rng.integers(first, last - side + 1))

@@ -55,8 +55,9 @@ def make_splits(
 ) -> Splits:
     """Draw the splits of one seed.
 
-    The test, held-out and labelled images are the same for every ratio, regime and source, and
-    fewer labels per class are a subset of more, so that settings can be compared in pairs.
+    The test, labelled and held-out in-distribution images are the same for every ratio, regime
+    and source, and fewer labels per class are a subset of more, so that settings can be compared
+    in pairs.
 
     Args:
         images: (n, C, S, S), every class.

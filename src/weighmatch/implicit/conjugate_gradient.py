@@ -29,6 +29,8 @@ class ConjugateGradient(_IterativeMethod):
         scaled = self._precondition(residual)
         direction = scaled
         inner = residual @ scaled
+        # Below rounding the recursion's residual says nothing of the true one.
+        enough = max(self.rtol, torch.finfo(unit.dtype).eps)
         for _ in range(self.max_products - 1):
             image = self._damped(op, direction)
             curvature = direction @ image
@@ -37,7 +39,7 @@ class ConjugateGradient(_IterativeMethod):
             length = inner / curvature
             value = value + length * direction
             residual = residual - length * image
-            if float(torch.linalg.vector_norm(residual)) <= self.rtol:
+            if float(torch.linalg.vector_norm(residual)) <= enough:
                 break
             scaled = self._precondition(residual)
             previous, inner = inner, residual @ scaled

@@ -15,18 +15,29 @@ class Exact(Method):
 
     Where C + δI is indefinite the solution is still the one of the linear system, and the
     status is "negative_curvature". Directions whose eigenvalue is zero to rounding are left
-    out (the pseudo-inverse), so that the value stays finite.
+    out (the pseudo-inverse), so that the value stays finite; where the right-hand side lies in
+    them too, the status is "negative_curvature" as well.
     """
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
-        eigenvalues, vectors = torch.linalg.eigh(op.dense())
+        matrix = op.dense()
+        if not bool(torch.isfinite(matrix).all()):
+            return Iterate(torch.zeros_like(unit), status="diverged")
+        # Half types have no eigendecomposition.
+        wide = torch.promote_types(op.dtype, torch.float32)
+        eigenvalues, vectors = torch.linalg.eigh(matrix.to(wide))
         damped = eigenvalues + self.damping
-        rounding = op.shape[0] * torch.finfo(op.dtype).eps * float(damped.abs().max())
-        inverse = torch.where(damped.abs() > rounding, 1 / damped, torch.zeros_like(damped))
+        precision = op.shape[0] * torch.finfo(op.dtype).eps
+        rounding = precision * float(damped.abs().max())
+        usable = damped.abs() > rounding
+        inverse = torch.where(usable, 1 / damped, torch.zeros_like(damped))
+        components = vectors.T @ unit.to(wide)
+        unsolved = float(components[~usable].norm()) > precision
         smallest = float(eigenvalues[0])
+        indefinite = smallest + self.damping < -rounding
         return Iterate(
-            vectors @ (inverse * (vectors.T @ unit)),
-            status="negative_curvature" if smallest + self.damping < -rounding else "converged",
+            (vectors @ (inverse * components)).to(unit.dtype),
+            status="negative_curvature" if indefinite or unsolved else "converged",
             # Within rounding of zero nothing is known of the error.
             smallest_eigenvalue=smallest if smallest + self.damping > rounding else -self.damping,
         )

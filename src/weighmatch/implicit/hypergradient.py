@@ -47,12 +47,7 @@ def implicit_gradient(
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     hyper = tree_unflatten(leaves, spec)
     theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-    positional = [
-        p
-        for p in inspect.signature(outer).parameters.values()
-        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-    ]
-    outer_value = outer(theta, hyper) if len(positional) > 1 else outer(theta)
+    outer_value = outer(theta, hyper) if _takes_two(outer) else outer(theta)
     gradients = torch.autograd.grad(
         outer_value, [*theta.values(), *leaves], materialize_grads=True, allow_unused=True
     )
@@ -80,6 +75,15 @@ def implicit_gradient(
     )
     total = [d - m for d, m in zip(direct, mixed, strict=True)]
     return tree_unflatten(total, spec), solution
+
+
+def _takes_two(function: Callable[..., Tensor]) -> bool:
+    """Whether `function` can be called with two positional arguments."""
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def weight_gradient(

@@ -26,8 +26,8 @@ class Solution:
         error_bound: a bound on ‖v − v*‖/‖g‖, from residual/λ with λ a known lower bound on
             the spectrum of C+δI; None where no positive λ is known.
         status: "converged" (residual within rtol, or a direct method that worked), "budget"
-            (max_products spent first), "negative_curvature" (C+δI is not positive definite),
-            "diverged" (the iteration grew or overflowed; value is the best iterate).
+            (max_products spent first), "negative_curvature" (C+δI is found not to be positive
+            definite), "diverged" (the iteration grew or overflowed; value is the best iterate).
     """
 
     value: Tensor
@@ -44,6 +44,8 @@ class Iterate:
     value: Tensor
     status: Status | None = None
     smallest_eigenvalue: float | None = None
+    # An iterate whose true residual was measured on the way, for a value that turns out worse.
+    best_measured: tuple[Tensor, float] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +100,10 @@ class Method(ABC):
         residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
         if not math.isfinite(residual):
             value, residual, status = torch.zeros_like(unit), 1.0, "diverged"
+        elif iterate.best_measured is not None:
+            best, measured = iterate.best_measured
+            if residual > 1.05 * measured + torch.finfo(unit.dtype).eps:
+                value, residual, status = best, measured, "diverged"
         scaled = value * norm
         if not bool(torch.isfinite(scaled).all()):
             scaled, residual, status = torch.zeros_like(unit), 1.0, "diverged"
@@ -118,7 +124,7 @@ class Method(ABC):
         return "converged"
 
     def _damped(self, op: LinearOperator, vector: Tensor) -> Tensor:
-        return (op @ vector).add_(vector, alpha=self.damping)
+        return torch.add(op @ vector, vector, alpha=self.damping)
 
     def _error_bound(
         self, op: LinearOperator, residual: float, smallest_eigenvalue: float | None

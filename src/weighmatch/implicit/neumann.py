@@ -1,12 +1,13 @@
 """The truncated Neumann series (Lorraine, Vicol & Duvenaud, 2020, eq. 5 and algorithm 3)."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from weighmatch.implicit.method import Iterate, State, Status, _IterativeMethod
+from weighmatch.implicit.method import Iterate, State, _IterativeMethod
 from weighmatch.implicit.operators import LinearOperator
 from weighmatch.implicit.spectrum import lanczos
 
@@ -34,13 +35,14 @@ class Neumann(_IterativeMethod):
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         budget = self.max_products - 1
         step, probed = self._step(op, unit, state, budget - 1)
+        if not math.isfinite(step):
+            return Iterate(torch.zeros_like(unit), status="diverged")
         value = step * unit
         best_value, best_norm = torch.zeros_like(unit), 1.0
-        status: Status | None = None
         for _ in range(budget - probed):
             residual = unit - self._damped(op, value)
             norm = float(torch.linalg.vector_norm(residual))
-            if not norm <= 1.05 * best_norm:
+            if not norm <= 1.05 * best_norm + torch.finfo(unit.dtype).eps:
                 # A residual that grows means α(λ_max+δ) > 2 or negative curvature.
                 if state is not None:
                     state.pop("largest_eigenvalue", None)
@@ -48,9 +50,10 @@ class Neumann(_IterativeMethod):
             if norm < best_norm:
                 best_value, best_norm = value, norm
             if norm <= self.rtol:
-                return Iterate(value, status=status)
+                break
             value = value + step * residual
-        return Iterate(value, status=status)
+        # The last step is measured by the final check, which keeps to the best before it.
+        return Iterate(value, best_measured=(best_value, best_norm))
 
     def _step(
         self, op: LinearOperator, unit: Tensor, state: State | None, affordable: int
@@ -58,13 +61,15 @@ class Neumann(_IterativeMethod):
         """α and the products spent on finding it."""
         if self.step != "auto":
             return float(self.step), 0
+        floor = torch.finfo(op.dtype).tiny
         if state is not None and "largest_eigenvalue" in state:
-            return 1 / (state["largest_eigenvalue"] + self.damping), 0
+            return 1 / max(state["largest_eigenvalue"] + self.damping, floor), 0
         probe = min(self.probe_products, max(1, affordable // 2))
         run = lanczos(op, unit, probe)
         # Lanczos approaches λ_max from below; its last residual bounds what is missing.
         largest = float(run.eigenvalues[-1]) + run.last_residual
+        if not math.isfinite(largest):
+            return math.nan, run.products
         if state is not None:
             state["largest_eigenvalue"] = largest
-        floor = torch.finfo(op.dtype).tiny
         return 1 / max(largest + self.damping, floor), run.products

@@ -119,29 +119,27 @@ class Hessian(_ParameterOperator):
         self._kept = [i for i, _ in kept]
         self._gradient = [g for _, g in kept]
 
-    def _vjp(self, cotangents: list[Tensor], *, batched: bool = False) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            self._gradient,
-            self._leaves,
-            cotangents,
-            retain_graph=True,
-            is_grads_batched=batched,
-            materialize_grads=True,
-        )
-
     def _product(self, vector: Tensor) -> Tensor:
         if not self._gradient:
             return torch.zeros_like(vector)
         pieces = self._split(vector)
-        return torch.cat([h.reshape(-1) for h in self._vjp([pieces[i] for i in self._kept])])
+        product = torch.autograd.grad(
+            self._gradient,
+            self._leaves,
+            [pieces[i] for i in self._kept],
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        return torch.cat([piece.reshape(-1) for piece in product])
 
 
 class GaussNewton(_ParameterOperator):
     """Jᵀ H_z J, with J the Jacobian of the outputs z(θ) and H_z the Hessian of the loss in z.
 
     Positive semi-definite where `output_loss` is convex in the outputs, as cross-entropy is
-    (Schraudolph, 2002; Martens, 2020). A product is one forward-mode pass, one product with
-    the small H_z and one backward pass through a graph that is kept.
+    (Schraudolph, 2002; Martens, 2020). A product is J v by one backward pass
+    through the graph of Jᵀu, one product with the small H_z, and one backward pass through the
+    network; both graphs are kept.
 
     Args:
         outputs: `outputs(params) -> (B, C)`, for example logits.

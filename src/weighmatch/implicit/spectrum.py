@@ -10,7 +10,10 @@ from weighmatch.implicit.operators import LinearOperator
 
 @dataclass(frozen=True)
 class LanczosRun:
-    """Ritz values, ascending (k,), and the residual norm of the largest one."""
+    """Ritz values, ascending (k,), and the residual norm of the largest one.
+
+    All NaN where a product was not finite.
+    """
 
     eigenvalues: Tensor
     last_residual: float
@@ -35,14 +38,19 @@ def lanczos(op: LinearOperator, start: Tensor, steps: int) -> LanczosRun:
         norm = torch.linalg.vector_norm(image)
         below.append(norm)
         scale = max(float(d.abs()) for d in diagonal)
-        if float(norm) <= 10 * torch.finfo(op.dtype).eps * max(scale, 1e-30):
+        if not float(norm) > 10 * torch.finfo(op.dtype).eps * max(scale, 1e-30):
             break
         basis.append(image / norm)
     tridiagonal = torch.diag(torch.stack(diagonal))
     if len(diagonal) > 1:
         off = torch.stack(below[:-1])
         tridiagonal = tridiagonal + torch.diag(off, 1) + torch.diag(off, -1)
-    eigenvalues, vectors = torch.linalg.eigh(tridiagonal)
+    if not bool(torch.isfinite(tridiagonal).all()):
+        unknown = torch.full_like(tridiagonal[0], torch.nan)
+        return LanczosRun(unknown, float("nan"), len(diagonal))
+    # Half types have no eigendecomposition.
+    wide = tridiagonal.to(torch.promote_types(op.dtype, torch.float32))
+    eigenvalues, vectors = torch.linalg.eigh(wide)
     last_residual = float(below[-1]) * float(vectors[-1, -1].abs())
     return LanczosRun(eigenvalues, last_residual, len(diagonal))
 

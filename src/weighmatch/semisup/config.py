@@ -134,8 +134,10 @@ class WeighingConfig:
     def __post_init__(self) -> None:
         for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
             require_integer(f"training.weighing.{name}", getattr(self, name), 1)
-        for name in ("fit_steps", "fit_batch"):
-            require_integer(f"training.weighing.{name}", getattr(self, name), 1)
+        require_integer("training.weighing.fit_steps", self.fit_steps, 1)
+        # The weights of a batch have mean 1: a single one would always be 1.
+        require_integer("training.weighing.fit_batch", self.fit_batch, 2)
+        require_number("training.weighing.proximity", self.proximity, 0, 1e6)
         require_integer("training.weighing.max_products", self.max_products, 2)
         require_multiple("training.weighing.width", self.width, 4, "GroupNorm has 4 groups")
         require_number("training.weighing.learning_rate", self.learning_rate, 0, 10, above=True)
@@ -209,22 +211,21 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Which runs are done and where they keep their state.
+    """Which runs are done and how many at a time.
 
     Attributes:
         arms: names of `ARMS`, a list or names joined by "+".
-        folder: gets a folder a run with its checkpoint and metrics, to resume from.
         workers: runs at a time; "auto": one a core, or one on a GPU.
     """
 
     arms: tuple[ArmName, ...] = ARMS
-    folder: str = "data/06_models/runs"
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         given: Any = self.arms
         arms = given.split("+") if isinstance(given, str) else given
-        if not isinstance(arms, list | tuple) or not arms or len(set(arms)) < len(arms):
+        names = isinstance(arms, list | tuple) and all(isinstance(arm, str) for arm in arms)
+        if not names or not arms or len(set(arms)) < len(arms):
             raise ValueError(
                 f"runs.arms must be a list of different names from {', '.join(ARMS)}, got {given!r}"
             )

@@ -6,7 +6,8 @@ One update, at classifier parameters θ (DESIGN, Mathematics):
 2. v ≈ (C + δI)⁻¹ g, C the Gauss-Newton matrix of the weighted FixMatch loss.
 3. s_i = ⟨∇_θ m_i CE_i, v⟩ of unlabelled images, by one forward-mode pass: what one more unit of
    weight on image i takes off the outer loss.
-4. φ descends −mean_i s_i w_φ(u_i), whose gradient is the hypergradient.
+4. φ descends −mean_i s_i w_φ(u_i), whose gradient is the hypergradient; here with s_i as a
+   direction, averaged over updates, and a pull of the weights towards 1.
 """
 
 from typing import Any
@@ -149,7 +150,7 @@ class Learned(InductiveWeighting):
             error = classifier.head(features).softmax(dim=1)
             error[torch.arange(len(error)), pseudo.labels] -= 1
             norm = error.norm(dim=1) * features.norm(dim=1)
-        cosine: Tensor = influence / norm.clamp(min=1e-6) * pseudo.mask
+        cosine: Tensor = influence / norm.clamp(min=1e-6)
         return cosine
 
     def _remember(self, indices: Tensor, influence: Tensor) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -83,8 +82,8 @@ class RunConfig:
 class Trainer:
     """Trains one arm with one seed.
 
-    The same data, seed and configuration give the same result to the bit on the same machine
-    with the same number of threads, whether or not the run was interrupted.
+    The same data, seed and configuration give the same result to the bit on the CPU of the same
+    machine with the same number of threads, whether or not the run was interrupted.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -173,6 +172,11 @@ class Run:
         held_out = self.training.weighing.outer_labels == "held_out"
         if self.config.arm == "learned" and held_out:
             kept = _first_half_of_each_class(labels)
+            if bool(kept.all()):
+                raise ValueError(
+                    "training.weighing.outer_labels: held_out needs data.labels_per_class of at "
+                    "least 2; raise it or set outer_labels to training"
+                )
             self.outer = (labelled[~kept], labels[~kept])
             self.labelled, self.labels = labelled[kept], labels[kept]
 
@@ -207,18 +211,20 @@ class Run:
         before = self.step
         losses = [self._train_step(*views) for views in self._views(size)]
         self.seconds += time.perf_counter() - started
-        loss = float(torch.stack([entry["loss"] for entry in losses]).mean())
+        self._require_finite(float(torch.stack([entry["loss"] for entry in losses]).mean()))
+        self._log(losses)
+        done = self.step >= self.config.steps
+        every = self.training.checkpoint_every
+        if done or self.step // every > before // every:
+            self._save()
+        return size
+
+    def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"{self.config.arm}, seed {self.config.seed}: the loss is no longer finite after "
                 f"{self.step} steps; lower training.learning_rate"
             )
-        self._log(losses)
-        done = self.step >= self.config.steps
-        every = self.training.checkpoint_every
-        if done or self.step // every > before // every:
-            self._save(done)
-        return size
 
     def _views(self, size: int) -> list[tuple[Tensor, ...]]:
         """Batches of `size` steps: labelled weak, labels, unlabelled weak and strong."""
@@ -274,6 +280,7 @@ class Run:
         self.step += 1
         entry["loss"] = loss.detach()
         if self._weighs() and self.step % self.training.weighing.interval == 0:
+            self._require_finite(float(loss.detach()))
             entry.update(self.weighting.update(self.classifier))
         if self.step in self._snapshot_steps():
             self._record_pool()
@@ -350,7 +357,7 @@ class Run:
 
     # --- checkpoints ------------------------------------------------------------------------
 
-    def _save(self, done: bool) -> None:
+    def _save(self) -> None:
         state = {
             "fingerprint": self.fingerprint,
             "step": self.step,
@@ -383,8 +390,16 @@ class Run:
         self.history = state["history"]
         self.step, self.seconds = state["step"], state["seconds"]
         lines = metrics.read_text().splitlines() if metrics.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= self.step]
+        kept = [line for line in lines if _step_of(line) <= self.step]
         metrics.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; past every checkpoint where a kill cut the line."""
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return math.inf
 
 
 def _load_checkpoint(path: Path) -> dict[str, Any] | None:
@@ -392,7 +407,8 @@ def _load_checkpoint(path: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        state["fingerprint"]
+    except Exception as error:  # damaged files make torch raise almost anything
         raise ValueError(
             f"{path} is not a whole checkpoint; delete its folder to train that run anew"
         ) from error

@@ -12,11 +12,11 @@ Checkpoints = dict[str, dict[str, Any]]
 
 
 def train_arms(
-    training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+    training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
 ) -> tuple[Checkpoints, pd.DataFrame]:
     """Every arm but the oracle, on every seed's contaminated pool."""
     arms = tuple(arm for arm in runs.arms if arm != "oracle")
-    return _train(arms, training_sets, training, runs)
+    return _train(arms, training_sets, training, runs, run_folder)
 
 
 def remove_intruders(
@@ -33,20 +33,24 @@ def remove_intruders(
 
 
 def train_oracle(
-    oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+    oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
 ) -> tuple[Checkpoints, pd.DataFrame]:
     """FixMatch on the cleaned pools, if the oracle is among the arms."""
     arms = tuple(arm for arm in runs.arms if arm == "oracle")
-    return _train(arms, oracle_sets, training, runs)
+    return _train(arms, oracle_sets, training, runs, run_folder)
 
 
 def _train(
-    arms: tuple[ArmName, ...], sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig
+    arms: tuple[ArmName, ...],
+    sets: dict[str, Arrays],
+    training: TrainingConfig,
+    runs: RunsConfig,
+    run_folder: str,
 ) -> tuple[Checkpoints, pd.DataFrame]:
     from weighmatch.semisup.runs import make_jobs, train_all
 
     jobs = make_jobs(arms, sets, training)
-    results = train_all(jobs, Path(runs.folder), runs.workers)
+    results = train_all(jobs, Path(run_folder), runs.workers)
     log = [
         {"arm": job.config.arm, "seed": job.config.seed, **line}
         for job in jobs

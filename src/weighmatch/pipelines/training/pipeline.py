@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.train_arms,
-                ["training_sets", "params:training", "params:runs"],
+                ["training_sets", "params:training", "params:runs", "params:run_folder"],
                 ["checkpoints", "training_log"],
                 name="train_arms",
             ),
@@ -23,7 +23,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.train_oracle,
-                ["oracle_sets", "params:training", "params:runs"],
+                ["oracle_sets", "params:training", "params:runs", "params:run_folder"],
                 ["oracle_checkpoints", "oracle_log"],
                 name="train_oracle",
             ),
