@@ -61,7 +61,9 @@ def _check_training(training: Any, catalog: Catalog) -> None:
             pick_device(training.device)
         except ValueError as error:
             raise RefusedError(str(error)) from error
-    labels = catalog.load("params:data").labels_per_class
+    data = catalog.load("params:data")
+    # Kedro makes it a DataConfig only where a node of this run takes it.
+    labels = data["labels_per_class"] if isinstance(data, dict) else data.labels_per_class
     if training.weighing.outer_labels == "held_out" and labels < 2:
         raise RefusedError(
             "training.weighing.outer_labels: held_out needs data.labels_per_class of at least 2; "
