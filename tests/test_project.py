@@ -258,7 +258,8 @@ def test_imports_point_down_only(floor):
 @pytest.mark.parametrize("floor", ["implicit", "semisup", "data", "studies", "evaluation"])
 def test_floors_work_without_kedro(floor):
     code = f"import sys; sys.modules['kedro'] = None; import weighmatch.{floor}"
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_registry_parameters_and_catalog_are_read_without_torch():
@@ -274,7 +275,8 @@ def test_registry_parameters_and_catalog_are_read_without_torch():
         "        context.catalog.get(name)\n"
         "assert not {'torch', 'matplotlib', 'sklearn', 'scipy'} & set(sys.modules)\n"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 # --- commands and bad input ------------------------------------------------------------------

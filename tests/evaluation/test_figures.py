@@ -32,7 +32,9 @@ def test_accuracy_and_differences_name_axes_arms_and_seeds():
 def test_single_seeds_and_missing_arms_can_be_drawn(arms):
     table = scores(**arms)
     for draw in (figures.draw_accuracy, figures.draw_differences, figures.draw_auroc):
-        draw(table).canvas.draw()
+        figure = draw(table)
+        figure.canvas.draw()
+        assert len(figure.axes) == 1
 
 
 def test_weights_are_drawn_for_arms_whose_weights_vary():

@@ -127,7 +127,8 @@ def test_a_failing_run_stops_the_others_and_names_itself(sets, run_config, tmp_p
 
 def test_an_edit_while_runs_go_on_splits_none(sets, run_config, tmp_path, monkeypatch):
     jobs = make_jobs(("fixmatch",), sets, run_config().training)
-    train_all(jobs, tmp_path, workers=1)
+    first = train_all(jobs, tmp_path, workers=1)
     monkeypatch.setattr("weighmatch.semisup.trainer.code_digest", lambda: "another")
     monkeypatch.setattr(Run, "train_steps", lambda self: pytest.fail("trained again"))
-    train_all(jobs, tmp_path, workers=1)
+    again = train_all(jobs, tmp_path, workers=1)
+    assert [r["seconds"] for r in again.values()] == [r["seconds"] for r in first.values()]

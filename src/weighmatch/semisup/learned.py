@@ -147,8 +147,8 @@ class Learned(InductiveWeighting):
         influence = -weight_gradient(losses, _parameters(classifier), v)
         with torch.no_grad():
             features = classifier.features(strong)
-            error = classifier.head(features).softmax(dim=1)
-            error[torch.arange(len(error)), pseudo.labels] -= 1
+            probabilities = classifier.head(features).softmax(dim=1)
+            error = probabilities - F.one_hot(pseudo.labels, probabilities.shape[1])
             norm = error.norm(dim=1) * features.norm(dim=1)
         cosine: Tensor = influence / norm.clamp(min=1e-6)
         return cosine
