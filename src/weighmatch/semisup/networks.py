@@ -37,7 +37,7 @@ class _PoolTo2x2(nn.Module):
     """Average a map (B, C, H, W) to 2×2 and flatten it, (B, 4C)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # On 8×8 images the map is 2×2 already, and pooling it would cost a tenth of a step.
+        # On 8×8 images the map is 2×2 already, and pooling it would still take time.
         pooled = x if x.shape[-2:] == (2, 2) else F.adaptive_avg_pool2d(x, 2)
         return pooled.flatten(1)
 
@@ -46,7 +46,7 @@ def small_cnn_trunk(channels: int, width: int) -> nn.Sequential:
     """Three 3×3 convolutions for images of about 8×8, (B, C, H, W) -> (B, 16·width).
 
     The last map is pooled to 2×2 and flattened rather than averaged away: on 8×8 digits, where
-    a stroke lies matters (averaging cost about ten points at two labels a class).
+    a stroke lies matters.
     """
     return nn.Sequential(
         _conv(channels, width),

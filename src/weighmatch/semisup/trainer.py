@@ -289,7 +289,7 @@ class Run:
     def _update_average(self) -> None:
         """θ̄ ← θ̄ + (1 − decay)(θ − θ̄); the decay is less at first, so that θ̄ forgets its start.
 
-        In one fused call: torch's AveragedModel takes ten times as long on a small network.
+        In one fused call: on a small network the bookkeeping of torch's AveragedModel shows.
         """
         decay = min(self.training.ema, self.step / (self.step + 10))
         with torch.no_grad():
