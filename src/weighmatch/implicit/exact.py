@@ -19,25 +19,39 @@ class Exact(Method):
     them too, the status is "negative_curvature" as well.
     """
 
+    def _announce(self, op: LinearOperator) -> None:
+        op.expect(op.shape[0])
+
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
-        matrix = op.dense()
-        if not bool(torch.isfinite(matrix).all()):
-            return Iterate(torch.zeros_like(unit), status="diverged")
-        # Half types have no eigendecomposition.
-        wide = torch.promote_types(op.dtype, torch.float32)
-        eigenvalues, vectors = torch.linalg.eigh(matrix.to(wide))
-        damped = eigenvalues + self.damping
-        precision = op.shape[0] * torch.finfo(op.dtype).eps
-        rounding = precision * float(damped.abs().max())
-        usable = damped.abs() > rounding
-        inverse = torch.where(usable, 1 / damped, torch.zeros_like(damped))
-        components = vectors.T @ unit.to(wide)
-        unsolved = float(components[~usable].norm()) > precision
-        smallest = float(eigenvalues[0])
-        indefinite = smallest + self.damping < -rounding
-        return Iterate(
-            (vectors @ (inverse * components)).to(unit.dtype),
-            status="negative_curvature" if indefinite or unsolved else "converged",
-            # Within rounding of zero nothing is known of the error.
-            smallest_eigenvalue=smallest if smallest + self.damping > rounding else -self.damping,
-        )
+        return solve_symmetric(op.dense(), unit, self.damping)
+
+
+def solve_symmetric(
+    matrix: Tensor, rhs: Tensor, damping: float, positive: bool = False
+) -> Iterate:
+    """(A + δI)⁻¹ `rhs` by the eigendecomposition of `matrix` A, (n, n), pseudo-inverse at zero.
+
+    With `positive`, |λ + δ| is inverted, which gives a positive definite map.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        return Iterate(torch.zeros_like(rhs), status="diverged")
+    # Half types have no eigendecomposition.
+    wide = torch.promote_types(matrix.dtype, torch.float32)
+    eigenvalues, vectors = torch.linalg.eigh(matrix.to(wide))
+    damped = eigenvalues + damping
+    precision = len(matrix) * torch.finfo(matrix.dtype).eps
+    rounding = precision * float(damped.abs().max())
+    usable = damped.abs() > rounding
+    inverse = torch.where(usable, 1 / damped, torch.zeros_like(damped))
+    if positive:
+        inverse = inverse.abs()
+    components = vectors.T @ rhs.to(wide)
+    unsolved = float(components[~usable].norm()) > precision
+    smallest = float(eigenvalues[0])
+    indefinite = smallest + damping < -rounding
+    return Iterate(
+        (vectors @ (inverse * components)).to(rhs.dtype),
+        status="negative_curvature" if indefinite or unsolved else "converged",
+        # Within rounding of zero nothing is known of the error.
+        smallest_eigenvalue=smallest if smallest + damping > rounding else -damping,
+    )

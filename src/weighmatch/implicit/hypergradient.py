@@ -1,6 +1,5 @@
 """Hypergradients by the implicit function theorem (DESIGN: dL_outer/dφ = −(∂²L/∂φ∂θ)ᵀ v)."""
 
-import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +8,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from weighmatch.implicit.calls import takes
+from weighmatch.implicit.curvature import Hessian
 from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.method import Method, Solution, State
-from weighmatch.implicit.operators import Hessian, LinearOperator
+from weighmatch.implicit.operators import LinearOperator
 
 Curvature = Callable[[Callable[[Parameters], Tensor], Parameters], LinearOperator]
 
@@ -43,23 +44,17 @@ def implicit_gradient(
     Source:
         Lorraine, Vicol & Duvenaud (2020), theorem 1; Pedregosa (2016).
     """
+    outer_gradient, direct = outer_gradients(outer, params, hyper)
     leaves, spec = tree_flatten(hyper)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    hyper = tree_unflatten(leaves, spec)
     theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-    outer_value = outer(theta, hyper) if _takes_two(outer) else outer(theta)
-    gradients = torch.autograd.grad(
-        outer_value, [*theta.values(), *leaves], materialize_grads=True, allow_unused=True
-    )
-    outer_gradient = torch.cat([g.reshape(-1) for g in gradients[: len(theta)]])
-    direct = gradients[len(theta) :]
 
     frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
     operator = curvature(lambda p: inner(p, frozen), theta)
     solution = solver.solve(operator, outer_gradient, state)
 
     inner_gradient = torch.autograd.grad(
-        inner(theta, hyper),
+        inner(theta, tree_unflatten(leaves, spec)),
         list(theta.values()),
         create_graph=True,
         materialize_grads=True,
@@ -77,13 +72,19 @@ def implicit_gradient(
     return tree_unflatten(total, spec), solution
 
 
-def _takes_two(function: Callable[..., Tensor]) -> bool:
-    """Whether `function` can be called with two positional arguments."""
-    try:
-        inspect.signature(function).bind(None, None)
-    except TypeError:
-        return False
-    return True
+def outer_gradients(
+    outer: Callable[..., Tensor], params: Parameters, hyper: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """∇_θ of the outer loss, (P,), and its direct gradient in each leaf of `hyper`."""
+    leaves, spec = tree_flatten(hyper)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    theta = {name: p.detach().requires_grad_() for name, p in params.items()}
+    value = outer(theta, tree_unflatten(leaves, spec)) if takes(outer, 2) else outer(theta)
+    gradients = torch.autograd.grad(
+        value, [*theta.values(), *leaves], materialize_grads=True, allow_unused=True
+    )
+    gradient = torch.cat([g.reshape(-1) for g in gradients[: len(theta)]])
+    return gradient, list(gradients[len(theta) :])
 
 
 def weight_gradient(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.spectrum import lanczos
 
 Status = Literal["converged", "budget", "negative_curvature", "diverged"]
 State = MutableMapping[str, Any]
@@ -56,6 +57,8 @@ class Method(ABC):
         damping: δ ≥ 0, added to the diagonal of C.
     """
 
+    # Whether the method stays an approximation however much it spends.
+    approximate: ClassVar[bool] = False
     damping: float = 0.0
     registry: ClassVar[dict[str, type["Method"]]] = {}
 
@@ -91,6 +94,7 @@ class Method(ABC):
         if norm == 0.0:
             return Solution(torch.zeros_like(rhs), 0.0, 0, 0.0, "converged")
         spent_before = op.products
+        self._announce(op)
         # Solving for g/‖g‖ keeps half- and single-precision dot products in range.
         unit = rhs / norm
         iterate = self._iterate(op, unit, state)
@@ -111,7 +115,7 @@ class Method(ABC):
             value=scaled,
             residual=residual,
             products=op.products - spent_before,
-            error_bound=self._error_bound(op, residual, iterate.smallest_eigenvalue),
+            error_bound=self._error_bound(op, residual, value, iterate.smallest_eigenvalue),
             status=status or self._judge(residual),
         )
 
@@ -121,19 +125,28 @@ class Method(ABC):
 
     def _judge(self, residual: float) -> Status:
         """Status of a method that did not set one: a direct method is done."""
-        return "converged"
+        return "converged" if not self.approximate or residual <= 1e-6 else "budget"
+
+    def _announce(self, op: LinearOperator) -> None:
+        """Tell the operator how many single products may follow."""
 
     def _damped(self, op: LinearOperator, vector: Tensor) -> Tensor:
         return torch.add(op @ vector, vector, alpha=self.damping)
 
     def _error_bound(
-        self, op: LinearOperator, residual: float, smallest_eigenvalue: float | None
+        self,
+        op: LinearOperator,
+        residual: float,
+        value: Tensor,
+        smallest_eigenvalue: float | None,
     ) -> float | None:
-        if smallest_eigenvalue is None and op.positive_semidefinite:
-            smallest_eigenvalue = 0.0
-        if smallest_eigenvalue is None or smallest_eigenvalue + self.damping <= 0:
+        known = [s for s in (smallest_eigenvalue, op.smallest_eigenvalue) if s is not None]
+        if not known or max(known) + self.damping <= 0:
             return None
-        return residual / (smallest_eigenvalue + self.damping)
+        # The residual is a difference of vectors of about norm 1, each rounded, and of δv.
+        magnitude = 1 + self.damping * float(torch.linalg.vector_norm(value))
+        rounding = 10 * torch.finfo(value.dtype).eps * magnitude
+        return (residual + rounding) / (max(known) + self.damping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,6 +172,44 @@ class _IterativeMethod(Method):
         if not self.rtol >= 0:
             raise ValueError(f"rtol must be ≥ 0, got {self.rtol}")
 
+    def _announce(self, op: LinearOperator) -> None:
+        op.expect(self.max_products)
+
     def _judge(self, residual: float) -> Status:
         # The recomputed residual may differ from the recursion's by rounding.
         return "converged" if residual <= 1.1 * self.rtol else "budget"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _ProbingMethod(_IterativeMethod):
+    """An iterative method that needs λ_max.
+
+    Attributes:
+        probe_products: length of the Lanczos run that finds it; at most half of the budget is
+            spent on it. A `state` carries λ_max to later calls until an iteration grows.
+    """
+
+    probe_products: int = 8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.probe_products < 1:
+            raise ValueError(f"probe_products must be at least 1, got {self.probe_products}")
+
+    def _largest_eigenvalue(
+        self, op: LinearOperator, unit: Tensor, state: State | None, affordable: int
+    ) -> float:
+        """From the state or from Lanczos; NaN where a product is not finite."""
+        if state is not None and "largest_eigenvalue" in state:
+            return float(state["largest_eigenvalue"])
+        run = lanczos(op, unit, min(self.probe_products, max(1, affordable // 2)))
+        # Lanczos approaches λ_max from below; its last residual bounds what is missing.
+        largest = float(run.eigenvalues[-1]) + run.last_residual
+        if state is not None and math.isfinite(largest):
+            state["largest_eigenvalue"] = largest
+        return largest
+
+    @staticmethod
+    def _forget(state: State | None) -> None:
+        if state is not None:
+            state.pop("largest_eigenvalue", None)

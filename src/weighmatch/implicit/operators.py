@@ -4,12 +4,12 @@ Every operator is symmetric and acts on flat vectors (P,) or blocks (P, k).
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from weighmatch.implicit.flat import Parameters, unflatten
+
+LARGEST_DENSE_SPECTRUM = 2048
 
 
 class LinearOperator(ABC):
@@ -21,6 +21,9 @@ class LinearOperator(ABC):
         device: where these lie.
         products: number of vectors multiplied so far; a block (P, k) counts k.
         positive_semidefinite: whether the construction rules out negative curvature.
+        smallest_eigenvalue: a known lower bound on the spectrum, which error bounds rest on:
+            0 where positive semi-definite, None where nothing is known. May be set, for example
+            to what `lower_bound` of `weighmatch.implicit.spectrum` gives.
     """
 
     positive_semidefinite = False
@@ -30,6 +33,23 @@ class LinearOperator(ABC):
         self.dtype = dtype
         self.device = device
         self.products = 0
+        self._smallest_eigenvalue: float | None = None
+
+    @property
+    def smallest_eigenvalue(self) -> float | None:  # noqa: D102
+        if self._smallest_eigenvalue is None and self.positive_semidefinite:
+            return 0.0
+        return self._smallest_eigenvalue
+
+    @smallest_eigenvalue.setter
+    def smallest_eigenvalue(self, value: float | None) -> None:
+        self._smallest_eigenvalue = value
+
+    def expect(self, products: int) -> None:
+        """Told by a solver how many single products may follow, before the first.
+
+        An operator that knows a way to multiply that pays only for many prepares it here.
+        """
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector (P,) or the columns of a block (P, k).
@@ -56,6 +76,20 @@ class LinearOperator(ABC):
         columns = [self._product(column) for column in block.unbind(1)]
         return torch.stack(columns, dim=1) if columns else block.clone()
 
+    def factor(self) -> tuple[Tensor, float]:
+        """F, (P, n), with C ≈ F Fᵀ, and the smallest eigenvalue of what F leaves out (≤ 0).
+
+        From the dense matrix: P products, O(P²) memory. Operators that are sums of n outer
+        products know better.
+        """
+        matrix = self.dense()
+        if not bool(torch.isfinite(matrix).all()):
+            return torch.full_like(matrix, torch.nan), 0.0
+        wide = matrix.to(torch.promote_types(self.dtype, torch.float32))
+        eigenvalues, vectors = torch.linalg.eigh(wide)
+        factor = vectors * eigenvalues.clamp_min(0).sqrt()
+        return factor.to(self.dtype), min(0.0, float(eigenvalues[0]))
+
     def dense(self, block_size: int = 128) -> Tensor:
         """The matrix itself, (P, P), from P products in blocks; symmetrised."""
         size = self.shape[0]
@@ -81,105 +115,27 @@ class Dense(LinearOperator):
         self.matrix = matrix
         self.positive_semidefinite = positive_semidefinite
 
+    @property
+    def smallest_eigenvalue(self) -> float | None:
+        """Computed where the matrix is small enough, less what rounding may hide."""
+        size = self.shape[0]
+        if self._smallest_eigenvalue is None and size <= LARGEST_DENSE_SPECTRUM:
+            if not bool(torch.isfinite(self.matrix).all()):
+                return None
+            eigenvalues = torch.linalg.eigvalsh(self.matrix.double())
+            rounding = size * torch.finfo(torch.float64).eps * float(eigenvalues.abs().max())
+            smallest = float(eigenvalues[0]) - rounding
+            self._smallest_eigenvalue = (
+                max(smallest, 0.0) if self.positive_semidefinite else smallest
+            )
+        return super().smallest_eigenvalue
+
+    @smallest_eigenvalue.setter
+    def smallest_eigenvalue(self, value: float | None) -> None:
+        self._smallest_eigenvalue = value
+
     def _product(self, vector: Tensor) -> Tensor:
         return self.matrix @ vector
 
     def _block_product(self, block: Tensor) -> Tensor:
         return self.matrix @ block
-
-
-class _ParameterOperator(LinearOperator):
-    """An operator on the parameters of a network."""
-
-    def __init__(self, params: Parameters) -> None:
-        self.params = {k: p.detach().requires_grad_() for k, p in params.items()}
-        first = next(iter(self.params.values()))
-        size = sum(p.numel() for p in self.params.values())
-        super().__init__(size, first.dtype, first.device)
-
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        return list(unflatten(vector, self.params).values())
-
-
-class Hessian(_ParameterOperator):
-    """∇²L(θ) of `loss(params) -> scalar` (Pearlmutter, 1994).
-
-    The gradient's graph is built once and kept, so that a product is one backward pass
-    through it. It holds the activations for as long as the operator lives.
-    """
-
-    def __init__(self, loss: Callable[[Parameters], Tensor], params: Parameters) -> None:
-        super().__init__(params)
-        self._leaves = list(self.params.values())
-        gradient = torch.autograd.grad(
-            loss(self.params), self._leaves, create_graph=True, materialize_grads=True
-        )
-        # A loss that is linear in a parameter has a gradient without a graph there.
-        kept = [(i, g) for i, g in enumerate(gradient) if g.requires_grad]
-        self._kept = [i for i, _ in kept]
-        self._gradient = [g for _, g in kept]
-
-    def _product(self, vector: Tensor) -> Tensor:
-        if not self._gradient:
-            return torch.zeros_like(vector)
-        pieces = self._split(vector)
-        product = torch.autograd.grad(
-            self._gradient,
-            self._leaves,
-            [pieces[i] for i in self._kept],
-            retain_graph=True,
-            materialize_grads=True,
-        )
-        return torch.cat([piece.reshape(-1) for piece in product])
-
-
-class GaussNewton(_ParameterOperator):
-    """Jᵀ H_z J, with J the Jacobian of the outputs z(θ) and H_z the Hessian of the loss in z.
-
-    Positive semi-definite where `output_loss` is convex in the outputs, as cross-entropy is
-    (Schraudolph, 2002; Martens, 2020). A product is J v by one backward pass
-    through the graph of Jᵀu, one product with the small H_z, and one backward pass through the
-    network; both graphs are kept.
-
-    Args:
-        outputs: `outputs(params) -> (B, C)`, for example logits.
-        output_loss: `output_loss(outputs) -> scalar`, convex.
-        params: where J is taken.
-    """
-
-    positive_semidefinite = True
-
-    def __init__(
-        self,
-        outputs: Callable[[Parameters], Tensor],
-        output_loss: Callable[[Tensor], Tensor],
-        params: Parameters,
-    ) -> None:
-        super().__init__(params)
-        self._outputs_of = outputs
-        self._leaves = list(self.params.values())
-        self._outputs = outputs(self.params)
-        self._z = self._outputs.detach().requires_grad_()
-        (self._output_gradient,) = torch.autograd.grad(
-            output_loss(self._z), self._z, create_graph=True
-        )
-        # Jᵀu is linear in a dummy u; differentiating it in u gives J v by one backward pass.
-        self._dummy = torch.zeros_like(self._outputs, requires_grad=True)
-        self._pullback = torch.autograd.grad(
-            self._outputs, self._leaves, self._dummy, create_graph=True, materialize_grads=True
-        )
-
-    def _product(self, vector: Tensor) -> Tensor:
-        kept = [
-            (g, v)
-            for g, v in zip(self._pullback, self._split(vector), strict=True)
-            if g.requires_grad
-        ]
-        (tangent,) = torch.autograd.grad(
-            [g for g, _ in kept], self._dummy, [v for _, v in kept], retain_graph=True
-        )
-        (curved,) = torch.autograd.grad(self._output_gradient, self._z, tangent, retain_graph=True)
-        pulled = torch.autograd.grad(
-            self._outputs, self._leaves, curved, retain_graph=True, materialize_grads=True
-        )
-        return torch.cat([p.reshape(-1) for p in pulled])

@@ -1,0 +1,1 @@
+"""Comparisons with other packages, on the same problems and in the same run."""

@@ -1,0 +1,278 @@
+"""Kronecker-factored curvature (Martens & Grosse, 2015; Grosse & Martens, 2016), by curvlinops.
+
+curvlinops takes a module and one of three losses. Here both are made from a `GaussNewton`: a
+module whose layers are the calls of `linear` and `conv2d` seen while the outputs are computed,
+and the squared error of outputs multiplied by a root of H_z, whose Gauss-Newton matrix is the
+same.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from weighmatch.implicit.curvature import GaussNewton
+from weighmatch.implicit.exact import solve_symmetric
+from weighmatch.implicit.flat import Parameters, flatten, unflatten
+from weighmatch.implicit.method import Iterate, Method, State
+from weighmatch.implicit.operators import LinearOperator
+
+Apply = Callable[[Tensor], Tensor]
+# Parameters outside of linear and convolution layers form one exact block up to this size.
+LARGEST_REST = 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class KFAC(Method):
+    """One Kronecker product a layer, inverted with exact damping; nothing between layers.
+
+    Linear and 2-D convolution layers that are called as `torch.nn.functional.linear` and
+    `conv2d` (what `torch.nn` does) on a parameter itself are found by looking at one evaluation
+    of the outputs. All other parameters (norms, scales) are one block of their own, taken
+    exactly from one product each. An operator that is not a `GaussNewton` shows no layers: it is
+    all "rest". Spends one product a class and one a rest parameter. As a preconditioner:
+    `ConjugateGradient(preconditioner=KFAC())`.
+
+    Attributes:
+        eigenvalue_corrected: EK-FAC (George et al., 2018) instead of K-FAC.
+        factors: the Gauss-Newton operator that the factors are taken from, where the system's
+            own operator is another one, for example the Hessian. A `state` carries the factors
+            from call to call.
+
+    Raises:
+        ValueError: from `solve`, if more than 4,096 parameters are outside of such layers.
+    """
+
+    approximate: ClassVar[bool] = True
+    eigenvalue_corrected: bool = False
+    factors: GaussNewton | None = None
+
+    def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
+        apply = self._inverse(op, self.damping, state, positive=False)
+        return Iterate(apply(unit))
+
+    def preconditioner(
+        self, op: LinearOperator, damping: float, state: State | None, affordable: int
+    ) -> Apply:
+        """M⁻¹ = (K-FAC + δI)⁻¹; its factors come before the budget's iterations, if need be.
+
+        Args:
+            op: the curvature.
+            damping: δ of the system.
+            state: as in `solve`.
+            affordable: products that may be spent; where the factors need more and the state
+                has none, there is no preconditioning.
+        """
+        has_factors = state is not None and "kfac" in state
+        if not has_factors and _Network.cost(self.factors or op) > affordable:
+            return lambda r: r
+        return self._inverse(op, damping, state, positive=True)
+
+    def _inverse(
+        self, op: LinearOperator, damping: float, state: State | None, positive: bool
+    ) -> Apply:
+        network: _Network | None = None if state is None else state.get("kfac")
+        if network is None or network.size != op.shape[0]:
+            network = _Network(self.factors or op, op, self.eigenvalue_corrected)
+            if state is not None:
+                state["kfac"] = network
+        return network.inverse(damping, positive)
+
+
+class _Network:
+    """The layers behind an operator, their Kronecker factors, and the block of the rest."""
+
+    def __init__(self, source: LinearOperator, op: LinearOperator, corrected: bool) -> None:
+        self.size = op.shape[0]
+        self._module: _Layers | None = None
+        rest = torch.ones(self.size, dtype=torch.bool, device=op.device)
+        if isinstance(source, GaussNewton):
+            self._module = _Layers(source)
+            op.products += self._module.classes
+            rest = ~flatten(
+                {k: torch.full_like(p, k in self._module.positions) for k, p in source.params.items()}
+            ).bool()
+        self._params = source.params if isinstance(source, GaussNewton) else {}
+        self._corrected = corrected
+        self._kronecker: Any = None
+        self._rest = rest.nonzero().squeeze(1)
+        count = len(self._rest)
+        if count > LARGEST_REST:
+            raise ValueError(
+                f"{count} parameters lie outside of the linear and convolution layers that "
+                f"KFAC can see, more than the {LARGEST_REST} it takes as one exact block; "
+                f"build the operator as GaussNewton from a network of torch.nn layers"
+            )
+        basis = torch.zeros(self.size, count, dtype=op.dtype, device=op.device)
+        basis[self._rest, torch.arange(count, device=op.device)] = 1
+        block = (op @ basis)[self._rest]
+        self._block = (block + block.T) / 2
+
+    @staticmethod
+    def cost(source: LinearOperator) -> int:
+        """Products that the factors of an operator will take."""
+        if not isinstance(source, GaussNewton):
+            return source.shape[0]
+        layers = _Layers(source)
+        seen = sum(source.params[name].numel() for name in layers.positions)
+        return layers.classes + source.shape[0] - seen
+
+    def inverse(self, damping: float, positive: bool) -> Apply:
+        """(K-FAC + δI)⁻¹ on flat vectors."""
+        kronecker = None
+        if self._module is not None and self._module.positions:
+            kronecker = self._kronecker_inverse(damping)
+
+        def apply(vector: Tensor) -> Tensor:
+            result = torch.zeros_like(vector)
+            if kronecker is not None and self._module is not None:
+                pieces = unflatten(vector, self._params)
+                solved = kronecker @ [pieces[name] for name in self._module.positions]
+                found = dict(zip(self._module.positions, solved, strict=True))
+                result = flatten(
+                    {k: found[k] if k in found else torch.zeros_like(p) for k, p in pieces.items()}
+                ).to(vector.dtype)
+            if len(self._rest):
+                part = solve_symmetric(self._block, vector[self._rest], damping, positive).value
+                result = result.index_copy(0, self._rest, part)
+            return result
+
+        return apply
+
+    def _kronecker_inverse(self, damping: float) -> Any:
+        from curvlinops import (
+            EKFACLinearOperator,
+            KFACInverseLinearOperator,
+            KFACLinearOperator,
+        )
+
+        assert self._module is not None
+        if self._kronecker is None:
+            kind = EKFACLinearOperator if self._corrected else KFACLinearOperator
+            self._kronecker = kind(
+                self._module,
+                nn.MSELoss(reduction="sum"),
+                self._module.layer_parameters,
+                self._module.data,
+                fisher_type="type-2",
+                check_deterministic=False,
+                num_per_example_loss_terms=1,
+                num_data=self._module.examples,
+            )
+        # Zero damping would divide by the zero eigenvalues that Kronecker factors often have.
+        floor = torch.finfo(self._module.root.dtype).eps
+        return KFACInverseLinearOperator(
+            self._kronecker, damping=max(damping, floor), use_exact_damping=True
+        )
+
+
+class _Layers(nn.Module):
+    """The layers of `source` as modules that hooks can be put on; calls give H_z^½ᵀ z / √2."""
+
+    def __init__(self, source: GaussNewton) -> None:
+        super().__init__()
+        self._source = source
+        recorder = _Recorder(source.params)
+        with recorder, torch.no_grad():
+            outputs = source.network_outputs(source.params)
+        self.examples, self.classes = outputs.shape
+        self._names = recorder.names
+        # Names in the order of `layer_parameters`.
+        self.positions: list[str] = []
+        self.layer_parameters: list[nn.Parameter] = []
+        self.layers = nn.ModuleList(recorder.layers.values())
+        for key, layer in recorder.layers.items():
+            for kind in ("weight", "bias"):
+                name = recorder.names.get((key, kind))
+                if name is not None:
+                    self.positions.append(name)
+                    self.layer_parameters.append(getattr(layer, kind))
+        self._by_weight = {key: layer for key, layer in recorder.layers.items()}
+        eigenvalues, vectors = torch.linalg.eigh(
+            source.output_curvature().to(torch.promote_types(outputs.dtype, torch.float32))
+        )
+        # The squared error's own Hessian is 2I.
+        scale = (eigenvalues.clamp_min(0) / 2).sqrt().unsqueeze(1)
+        self.root = (vectors * scale).to(outputs.dtype)
+
+    @property
+    def data(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """One batch; the inputs are already in the closure of the operator."""
+        placeholder = torch.zeros(self.examples, 1, dtype=self.root.dtype, device=self.root.device)
+        return [(placeholder, torch.zeros_like(self.root[:, 0]))]
+
+    def forward(self, _: Tensor) -> Tensor:
+        with _Redirect(self._by_weight):
+            outputs = self._source.network_outputs(self._source.params)
+        return torch.einsum("bc,bcd->bd", outputs, self.root)
+
+
+def _call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+    return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+class _Recorder(TorchFunctionMode):
+    """Makes a module for every call of `linear` or `conv2d` on a parameter."""
+
+    def __init__(self, params: Parameters) -> None:
+        super().__init__()
+        self._by_id = {id(p): name for name, p in params.items()}
+        self.layers: dict[int, nn.Module] = {}
+        self.names: dict[tuple[int, str], str] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.linear, F.conv2d):
+            call = _call_arguments(args, kwargs)
+            weight, bias = call["weight"], call.get("bias")
+            known = id(weight) in self._by_id and (bias is None or id(bias) in self._by_id)
+            if known and call.get("groups", 1) == 1:
+                self._record(call, weight, bias)
+        return func(*args, **kwargs)
+
+    def _record(self, call: dict[str, Any], weight: Tensor, bias: Tensor | None) -> None:
+        if weight.ndim == 2:
+            layer: nn.Module = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+        else:
+            layer = nn.Conv2d(
+                weight.shape[1],
+                weight.shape[0],
+                tuple(weight.shape[2:]),  # type: ignore[arg-type]
+                stride=call.get("stride", 1),
+                padding=call.get("padding", 0),
+                dilation=call.get("dilation", 1),
+                bias=bias is not None,
+            )
+        layer.weight = nn.Parameter(weight.detach())
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach())
+            self.names[id(weight), "bias"] = self._by_id[id(bias)]
+        self.layers[id(weight)] = layer
+        self.names[id(weight), "weight"] = self._by_id[id(weight)]
+
+
+class _Redirect(TorchFunctionMode):
+    """Sends calls on a known weight through its module, so that the module's hooks run."""
+
+    def __init__(self, layers: dict[int, nn.Module]) -> None:
+        super().__init__()
+        self._layers = layers
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (F.linear, F.conv2d):
+            call = _call_arguments(args, kwargs)
+            layer = self._layers.get(id(call["weight"]))
+            if layer is not None:
+                # A mode is off inside of its own handler, so the module's call is not caught.
+                return layer(call["input"])
+        return func(*args, **kwargs)

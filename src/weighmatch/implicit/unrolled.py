@@ -1,0 +1,68 @@
+"""Hypergradients through the trajectory of the inner optimiser: what the implicit one replaces."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from weighmatch.implicit.calls import takes
+
+
+def unrolled_gradient(
+    step: Callable[..., Any],
+    init: Any,
+    hyper: Any,
+    outer: Callable[..., Tensor],
+    steps: int,
+    truncation: int | None = None,
+) -> Any:
+    """The derivative of outer(θ_steps(hyper)[, hyper]) in hyper by reverse mode.
+
+    Memory grows with the number of steps that are differentiated through.
+
+    Args:
+        step: one update, `step(params, hyper) -> params` or `step(params, hyper, t) -> params`
+            with t from 0; it must not modify its arguments. Parameters may be any pytree of
+            tensors, an optimiser's momentum included.
+        init: θ_0.
+        hyper: a pytree of tensors.
+        outer: `outer(params) -> scalar` or `outer(params, hyper) -> scalar`.
+        steps: number of updates.
+        truncation: differentiate through the last so many updates only (Shaban et al., 2019);
+            None: through all.
+
+    Returns:
+        The gradient, a pytree like `hyper`, the direct dependence of `outer` on it included.
+
+    Raises:
+        ValueError: if `steps` is negative, or `truncation` is.
+
+    Source:
+        Maclaurin, Duvenaud & Adams (2015); Franceschi et al. (2017).
+    """
+    if steps < 0:
+        raise ValueError(f"steps must be at least 0, got {steps}")
+    if truncation is not None and truncation < 0:
+        raise ValueError(f"truncation must be at least 0, or None for all steps, got {truncation}")
+    leaves, spec = tree_flatten(hyper)
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    live = tree_unflatten(leaves, spec)
+    frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
+    counted = takes(step, 3)
+    params = tree_map(lambda p: p.detach(), init)
+    first = 0 if truncation is None else max(0, steps - truncation)
+    for t in range(steps):
+        seen = live if t >= first else frozen
+        if t < first:
+            # A step may differentiate a loss of its own in θ.
+            params = tree_map(lambda p: p.detach().requires_grad_(p.is_floating_point()), params)
+        params = step(params, seen, t) if counted else step(params, seen)
+        if t < first:
+            params = tree_map(lambda p: p.detach(), params)
+    value = outer(params, live) if takes(outer, 2) else outer(params)
+    if not value.requires_grad:
+        return tree_map(torch.zeros_like, frozen)
+    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+    return tree_unflatten(list(gradients), spec)
