@@ -52,4 +52,4 @@ class Chebyshev(_ProbingMethod):
                 break
             previous, ratio = ratio, 1 / (2 * centre / radius - ratio)
             direction = ratio * previous * direction + (2 * ratio / radius) * residual
-        return Iterate(best)
+        return Iterate(best, scale=largest)

@@ -46,11 +46,17 @@ class ConjugateGradient(_IterativeMethod):
         inner = residual @ scaled
         # Below rounding the recursion's residual says nothing of the true one.
         enough = max(self.rtol, torch.finfo(unit.dtype).eps)
+        scale = 0.0
         for _ in range(self.max_products - 1 - (op.products - before)):
             image = self._damped(op, direction)
             curvature = direction @ image
-            if not bool(curvature > 0):
-                return Iterate(self._first(value, unit), status="negative_curvature")
+            square = float(direction @ direction)
+            scale = max(scale, float(torch.linalg.vector_norm(image)) / max(square, 1e-300) ** 0.5)
+            # Within rounding of zero a step would be a leap to anywhere.
+            if not float(curvature) > torch.finfo(unit.dtype).eps * scale * square:
+                return Iterate(
+                    self._first(value, unit), status="negative_curvature", scale=scale
+                )
             length = inner / curvature
             value = value + length * direction
             residual = residual - length * image
@@ -59,7 +65,7 @@ class ConjugateGradient(_IterativeMethod):
             scaled = precondition(residual)
             previous, inner = inner, residual @ scaled
             direction = scaled + (inner / previous) * direction
-        return Iterate(value)
+        return Iterate(value, scale=scale)
 
     def _preconditioner(
         self, op: LinearOperator, state: State | None

@@ -35,18 +35,20 @@ def solve_symmetric(
     """
     if not bool(torch.isfinite(matrix).all()):
         return Iterate(torch.zeros_like(rhs), status="diverged")
-    # Half types have no eigendecomposition.
-    wide = torch.promote_types(matrix.dtype, torch.float32)
-    eigenvalues, vectors = torch.linalg.eigh(matrix.to(wide))
+    # In double: what is rounded in the matrix is enough.
+    eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     damped = eigenvalues + damping
-    precision = len(matrix) * torch.finfo(matrix.dtype).eps
-    rounding = precision * float(damped.abs().max())
+    precision = max(
+        torch.finfo(matrix.dtype).eps, len(matrix) * torch.finfo(torch.float64).eps
+    )
+    scale = float(damped.abs().max())
+    rounding = precision * scale
     usable = damped.abs() > rounding
     inverse = torch.where(usable, 1 / damped, torch.zeros_like(damped))
     if positive:
         inverse = inverse.abs()
-    components = vectors.T @ rhs.to(wide)
-    unsolved = float(components[~usable].norm()) > precision
+    components = vectors.T @ rhs.double()
+    unsolved = float(components[~usable].norm()) > precision**0.5
     smallest = float(eigenvalues[0])
     indefinite = smallest + damping < -rounding
     return Iterate(
@@ -54,4 +56,5 @@ def solve_symmetric(
         status="negative_curvature" if indefinite or unsolved else "converged",
         # Within rounding of zero nothing is known of the error.
         smallest_eigenvalue=smallest if smallest + damping > rounding else -damping,
+        scale=scale,
     )

@@ -7,10 +7,12 @@ from torch import Tensor
 def eigenpairs(factor: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvectors (P, k) and eigenvalues (k,), descending, of F Fᵀ for `factor` F (P, n).
 
-    By QR and a small SVD in at least single precision: the Gram matrix would square the
-    condition number. Eigenvalues that are zero to rounding are left out.
+    By QR and a small SVD in double precision: the Gram matrix would square the condition
+    number. Eigenvalues that are zero to rounding are left out.
     """
-    wide = factor.to(torch.promote_types(factor.dtype, torch.float32))
+    wide = factor.double()
+    if wide.shape[1] == 0:
+        return wide, wide.new_zeros(0)
     if wide.shape[0] < wide.shape[1]:
         vectors, singular, _ = torch.linalg.svd(wide, full_matrices=False)
     else:
@@ -18,7 +20,7 @@ def eigenpairs(factor: Tensor) -> tuple[Tensor, Tensor]:
         rotation, singular, _ = torch.linalg.svd(triangle)
         vectors = basis @ rotation
     eigenvalues = singular.square()
-    rounding = max(wide.shape) * torch.finfo(wide.dtype).eps * singular[0]
+    rounding = max(wide.shape) * torch.finfo(torch.float64).eps * singular[0]
     kept = singular > rounding
     return vectors[:, kept], eigenvalues[kept]
 

@@ -40,13 +40,22 @@ class Solution:
 
 @dataclass(frozen=True)
 class Iterate:
-    """What a method hands back to `Method.solve`."""
+    """What a method hands back to `Method.solve`.
+
+    Attributes:
+        value: for a right-hand side of norm 1.
+        status: None where `Method.solve` is to judge by the residual.
+        smallest_eigenvalue: of C, where the method found it.
+        best_measured: an iterate whose true residual was measured on the way, and that residual,
+            for a value that turns out worse.
+        scale: an estimate of ‖C‖ from what was seen of it: what rounding is relative to.
+    """
 
     value: Tensor
     status: Status | None = None
     smallest_eigenvalue: float | None = None
-    # An iterate whose true residual was measured on the way, for a value that turns out worse.
     best_measured: tuple[Tensor, float] | None = None
+    scale: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +124,7 @@ class Method(ABC):
             value=scaled,
             residual=residual,
             products=op.products - spent_before,
-            error_bound=self._error_bound(op, residual, value, iterate.smallest_eigenvalue),
+            error_bound=self._error_bound(op, residual, value, iterate),
             status=status or self._judge(residual),
         )
 
@@ -134,17 +143,15 @@ class Method(ABC):
         return torch.add(op @ vector, vector, alpha=self.damping)
 
     def _error_bound(
-        self,
-        op: LinearOperator,
-        residual: float,
-        value: Tensor,
-        smallest_eigenvalue: float | None,
+        self, op: LinearOperator, residual: float, value: Tensor, iterate: Iterate
     ) -> float | None:
-        known = [s for s in (smallest_eigenvalue, op.smallest_eigenvalue) if s is not None]
+        candidates = (iterate.smallest_eigenvalue, op.smallest_eigenvalue)
+        known = [s for s in candidates if s is not None]
         if not known or max(known) + self.damping <= 0:
             return None
-        # The residual is a difference of vectors of about norm 1, each rounded, and of δv.
-        magnitude = 1 + self.damping * float(torch.linalg.vector_norm(value))
+        # The residual is a difference of rounded vectors, (C + δI)v and one of norm 1.
+        norm = float(torch.linalg.vector_norm(value))
+        magnitude = 1 + (iterate.scale + self.damping) * norm
         rounding = 10 * torch.finfo(value.dtype).eps * magnitude
         return (residual + rounding) / (max(known) + self.damping)
 

@@ -45,9 +45,9 @@ class MinRes(_IterativeMethod):
             second_above, below = below, sine * next_off_diagonal
             subdiagonal = -cosine * next_off_diagonal
             pivot = (turned**2 + next_off_diagonal**2) ** 0.5
-            if not pivot > eps * scale:
+            if not pivot > 10 * eps * scale:
                 # The Krylov space is exhausted, and C + δI singular on it.
-                return Iterate(value, status="negative_curvature")
+                return Iterate(value, status="negative_curvature", scale=scale)
             cosine, sine = turned / pivot, next_off_diagonal / pivot
             new_direction = (
                 basis - second_above * previous_direction - above * direction
@@ -59,4 +59,4 @@ class MinRes(_IterativeMethod):
             if abs(residual) <= max(self.rtol, eps) or not off_diagonal > eps * scale:
                 break
             previous_basis, basis = basis, image / off_diagonal
-        return Iterate(value)
+        return Iterate(value, scale=scale)

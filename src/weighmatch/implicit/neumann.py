@@ -48,7 +48,7 @@ class Neumann(_ProbingMethod):
                 break
             value = value + step * residual
         # The last step is measured by the final check, which keeps to the best before it.
-        return Iterate(value, best_measured=(best_value, best_norm))
+        return Iterate(value, best_measured=(best_value, best_norm), scale=1 / step)
 
     def _step(
         self, op: LinearOperator, unit: Tensor, state: State | None, affordable: int

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from weighmatch.implicit import low_rank
-from weighmatch.implicit.method import Iterate, Method, State
+from weighmatch.implicit.method import Iterate, Method, State, Status
 from weighmatch.implicit.operators import LinearOperator
 
 
@@ -70,7 +70,9 @@ class Nystrom(Method):
         inside, rest = inside.to(unit.dtype), rest.to(unit.dtype)
         value = inside + self._outside(op, unit, inside, rest) * rest
         indefinite = sketch.negative + self.damping < 0
-        return Iterate(value, status="negative_curvature" if indefinite else None)
+        scale = float(sketch.eigenvalues[0]) if len(sketch.eigenvalues) else 0.0
+        status: Status | None = "negative_curvature" if indefinite else None
+        return Iterate(value, status=status, scale=scale)
 
     def _outside(self, op: LinearOperator, unit: Tensor, inside: Tensor, rest: Tensor) -> float:
         """The factor of the part outside of the sketch."""
@@ -123,11 +125,10 @@ class Nystrom(Method):
     def _draw(self, op: LinearOperator) -> Sketch | None:
         size = op.shape[0]
         rank = min(self.rank, size)
-        wide = torch.promote_types(op.dtype, torch.float32)
         generator = torch.Generator().manual_seed(self.seed)
-        gaussian = torch.randn(size, rank, generator=generator, dtype=wide)
+        gaussian = torch.randn(size, rank, generator=generator, dtype=torch.float64)
         test, _ = torch.linalg.qr(gaussian.to(op.device))
-        images = (op @ test.to(op.dtype)).to(wide)
+        images = (op @ test.to(op.dtype)).double()
         if not bool(torch.isfinite(images).all()):
             return None
         # The core ΩᵀCΩ may be singular or indefinite: its positive part is what a positive
@@ -139,7 +140,7 @@ class Nystrom(Method):
         kept = values > rounding
         negative = float(values[0]) if float(values[0]) < -rounding else 0.0
         if not bool(kept.any()):
-            nothing = torch.zeros(size, 0, dtype=wide, device=op.device)
+            nothing = torch.zeros(size, 0, dtype=torch.float64, device=op.device)
             return Sketch(nothing, values[:0], negative)
         factor = images @ (rotation[:, kept] / values[kept].sqrt())
         vectors, eigenvalues = low_rank.eigenpairs(factor)

@@ -85,10 +85,12 @@ class LinearOperator(ABC):
         matrix = self.dense()
         if not bool(torch.isfinite(matrix).all()):
             return torch.full_like(matrix, torch.nan), 0.0
-        wide = matrix.to(torch.promote_types(self.dtype, torch.float32))
-        eigenvalues, vectors = torch.linalg.eigh(wide)
-        factor = vectors * eigenvalues.clamp_min(0).sqrt()
-        return factor.to(self.dtype), min(0.0, float(eigenvalues[0]))
+        eigenvalues, vectors = torch.linalg.eigh(matrix.double())
+        # A root would turn what is rounding in an eigenvalue into something that looks real.
+        precision = max(torch.finfo(self.dtype).eps, len(matrix) * 2.3e-16)
+        kept = eigenvalues > precision * eigenvalues.abs().max()
+        factor = vectors[:, kept] * eigenvalues[kept].sqrt()
+        return factor, min(0.0, float(eigenvalues[0]))
 
     def dense(self, block_size: int = 128) -> Tensor:
         """The matrix itself, (P, P), from P products in blocks; symmetrised."""

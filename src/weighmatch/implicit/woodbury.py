@@ -38,4 +38,5 @@ class Woodbury(Method):
         return Iterate(
             solved.to(unit.dtype),
             status="negative_curvature" if indefinite or unsolved else "converged",
+            scale=scale,
         )
