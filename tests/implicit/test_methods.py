@@ -37,9 +37,16 @@ def spd(eigenvalues, seed=0, dtype=torch.float64):
 
 
 def test_all_methods_are_here():
-    names = "Exact Identity Neumann Chebyshev ConjugateGradient MinRes Nystrom Diagonal Woodbury KFAC"
+    names = (
+        "Exact Identity Neumann Chebyshev ConjugateGradient MinRes Nystrom Diagonal Woodbury KFAC"
+    )
     assert {name for name, _ in METHODS} >= set(names.split())
-    assert {name for name, _ in ITERATIVE} == {"Neumann", "Chebyshev", "ConjugateGradient", "MinRes"}
+    assert {name for name, _ in ITERATIVE} == {
+        "Neumann",
+        "Chebyshev",
+        "ConjugateGradient",
+        "MinRes",
+    }
     approximate = {name for name, kind in METHODS if kind.approximate}
     assert approximate == {"Identity", "Nystrom", "Diagonal", "KFAC"}
 

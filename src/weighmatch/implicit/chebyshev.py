@@ -33,13 +33,13 @@ class Chebyshev(_ProbingMethod):
         lower = min(max(known, upper / max(steps / 2, 1.5) ** 2), 0.999 * upper)
         centre, radius = (upper + lower) / 2, (upper - lower) / 2
         value = torch.zeros_like(unit)
-        residual = unit
+        residual = unit.clone()
         direction = residual / centre
         ratio = radius / centre
-        best, best_norm = value, 1.0
+        best, best_norm = value.clone(), 1.0
         for _ in range(steps):
-            value = value + direction
-            residual = residual - self._damped(op, direction)
+            value.add_(direction)
+            residual.sub_(op @ direction).sub_(direction, alpha=self.damping)
             norm = float(torch.linalg.vector_norm(residual))
             if not norm <= 1.05 + 10 * torch.finfo(unit.dtype).eps:
                 # Inside the interval and below it no component grows: λ_max was too small, or
@@ -47,9 +47,10 @@ class Chebyshev(_ProbingMethod):
                 self._forget(state)
                 return Iterate(best, status="diverged")
             if norm < best_norm:
-                best, best_norm = value, norm
+                best.copy_(value)
+                best_norm = norm
             if norm <= max(self.rtol, torch.finfo(unit.dtype).eps):
                 break
             previous, ratio = ratio, 1 / (2 * centre / radius - ratio)
-            direction = ratio * previous * direction + (2 * ratio / radius) * residual
+            direction.mul_(ratio * previous).add_(residual, alpha=2 * ratio / radius)
         return Iterate(best, scale=largest)

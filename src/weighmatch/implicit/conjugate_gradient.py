@@ -26,7 +26,8 @@ class ConjugateGradient(_IterativeMethod):
     """The Krylov method for positive definite C + δI.
 
     Where a direction of non-positive curvature shows up, the iteration stops and hands back
-    the iterate that it has, with status "negative_curvature".
+    the iterate that it has (the right-hand side where it has none), with status
+    "negative_curvature".
 
     Attributes:
         preconditioner: M⁻¹ as a function (P,) -> (P,), symmetric positive definite, or a method
@@ -39,45 +40,49 @@ class ConjugateGradient(_IterativeMethod):
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         precondition = self._preconditioner(op, state)
+        # In place throughout: new memory for every step takes longer than the arithmetic.
         value = torch.zeros_like(unit)
         residual = unit.clone()
-        scaled = precondition(residual)
-        direction = scaled
-        inner = residual @ scaled
+        scaled = residual if precondition is None else precondition(residual)
+        direction = scaled.clone()
+        inner = square = float(residual @ scaled)
+        if precondition is not None:
+            square = float(scaled @ scaled)
+        eps = torch.finfo(unit.dtype).eps
         # Below rounding the recursion's residual says nothing of the true one.
-        enough = max(self.rtol, torch.finfo(unit.dtype).eps)
+        enough = max(self.rtol, eps)
         scale = 0.0
         for _ in range(self.max_products - 1 - (op.products - before)):
-            image = self._damped(op, direction)
-            curvature = direction @ image
-            square = float(direction @ direction)
-            scale = max(scale, float(torch.linalg.vector_norm(image)) / max(square, 1e-300) ** 0.5)
+            image = op @ direction
+            curvature = float(direction @ image) + self.damping * square
+            if square > 0:
+                scale = max(scale, abs(curvature) / square)
             # Within rounding of zero a step would be a leap to anywhere.
-            if not float(curvature) > torch.finfo(unit.dtype).eps * scale * square:
-                return Iterate(
-                    self._first(value, unit), status="negative_curvature", scale=scale
-                )
+            if not curvature > eps * scale * square:
+                value = value if bool(value.any()) else unit.clone()
+                return Iterate(value, status="negative_curvature", scale=scale)
             length = inner / curvature
-            value = value + length * direction
-            residual = residual - length * image
-            if float(torch.linalg.vector_norm(residual)) <= enough:
+            value.add_(direction, alpha=length)
+            residual.sub_(image, alpha=length)
+            if self.damping > 0:
+                residual.sub_(direction, alpha=length * self.damping)
+            remaining = float(residual @ residual)
+            if not remaining > enough**2:
                 break
-            scaled = precondition(residual)
-            previous, inner = inner, residual @ scaled
-            direction = scaled + (inner / previous) * direction
+            scaled = residual if precondition is None else precondition(residual)
+            previous = inner
+            inner = remaining if precondition is None else float(residual @ scaled)
+            ratio = inner / previous
+            direction.mul_(ratio).add_(scaled)
+            square = float(direction @ direction)
         return Iterate(value, scale=scale)
 
     def _preconditioner(
         self, op: LinearOperator, state: State | None
-    ) -> Callable[[Tensor], Tensor]:
+    ) -> Callable[[Tensor], Tensor] | None:
         if self.preconditioner is None:
-            return lambda residual: residual
+            return None
         if isinstance(self.preconditioner, Preconditioner):
             affordable = (self.max_products - 1) // 2
             return self.preconditioner.preconditioner(op, self.damping, state, affordable)
         return self.preconditioner
-
-    @staticmethod
-    def _first(value: Tensor, unit: Tensor) -> Tensor:
-        """The iterate, or the right-hand side where the very first direction is unusable."""
-        return value if bool(value.any()) else unit.clone()

@@ -1,17 +1,9 @@
 """The curvature of a network's loss: Hessian, Gauss-Newton, empirical Fisher.
 
-What a product costs in gradients of the loss (torch 2.15, one CPU thread, float32; columns: an
-MLP with 267k parameters and batch 128, the digits CNN with 25k and batch 128, a WRN-10-1 with
-78k and batch 64):
-
-    Hessian, double backward on the kept graph     0.7   1.7   1.8
-    Hessian, linearised (once: 90, 250, 87)        1.2   1.8   1.7
-    Gauss-Newton, two backward passes              0.9   1.2   1.5
-    Gauss-Newton, linearised (once: 29, 49, 11)    0.9   1.2   1.3
-    jvp of the gradient, nothing kept              3.6   3.2   2.8
-    a column of a block of 8, Hessian, batched     1.1   1.6   3.6   (one by one: 1.6 2.1 2.1)
+COSTS
 """
 
+import contextlib
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -19,7 +11,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from weighmatch.implicit.convolution import LinearPullback
 from weighmatch.implicit.flat import Parameters, unflatten
+from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.implicit.operators import LinearOperator
 
 # Columns that go through one batched backward pass; each keeps activations of its own.
@@ -40,6 +34,8 @@ class _ParameterOperator(LinearOperator):
         self._leaves = list(self.params.values())
         size = sum(p.numel() for p in self._leaves)
         super().__init__(size, self._leaves[0].dtype, self._leaves[0].device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._tangent: Callable[[Parameters], Parameters | Tensor] | None = None
         # Batched convolutions with a batch of cotangents are slower than one after another.
         self._batches = not any(p.ndim > 2 for p in self._leaves)
@@ -118,12 +114,13 @@ class _PulledBack(_ParameterOperator):
     """
 
     positive_semidefinite = True
-    linearize_from = 200
 
     def __init__(self, outputs: Callable[[Parameters], Tensor], params: Parameters) -> None:
         super().__init__(params)
         self._outputs_of = outputs
-        self._outputs = outputs(self.params)
+        # For a batch of cotangents torch's own convolutions are needed.
+        with LinearPullback() if not self._batches else contextlib.nullcontext():
+            self._outputs = outputs(self.params)
         self._dummy = torch.zeros_like(self._outputs, requires_grad=True)
         self._pullback = torch.autograd.grad(
             self._outputs, self._leaves, self._dummy, create_graph=True, materialize_grads=True
@@ -135,8 +132,21 @@ class _PulledBack(_ParameterOperator):
         """M times a tensor shaped as the outputs."""
 
     def expect(self, products: int) -> None:
-        if products >= self.linearize_from and self._tangent is None:
+        # With convolutions the pullback is the faster one.
+        if products >= self.linearize_from and self._batches and self._tangent is None:
             self._tangent = _linearized(self._outputs_of, self.params)
+
+    def _pulled_rows(self, cotangents: Tensor) -> Tensor:
+        """Jᵀw for each row w of (k, *outputs.shape), as (k, P); counts k products."""
+        self.products += len(cotangents)
+        if self._batches:
+            rows = [
+                _rows(self._pull(chunk, batched=True), self._leaves, len(chunk))
+                for chunk in cotangents.split(BLOCK)
+            ]
+        else:
+            rows = [_rows(self._pull(row, batched=False), self._leaves, 1) for row in cotangents]
+        return torch.cat(rows)
 
     def _push(self, pieces: Sequence[Tensor], batched: bool) -> Tensor:
         """J v."""
@@ -202,6 +212,24 @@ class GaussNewton(_PulledBack):
             columns.append(self._middle(probe, batched=False))
         return torch.stack(columns, dim=2)
 
+    def factor(self) -> tuple[Tensor, float]:
+        """Jᵀ H_z^½, (P, BC): B·C vectors pulled back, where that is less than P.
+
+        For a loss that is a sum over examples, so that H_z has a block an example.
+        """
+        count, classes = self._z.shape
+        if count * classes >= self.shape[0]:
+            return super().factor()
+        eigenvalues, vectors = torch.linalg.eigh(self.output_curvature().double())
+        roots = (vectors * eigenvalues.clamp_min(0).sqrt().unsqueeze(1)).to(self.dtype)
+        rows = []
+        # Column c of every example's root at once would mix the examples: one at a time.
+        for example in range(count):
+            cotangents = torch.zeros(classes, count, classes, dtype=self.dtype, device=self.device)
+            cotangents[:, example] = roots[example].T
+            rows.append(self._pulled_rows(cotangents))
+        return torch.cat(rows).T, 0.0
+
     def network_outputs(self, params: Parameters) -> Tensor:
         """z(θ), (B, C), for methods that look into the network."""
         return self._outputs_of(params)
@@ -224,9 +252,7 @@ class EmpiricalFisher(_PulledBack):
         params: where the gradients are taken.
     """
 
-    def __init__(
-        self, example_losses: Callable[[Parameters], Tensor], params: Parameters
-    ) -> None:
+    def __init__(self, example_losses: Callable[[Parameters], Tensor], params: Parameters) -> None:
         super().__init__(example_losses, params)
         if self._outputs.ndim != 1:
             raise ValueError(
@@ -238,15 +264,7 @@ class EmpiricalFisher(_PulledBack):
         """Fᵀ = the gradients of the examples over √B, (P, B): B vectors pulled back."""
         count = len(self._outputs)
         basis = torch.eye(count, dtype=self.dtype, device=self.device)
-        self.products += count
-        if self._batches:
-            rows = [
-                _rows(self._pull(chunk, batched=True), self._leaves, len(chunk))
-                for chunk in basis.split(BLOCK)
-            ]
-        else:
-            rows = [_rows(self._pull(row, batched=False), self._leaves, 1) for row in basis]
-        return torch.cat(rows).T / count**0.5, 0.0
+        return self._pulled_rows(basis).T / count**0.5, 0.0
 
     def _middle(self, tangent: Tensor, batched: bool) -> Tensor:
         return tangent / len(self._outputs)

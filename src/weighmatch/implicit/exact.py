@@ -19,16 +19,11 @@ class Exact(Method):
     them too, the status is "negative_curvature" as well.
     """
 
-    def _announce(self, op: LinearOperator) -> None:
-        op.expect(op.shape[0])
-
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         return solve_symmetric(op.dense(), unit, self.damping)
 
 
-def solve_symmetric(
-    matrix: Tensor, rhs: Tensor, damping: float, positive: bool = False
-) -> Iterate:
+def solve_symmetric(matrix: Tensor, rhs: Tensor, damping: float, positive: bool = False) -> Iterate:
     """(A + δI)⁻¹ `rhs` by the eigendecomposition of `matrix` A, (n, n), pseudo-inverse at zero.
 
     With `positive`, |λ + δ| is inverted, which gives a positive definite map.
@@ -38,9 +33,7 @@ def solve_symmetric(
     # In double: what is rounded in the matrix is enough.
     eigenvalues, vectors = torch.linalg.eigh(matrix.double())
     damped = eigenvalues + damping
-    precision = max(
-        torch.finfo(matrix.dtype).eps, len(matrix) * torch.finfo(torch.float64).eps
-    )
+    precision = max(torch.finfo(matrix.dtype).eps, len(matrix) * torch.finfo(torch.float64).eps)
     scale = float(damped.abs().max())
     rounding = precision * scale
     usable = damped.abs() > rounding

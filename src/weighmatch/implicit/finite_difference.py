@@ -106,7 +106,7 @@ def _difference(
     direct: list[Tensor],
     radius: float,
 ) -> Any:
-    """direct − (∇_φ inner(θ + εv) − ∇_φ inner(θ − εv)) / 2ε."""
+    """Direct term − (∇_φ inner(θ + εv) − ∇_φ inner(θ − εv)) / 2ε."""
     leaves, spec = tree_flatten(hyper)
     norm = float(torch.linalg.vector_norm(direction))
     if norm == 0.0:

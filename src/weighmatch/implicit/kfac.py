@@ -93,9 +93,11 @@ class _Network:
         if isinstance(source, GaussNewton):
             self._module = _Layers(source)
             op.products += self._module.classes
-            rest = ~flatten(
-                {k: torch.full_like(p, k in self._module.positions) for k, p in source.params.items()}
-            ).bool()
+            seen = {
+                name: torch.full_like(p, name in self._module.positions)
+                for name, p in source.params.items()
+            }
+            rest = ~flatten(seen).bool()
         self._params = source.params if isinstance(source, GaussNewton) else {}
         self._corrected = corrected
         self._kronecker: Any = None
@@ -191,7 +193,7 @@ class _Layers(nn.Module):
                 if name is not None:
                     self.positions.append(name)
                     self.layer_parameters.append(getattr(layer, kind))
-        self._by_weight = {key: layer for key, layer in recorder.layers.items()}
+        self._by_weight = dict(recorder.layers)
         eigenvalues, vectors = torch.linalg.eigh(
             source.output_curvature().to(torch.promote_types(outputs.dtype, torch.float32))
         )
@@ -239,7 +241,7 @@ class _Recorder(TorchFunctionMode):
 
     def _record(self, call: dict[str, Any], weight: Tensor, bias: Tensor | None) -> None:
         if weight.ndim == 2:
-            layer: nn.Module = nn.Linear(*weight.shape[::-1], bias=bias is not None)
+            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
         else:
             layer = nn.Conv2d(
                 weight.shape[1],

@@ -46,15 +46,15 @@ class Iterate:
         value: for a right-hand side of norm 1.
         status: None where `Method.solve` is to judge by the residual.
         smallest_eigenvalue: of C, where the method found it.
-        best_measured: an iterate whose true residual was measured on the way, and that residual,
-            for a value that turns out worse.
+        measured: norm of the residual of `value`, where products with the operator already
+            gave it; None: `Method.solve` spends a product on it.
         scale: an estimate of ‖C‖ from what was seen of it: what rounding is relative to.
     """
 
     value: Tensor
     status: Status | None = None
     smallest_eigenvalue: float | None = None
-    best_measured: tuple[Tensor, float] | None = None
+    measured: float | None = None
     scale: float = 0.0
 
 
@@ -109,14 +109,13 @@ class Method(ABC):
         iterate = self._iterate(op, unit, state)
         value, status = iterate.value, iterate.status
         if not bool(torch.isfinite(value).all()):
-            value, status = torch.zeros_like(unit), "diverged"
-        residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
+            iterate = Iterate(torch.zeros_like(unit), status="diverged", measured=1.0)
+            value, status = iterate.value, iterate.status
+        residual = iterate.measured
+        if residual is None:
+            residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
         if not math.isfinite(residual):
             value, residual, status = torch.zeros_like(unit), 1.0, "diverged"
-        elif iterate.best_measured is not None:
-            best, measured = iterate.best_measured
-            if residual > 1.05 * measured + torch.finfo(unit.dtype).eps:
-                value, residual, status = best, measured, "diverged"
         scaled = value * norm
         if not bool(torch.isfinite(scaled).all()):
             scaled, residual, status = torch.zeros_like(unit), 1.0, "diverged"
@@ -136,8 +135,8 @@ class Method(ABC):
         """Status of a method that did not set one: a direct method is done."""
         return "converged" if not self.approximate or residual <= 1e-6 else "budget"
 
-    def _announce(self, op: LinearOperator) -> None:
-        """Tell the operator how many single products may follow."""
+    def _announce(self, op: LinearOperator) -> None:  # noqa: B027
+        """Tell the operator how many single products may follow; by default nothing is known."""
 
     def _damped(self, op: LinearOperator, vector: Tensor) -> Tensor:
         return torch.add(op @ vector, vector, alpha=self.damping)

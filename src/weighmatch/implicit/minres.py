@@ -49,9 +49,7 @@ class MinRes(_IterativeMethod):
                 # The Krylov space is exhausted, and C + δI singular on it.
                 return Iterate(value, status="negative_curvature", scale=scale)
             cosine, sine = turned / pivot, next_off_diagonal / pivot
-            new_direction = (
-                basis - second_above * previous_direction - above * direction
-            ) / pivot
+            new_direction = (basis - second_above * previous_direction - above * direction) / pivot
             previous_direction, direction = direction, new_direction
             value = value + (cosine * residual) * direction
             residual = sine * residual

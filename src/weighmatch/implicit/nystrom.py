@@ -56,9 +56,7 @@ class Nystrom(Method):
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.complement not in ("measured", "damping"):
-            raise ValueError(
-                f'complement must be "measured" or "damping", got {self.complement!r}'
-            )
+            raise ValueError(f'complement must be "measured" or "damping", got {self.complement!r}')
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         sketch = self._sketch(op, state)

@@ -8,7 +8,6 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-
 LARGEST_DENSE_SPECTRUM = 2048
 
 
@@ -36,7 +35,8 @@ class LinearOperator(ABC):
         self._smallest_eigenvalue: float | None = None
 
     @property
-    def smallest_eigenvalue(self) -> float | None:  # noqa: D102
+    def smallest_eigenvalue(self) -> float | None:
+        """A known lower bound on the spectrum; may be set."""
         if self._smallest_eigenvalue is None and self.positive_semidefinite:
             return 0.0
         return self._smallest_eigenvalue
@@ -45,7 +45,7 @@ class LinearOperator(ABC):
     def smallest_eigenvalue(self, value: float | None) -> None:
         self._smallest_eigenvalue = value
 
-    def expect(self, products: int) -> None:
+    def expect(self, products: int) -> None:  # noqa: B027
         """Told by a solver how many single products may follow, before the first.
 
         An operator that knows a way to multiply that pays only for many prepares it here.
