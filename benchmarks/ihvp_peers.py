@@ -1,449 +1,250 @@
 """Conjugate gradients and Neumann series beside those of other packages.
 
-    uv run --group peers python -m benchmarks.ihvp_peers [--quick]
+    uv run --group peers python -m benchmarks.ihvp_peers [--quick] [--keep-memory-everywhere]
 
-Everybody solves (H + δI) v = g on the same problem with the same number k of products; ours
-spends one of its k on recomputing the residual. Products are counted where the peer makes them.
-Peers that know no damping (betty, hypergrad) get it as L2 in the loss, and their products go
-through it, which tells on a small network.
-A peer that is not installed is left out, and a line says so.
+Prints tables in Markdown: accuracy at equal products; time, each package in a process of its own;
+the hypergradient of the examples' weights, which is ours alone; memory. A peer that is not
+installed is left out, and a line says so.
 """
 
 import argparse
 import os
 import platform
 import statistics
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
-from itertools import pairwise
-from types import SimpleNamespace
-from typing import Any, Literal
-from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
 
-from weighmatch.implicit import (
-    ConjugateGradient,
-    Hessian,
-    Method,
-    Neumann,
-    Parameters,
-    extreme_eigenvalues,
-    flatten,
-    unflatten,
+from benchmarks.peers import (
+    METHODS,
+    SOLVERS,
+    MethodName,
+    Problem,
+    Solver,
+    damped,
+    gauss_newton,
+    installed,
+    left_out,
+    mlp,
+    quadratic,
+    small_mlp,
+    usable,
+    wide_resnet,
 )
-from weighmatch.semisup.networks import Classifier, wide_resnet_trunk
-
-MethodName = Literal["CG", "Neumann"]
-METHODS: tuple[MethodName, ...] = ("CG", "Neumann")
-
-
-class _Point(nn.Module):
-    """A model that is its own parameter vector (P,), whatever goes in."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.theta = nn.Parameter(torch.zeros(size, dtype=torch.float64))
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        return self.theta
-
-
-class _Quadratic(nn.Module):
-    """½ θᵀAθ − bᵀθ as a criterion of "outputs" θ and "targets" b."""
-
-    reduction = "sum"
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("matrix", matrix)
-
-    def forward(self, theta: Tensor, b: Tensor) -> Tensor:
-        return theta @ (self.get_buffer("matrix") @ theta / 2 - b)
-
-
-@dataclass(frozen=True)
-class Problem:
-    """(H + δI) v = g with H the Hessian of a loss at the model's parameters.
-
-    Attributes:
-        name: for the tables.
-        model: a module, as most peers ask for one.
-        criterion: criterion(model(inputs), targets) is the loss.
-        inputs: of the model.
-        targets: of the criterion.
-        rhs: g, (P,).
-        damping: δ.
-        step: α of the Neumann series, the same for everybody.
-    """
-
-    name: str
-    model: nn.Module
-    criterion: nn.Module
-    inputs: Tensor
-    targets: Tensor
-    rhs: Tensor
-    damping: float = 0.0
-    step: float = 1.0
-
-    @property
-    def params(self) -> Parameters:
-        return {name: p.detach() for name, p in self.model.named_parameters()}
-
-    def loss(self, params: Parameters) -> Tensor:
-        outputs = functional_call(self.model, params, (self.inputs,))
-        value: Tensor = self.criterion(outputs, self.targets)
-        return value
-
-    def damped_loss(self, params: Parameters) -> Tensor:
-        """The loss plus ½ δ‖θ‖²: for peers that know no damping."""
-        squares = torch.stack([p.square().sum() for p in params.values()])
-        total: Tensor = self.loss(params) + self.damping / 2 * squares.sum()
-        return total
-
-    def tree(self, vector: Tensor) -> tuple[Tensor, ...]:
-        """A vector (P,) as tensors shaped like the parameters."""
-        return tuple(unflatten(vector, self.params).values())
-
-    def exact(self) -> Tensor:
-        """The solution by a dense solve that shares no curvature code with anybody here."""
-        point = flatten(self.params)
-        hessian = torch.func.hessian(lambda flat: self.loss(unflatten(flat, self.params)))(point)
-        damped = hessian + self.damping * torch.eye(len(point), dtype=point.dtype)
-        solution: Tensor = torch.linalg.solve(damped, self.rhs)
-        return solution
-
-
-def _posed(problem: Problem) -> Problem:
-    """With the step of the Neumann series that fits, and a check of definiteness."""
-    smallest, largest = extreme_eigenvalues(Hessian(problem.loss, problem.params))
-    if smallest + problem.damping <= 0:
-        raise ValueError(
-            f"{problem.name} is not positive definite: λ_min = {smallest:.3g} with damping "
-            f"{problem.damping:.3g}"
-        )
-    return replace(problem, step=1 / (largest + problem.damping))
-
-
-def quadratic(size: int = 100, condition: float = 1e3) -> Problem:
-    """A random positive definite matrix with eigenvalues log-spaced over `condition`."""
-    generator = torch.Generator().manual_seed(0)
-    gaussian = torch.randn(size, size, generator=generator, dtype=torch.float64)
-    axes = torch.linalg.qr(gaussian).Q
-    eigenvalues = torch.logspace(0, -torch.tensor(condition).log10().item(), size).double()
-    matrix = (axes * eigenvalues) @ axes.T
-    b, rhs = torch.randn(2, size, generator=generator, dtype=torch.float64)
-    criterion = _Quadratic((matrix + matrix.T) / 2)
-    name = f"quadratic, P = {size}, κ = {condition:.0e}, float64"
-    return _posed(Problem(name, _Point(size), criterion, torch.zeros(1, 1), b, rhs))
-
-
-def _network(
-    name: str, build: Callable[[], nn.Module], shape: Sequence[int], dtype: torch.dtype
-) -> Problem:
-    """Cross-entropy on a seeded random batch of `shape`; g is the gradient on another one."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = build().to(dtype)
-        batches = torch.randn(2, *shape, dtype=dtype)
-        labels = torch.randint(10, (2, shape[0]))
-    size = sum(p.numel() for p in model.parameters())
-    name = f"{name}, P = {size:,}, batch {shape[0]}, {str(dtype).removeprefix('torch.')}"
-    here, there = (
-        Problem(name, model, nn.CrossEntropyLoss(), *batch, rhs=torch.zeros(size, dtype=dtype))
-        for batch in zip(batches, labels, strict=True)
-    )
-    return replace(here, rhs=flatten(torch.func.grad(there.loss)(there.params)))
-
-
-def _untrained(problem: Problem) -> Problem:
-    """At the initialisation, damped until it is positive definite: enough to take times on."""
-    smallest, largest = extreme_eigenvalues(Hessian(problem.loss, problem.params))
-    return _posed(replace(problem, damping=0.1 * largest + 1.1 * max(0.0, -smallest)))
-
-
-def _trained(problem: Problem, damping: float) -> Problem:
-    """At a minimum of the damped loss, where the implicit function theorem holds."""
-    problem = replace(problem, damping=damping)
-    params: Parameters = dict(problem.model.named_parameters())
-    optimiser = torch.optim.LBFGS(
-        params.values(), max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=0.0
-    )
-
-    def closure() -> Tensor:
-        optimiser.zero_grad()
-        loss = problem.damped_loss(params)
-        loss.backward()
-        return loss
-
-    optimiser.step(closure)
-    return _posed(problem)
-
-
-def _tanh_mlp(widths: Sequence[int]) -> nn.Module:
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.Tanh()]
-    return nn.Sequential(*layers[:-1])
-
-
-def small_mlp() -> Problem:
-    """A trained MLP that a dense solve can still check."""
-    problem = _network(
-        "trained MLP 64-16-10", lambda: _tanh_mlp((64, 16, 10)), (128, 64), torch.float64
-    )
-    return _trained(problem, damping=1e-3)
-
-
-def large_mlp() -> Problem:
-    """An MLP in single precision."""
-    widths = (784, 300, 100, 10)
-    return _untrained(
-        _network("MLP 784-300-100-10", lambda: _tanh_mlp(widths), (128, 784), torch.float32)
-    )
-
-
-def wide_resnet() -> Problem:
-    """WRN-10-1 on 32×32 colour images, in single precision."""
-    return _untrained(
-        _network(
-            "WRN-10-1",
-            lambda: Classifier(wide_resnet_trunk(3, depth=10, widen=1), 64, 10),
-            (32, 3, 32, 32),
-            torch.float32,
-        )
-    )
-
-
-@dataclass(frozen=True)
-class Answer:
-    """v, (P,), and the products that it took."""
-
-    value: Tensor
-    products: int
-
-
-class _Counted:
-    """A function that counts its calls."""
-
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.calls = 0
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        return self.function(*args, **kwargs)
-
-
-def ours(problem: Problem, method: MethodName, products: int) -> Answer:
-    """This package: products on the retained graph of the gradient."""
-    solver: Method
-    if method == "CG":
-        solver = ConjugateGradient(damping=problem.damping, max_products=products, rtol=0.0)
-    else:
-        solver = Neumann(
-            damping=problem.damping, step=problem.step, max_products=products, rtol=0.0
-        )
-    solution = solver.solve(Hessian(problem.loss, problem.params), problem.rhs)
-    return Answer(solution.value, solution.products)
-
-
-def betty(problem: Problem, method: MethodName, products: int) -> Answer:
-    """betty-ml: products on the retained graph of the gradient.
-
-    It hands back the hypergradient only, so a hyperparameter λ enters as ⟨θ, λ⟩: its mixed
-    derivative is the identity and costs nothing. betty makes two more calls of `grad`: the
-    gradient and that mixed derivative.
-    """
-    from betty.configs import Config
-    from betty.hypergradient import cg, neumann
-
-    leaves = {name: p.requires_grad_() for name, p in problem.params.items()}
-    hyper = [torch.zeros_like(p, requires_grad=True) for p in leaves.values()]
-
-    def loss(batch: None) -> Tensor:
-        terms = [(p * h).sum() for p, h in zip(leaves.values(), hyper, strict=True)]
-        return problem.damped_loss(leaves) + torch.stack(terms).sum()
-
-    lower = SimpleNamespace(
-        config=Config(
-            cg_iterations=products, neumann_iterations=products, neumann_alpha=problem.step
-        ),
-        paths=[],
-        cur_batch=None,
-        training_step_exec=loss,
-        parameters=lambda: list(leaves.values()),
-        trainable_parameters=lambda: list(leaves.values()),
-    )
-    upper = SimpleNamespace(trainable_parameters=lambda: hyper)
-    solve = cg if method == "CG" else neumann
-    with patch.object(torch.autograd, "grad", _Counted(torch.autograd.grad)) as grad:
-        hypergradient = solve(problem.tree(problem.rhs), lower, upper, sync=False)
-    return Answer(-_flat(hypergradient), grad.calls - 2)
-
-
-def curvlinops(problem: Problem, method: MethodName, products: int) -> Answer:
-    """curvlinops: forward over reverse, rebuilt for every product.
-
-    Its conjugate gradients spend a product on the start at zero, and stop at a residual of 1
-    unless told otherwise.
-    """
-    from curvlinops import (
-        CGInverseLinearOperator,
-        HessianLinearOperator,
-        NeumannInverseLinearOperator,
-    )
-    from curvlinops.examples import IdentityLinearOperator
-
-    params = list(problem.model.parameters())
-    data = [(problem.inputs, problem.targets)]
-    hessian = HessianLinearOperator(
-        problem.model, problem.criterion, params, data, check_deterministic=False
-    )
-    hessian._matmat = counted = _Counted(hessian._matmat)
-    identity = IdentityLinearOperator([p.shape for p in params], params[0].device, params[0].dtype)
-    damped = hessian + problem.damping * identity
-    if method == "CG":
-        inverse = CGInverseLinearOperator(
-            damped, max_iter=products - 1, max_tridiag_iter=0, tolerance=0.0
-        )
-    else:
-        inverse = NeumannInverseLinearOperator(damped, num_terms=products, scale=problem.step)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the tolerance of zero is not reached
-        return Answer(inverse @ problem.rhs, counted.calls)
-
-
-def hypergrad(problem: Problem, method: MethodName, products: int) -> Answer:
-    """hypergrad: forward over reverse, rebuilt for every product; without its mixed derivative."""
-    from hypergrad import approx_hypergrad
-
-    names, rhs = list(problem.params), problem.tree(problem.rhs)
-
-    def inner(theta: tuple[Tensor, ...], hyper: tuple[Tensor, ...]) -> Tensor:
-        return problem.damped_loss(dict(zip(names, theta, strict=True)))
-
-    def outer(theta: tuple[Tensor, ...], hyper: tuple[Tensor, ...]) -> Tensor:
-        return torch.stack([(g * t).sum() for g, t in zip(rhs, theta, strict=True)]).sum()
-
-    if method == "CG":
-        solve, rate = approx_hypergrad.conjugate_gradient, 1.0
-    else:
-        solve, rate = approx_hypergrad.neumann, problem.step
-    theta, hyper = tuple(problem.params.values()), (problem.rhs.new_zeros(()),)
-    with patch.object(approx_hypergrad, "hvp", _Counted(approx_hypergrad.hvp)) as hvp:
-        value, _ = solve.__wrapped__(inner, outer, theta, hyper, num_iters=products, lr=rate)
-    return Answer(_flat(value), hvp.calls)
-
-
-def torchopt(problem: Problem, method: MethodName, products: int) -> Answer:
-    """TorchOpt: products by `torch.func.vjp` of the gradient, as its `custom_root` makes them.
-
-    Its conjugate gradients spend a product on the start at zero.
-    """
-    from torchopt.linear_solve import solve_cg, solve_inv
-
-    _, vjp, *_ = torch.func.vjp(torch.func.grad(problem.loss), problem.params)
-    product = _Counted(lambda vector: vjp(vector)[0])
-    if method == "CG":
-        solve = solve_cg(maxiter=products - 1, rtol=0.0, ridge=problem.damping)
-    else:
-        solve = solve_inv(ns=True, maxiter=products, alpha=problem.step, ridge=problem.damping)
-    value = solve(product, unflatten(problem.rhs, problem.params))
-    return Answer(flatten(value), product.calls)
-
-
-Solver = Callable[[Problem, MethodName, int], Answer]
-# By the name of the distribution; ours comes first and is what the others are compared with.
-SOLVERS: dict[str, Solver] = {
-    "weighmatch": ours,
-    "betty-ml": betty,
-    "curvlinops-for-pytorch": curvlinops,
-    "hypergrad": hypergrad,
-    "torchopt": torchopt,
-}
-
-
-def _flat(tensors: Iterable[Tensor]) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
-
-
-def _usable(problem: Problem, solvers: dict[str, Solver]) -> dict[str, Solver]:
-    """Those that are installed and can differentiate this problem; says which cannot and why."""
-    found = {}
-    for name, solver in solvers.items():
-        try:
-            solver(problem, "CG", 2)
-        except (ImportError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            print(f"{name} is left out of {problem.name.split(',')[0]}: {reason}\n")
-        else:
-            found[name] = solver
-    return found
+from benchmarks.workers import (
+    Memory,
+    Timing,
+    Worker,
+    solve_memory,
+    time_solve,
+    time_weight_gradients,
+    weight_gradient_errors,
+)
+from weighmatch.implicit import ConjugateGradient, Method, Neumann, Nystrom
+
+OURS = "weighmatch"
+OURS_BY_DEFAULT = "weighmatch, default allocator"
+GAUSS_NEWTON = "weighmatch, Gauss-Newton instead"
+# Errors below it, and so small a difference between two, are rounding.
+ROUNDING = 1e-11
+SAME = 1.001
 
 
 def accuracy(problem: Problem, solvers: dict[str, Solver], budgets: Sequence[int]) -> list[str]:
     """Relative error to the dense solve; in brackets the products where they are not k."""
     exact = problem.exact()
-    rows = []
+    rows, behind = [], []
     for method in METHODS:
+        errors: dict[str, list[float]] = {}
         for name, solver in solvers.items():
-            cells = []
-            for budget in budgets:
-                answer = solver(problem, method, budget)
-                error = float((answer.value - exact).norm() / exact.norm())
-                spent = "" if answer.products == budget else f" ({answer.products})"
-                cells.append(f"{error:.1e}{spent}")
+            answers = [solver(problem, method, budget) for budget in budgets]
+            errors[name] = [float((a.value - exact).norm() / exact.norm()) for a in answers]
+            cells = [
+                f"{error:.1e}" + ("" if answer.products == budget else f" ({answer.products})")
+                for error, answer, budget in zip(errors[name], answers, budgets, strict=True)
+            ]
             rows.append([method, name, *cells])
-    return _table(["method", "package", *(f"k = {k}" for k in budgets)], rows)
+        behind += [f"{method} {line}" for line in less_accurate(errors, budgets)]
+    table = markdown(["method", "package", *(f"k = {k}" for k in budgets)], rows)
+    claim = "At equal products ours is at least as accurate as the best peer"
+    return [*table, "", verdict(claim, behind)]
 
 
-def speed(problem: Problem, solvers: dict[str, Solver], products: int, rounds: int) -> list[str]:
-    """Time of whole solves, graphs and operators included, interleaved in rounds."""
-    params = {name: p.requires_grad_() for name, p in problem.params.items()}
+def less_accurate(errors: dict[str, list[float]], budgets: Sequence[int]) -> list[str]:
+    """The budgets where ours, the first, is behind the best of the others, and by how much."""
+    (_, own), *peers = errors.items()
+    lines = []
+    for i, budget in enumerate(budgets):
+        if peers:
+            name, best = min(((n, e[i]) for n, e in peers), key=lambda pair: pair[1])
+            if not own[i] <= max(SAME * best, ROUNDING):
+                lines.append(f"k = {budget}: {own[i]:.1e} and {name} {best:.1e}")
+    return lines
 
-    def gradients() -> None:
-        for _ in range(products):
-            torch.autograd.grad(problem.loss(params), list(params.values()))
 
-    calls: dict[tuple[str, str], Callable[[], object]] = {("", "gradient"): gradients}
-    for method in METHODS:
-        for name, solver in solvers.items():
-            calls[method, name] = partial(solver, problem, method, products)
-    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in calls}
+@dataclass(frozen=True)
+class Contestant:
+    """A row of the table of times, and the process that it runs in."""
+
+    name: str
+    solver: Solver
+    worker: Worker
+    methods: Sequence[MethodName] = METHODS
+
+
+def contestants(solvers: dict[str, Solver], keep_everywhere: bool) -> list[Contestant]:
+    """Ours as it is, ours with the allocator left alone, the peers, and ours of Gauss-Newton."""
+    setting: Memory = "kept" if keep_everywhere else "own"
+    found = [Contestant(name, solver, Worker(solver, setting)) for name, solver in solvers.items()]
+    if not keep_everywhere:
+        solver = solvers[OURS]
+        found.insert(1, Contestant(OURS_BY_DEFAULT, solver, Worker(solver, "default")))
+    return [*found, Contestant(GAUSS_NEWTON, gauss_newton, found[0].worker, ("CG",))]
+
+
+def willing(problem: Problem, field: Iterable[Contestant]) -> list[Contestant]:
+    """Those that can differentiate the problem that they hold; says which cannot."""
+    found = []
+    for contestant in field:
+        try:
+            contestant.worker.call(time_solve, contestant.solver, "CG", 2)
+        except (ImportError, NotImplementedError) as error:
+            print(left_out(contestant.name, problem, error))
+        else:
+            found.append(contestant)
+    return found
+
+
+Timings = dict[tuple[MethodName, str], list[Timing]]
+
+
+def measure(field: Sequence[Contestant], products: int, rounds: int) -> Timings:
+    """Everybody's solves by turns, one process at a time, after a round of warming up."""
+    timings: Timings = {(m, c.name): [] for m in METHODS for c in field if m in c.methods}
     for _ in range(rounds + 1):
-        for key, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[key].append((time.perf_counter() - start) / products)
-    kept = {key: times[1:] for key, times in seconds.items()}  # the first round warms up
+        for method in METHODS:
+            for one in field:
+                if method in one.methods:
+                    timing = one.worker.call(time_solve, one.solver, method, products)
+                    timings[method, one.name].append(timing)
+    return {key: found[1:] for key, found in timings.items()}
 
+
+def speed(timings: Timings) -> list[str]:
+    """Times of whole solves, and ours over theirs within each round."""
+    has_default = any(name == OURS_BY_DEFAULT for _, name in timings)
     rows = []
-    for (label, name), times in kept.items():
-        in_gradients = [t / g for t, g in zip(times, kept["", "gradient"], strict=True)]
-        row = [label, name, f"{1e3 * statistics.median(times):.3g}", _spread(in_gradients)]
-        if label:
-            own = kept[label, "weighmatch"]
-            row.append(f"{products * statistics.median(in_gradients):.0f}")
-            row.append(_spread([o / t for o, t in zip(own, times, strict=True)]))
-        rows.append(row + [""] * (6 - len(row)))
-    header = ["method", "package", "ms a product", "in gradients", f"solve, k = {products}"]
-    return _table([*header, "ours / theirs"], rows)
+    for (method, name), found in timings.items():
+        products = statistics.median(t.products for t in found)
+        in_gradients = [t.product / t.gradient for t in found]
+        row = [
+            method,
+            name,
+            f"{1e3 * statistics.median(t.product for t in found):.3g}",
+            f"{1e3 * statistics.median(t.gradient for t in found):.3g}",
+            spread(in_gradients),
+            f"{products * statistics.median(in_gradients):.0f} (k = {products:.0f})",
+        ]
+        for own, alone in ((OURS, (OURS,)), (OURS_BY_DEFAULT, (OURS, OURS_BY_DEFAULT))):
+            if own == OURS or has_default:
+                # Gauss-Newton is another system: a ratio would compare nothing.
+                comparable = name not in (*alone, GAUSS_NEWTON)
+                pairs = zip(timings[method, own], found, strict=True) if comparable else ()
+                row.append(spread([o.product / t.product for o, t in pairs]))
+        rows.append(row)
+    header = ["method", "package", "ms a product", "ms a gradient", "product in gradients"]
+    header += ["solve in gradients", "ours / theirs"]
+    if has_default:
+        header.append("ours, default allocator / theirs")
+    return markdown(header, rows)
 
 
-def _spread(values: Sequence[float]) -> str:
+WEIGHT_GRADIENT_HEADER = [
+    "problem",
+    "difference",
+    "error of ours",
+    "error of double backward",
+    "ms, ours",
+    "ms, double backward",
+    "ours / double backward",
+]
+
+
+def weight_gradients(problem: Problem, worker: Worker, rounds: int) -> list[str]:
+    """The row of a problem: `weight_gradient` beside double backward."""
+    errors = worker.call(weight_gradient_errors)
+    times = [worker.call(time_weight_gradients) for _ in range(rounds + 1)][1:]
+    milliseconds = [1e3 * statistics.median(column) for column in zip(*times, strict=True)]
+    ratios = [pushed / pulled for pushed, pulled in times]
+    return [
+        problem.name,
+        *(f"{error:.1e}" for error in errors),
+        *(f"{value:.3g}" for value in milliseconds),
+        spread(ratios),
+    ]
+
+
+def memory(worker: Worker, hidden: Sequence[int], products: int) -> list[str]:
+    """Peak of a solve, the operator included, in parameter vectors; for MLPs of several widths."""
+    # The values do not matter here: damping that is large enough keeps every iteration going.
+    methods: dict[str, Method | None] = {
+        "the operator alone": None,
+        f"CG, k = {products}": ConjugateGradient(damping=10.0, max_products=products, rtol=0.0),
+        f"Neumann, k = {products}": Neumann(
+            damping=10.0, step=0.05, max_products=products, rtol=0.0
+        ),
+        "Nystrom, rank 10": Nystrom(damping=10.0, rank=10),
+        "Nystrom, rank 50": Nystrom(damping=10.0, rank=50),
+    }
+    sizes = []
+    multiples: dict[str, list[float]] = {name: [] for name in methods}
+    for width in hidden:
+        build = partial(mlp, (64, width, width, 10), batch=16)
+        problem = build()
+        worker.hold(build, problem)
+        sizes.append(f"P = {problem.rhs.numel():,}")
+        for name, method in methods.items():
+            multiples[name].append(worker.call(solve_memory, method))
+    rows = [[name, *(f"{m:.1f}" for m in found)] for name, found in multiples.items()]
+    table = markdown(["method", *sizes], rows)
+    return [*table, "", *memory_verdicts(multiples)]
+
+
+def memory_verdicts(multiples: dict[str, list[float]]) -> list[str]:
+    """Whether a solve takes O(P), for Nyström O(rank · P)."""
+    growing = [
+        f"{name}: {found[-1] / found[0]:.2f} ×"
+        for name, found in multiples.items()
+        if found[-1] > 1.1 * found[0]
+    ]
+    low, high = (multiples[f"Nystrom, rank {rank}"][-1] for rank in (10, 50))
+    return [
+        verdict("O(P): from the smallest to the largest P no multiple grows by 10 %", growing),
+        "",
+        f"Nyström takes {(high - low) / 40:.1f} vectors more for every column of its sketch.",
+    ]
+
+
+def spread(values: Sequence[float]) -> str:
+    """Median and range; nothing of nothing."""
+    if not values:
+        return ""
     return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
 
 
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A table, line by line."""
     lines = [header, ["---"] * len(header), *rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def verdict(claim: str, exceptions: Sequence[str]) -> str:
+    """A line that says whether the claim holds."""
+    return f"{claim}: {'no: ' + '; '.join(exceptions) if exceptions else 'yes'}."
 
 
 def _conditions(solvers: Iterable[str]) -> str:
@@ -454,32 +255,72 @@ def _conditions(solvers: Iterable[str]) -> str:
     )
 
 
+def _show(title: str, lines: Iterable[str], note: str = "") -> None:
+    print(f"\n### {title}\n")
+    if note:
+        print(f"{note}\n")
+    print("\n".join(lines), flush=True)
+
+
 def main() -> None:
-    """Print the tables as Markdown."""
+    """Print the tables."""
     parser = argparse.ArgumentParser(description="IHVPs beside other packages'.")
-    parser.add_argument("--quick", action="store_true", help="seconds: two rounds, no WRN")
+    parser.add_argument("--quick", action="store_true", help="under a minute: less of everything")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of timing after a warm-up")
     parser.add_argument("--products", type=int, default=20, help="k of the timed solves")
+    parser.add_argument(
+        "--keep-memory-everywhere",
+        action="store_true",
+        help="set the allocator of the peers' processes as ours sets its own",
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    # The workers inherit these; the profiler would look for a GPU and complain.
+    os.environ.update(PYTHONWARNINGS="ignore", KINETO_LOG_LEVEL="9")
     warnings.simplefilter("ignore", FutureWarning)  # functorch and TorchScript, in the peers
+    torch.set_num_threads(1)
     rounds, products = arguments.rounds, arguments.products
-    budgets = [5, 10, 20, 40]
+    budgets, hidden = [5, 10, 20, 40], [70, 150, 280, 510, 963]
+    builds: list[Callable[[], Problem]] = [mlp, wide_resnet]
     if arguments.quick:
-        rounds, products, budgets = 2, 5, [5, 20]
+        rounds, products, budgets, hidden = 2, 5, [5, 20], [70, 280]
+        builds = [partial(mlp, batch=32), partial(wide_resnet, batch=2)]
 
-    solvers = _usable(quadratic(size=3), SOLVERS)
-    print(_conditions(solvers))
+    solvers = installed(SOLVERS)
+    print(_conditions(solvers), flush=True)
+    field = contestants(solvers, arguments.keep_memory_everywhere)  # they start meanwhile
+    workers = list(dict.fromkeys(contestant.worker for contestant in field))
     for problem in (quadratic(), small_mlp()):
-        print(f"\n### Relative error at k products: {problem.name}\n")
-        print("\n".join(accuracy(problem, _usable(problem, solvers), budgets)))
-    timed = [large_mlp()]
-    if not arguments.quick:
-        timed.append(wide_resnet())
-    for problem in timed:
-        print(f"\n### Time of a solve, {rounds} rounds: {problem.name}\n")
-        lines = speed(problem, _usable(problem, solvers), products, rounds)
-        print("\n".join(lines), flush=True)
+        lines = accuracy(problem, usable(problem, solvers), budgets)
+        _show(f"Relative error at k products: {problem.name}", lines)
+    allocator = "kept in all processes" if arguments.keep_memory_everywhere else "as each sets it"
+    weight_rows = []
+    for build in builds:
+        problem = damped(build())
+        for worker in workers:
+            worker.hold(build, problem)
+        timings = measure(willing(problem, field), products, rounds)
+        _show(
+            f"Time of a solve: {problem.name}",
+            speed(timings),
+            f"Median (range) of {rounds} rounds; a gradient is one of the same process, just "
+            f"before the solve; freed memory: {allocator}.",
+        )
+        weight_rows.append(weight_gradients(problem, workers[0], rounds))
+    _show(
+        "Hypergradient of the examples' weights: one JVP beside double backward",
+        markdown(WEIGHT_GRADIENT_HEADER, weight_rows),
+        f"Largest difference over largest entry, errors against double precision; times: "
+        f"{rounds} rounds in one process.",
+    )
+    # Last, as it takes gigabytes that the process then keeps.
+    _show(
+        "Peak memory of a solve in parameter vectors",
+        memory(workers[0], hidden, products),
+        "Of torch's tensors, by its profiler; MLPs with tanh in single precision, batch 16, "
+        "the Hessian's graph included.",
+    )
+    for worker in workers:
+        worker.close()
 
 
 if __name__ == "__main__":

@@ -1,16 +1,26 @@
 """Hypergradients against finite differences through problems that are really trained again."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call
 
+from tests.implicit.problems import PROBLEMS, draw, relative
 from weighmatch.implicit import (
+    ConjugateGradient,
     Exact,
     GaussNewton,
     Hessian,
+    Nystrom,
+    flatten,
     implicit_gradient,
+    unflatten,
     weight_gradient,
 )
+from weighmatch.semisup.networks import wide_resnet_trunk
 
 L2 = 0.05
 
@@ -167,3 +177,103 @@ def test_the_direct_term_is_kept_however_the_outer_loss_takes_it(outer):
     hyper = torch.tensor([1.0, 2.0])
     gradient, _ = implicit_gradient(inner, outer, {"a": hyper.clone()}, hyper, Exact())
     torch.testing.assert_close(gradient, torch.tensor([11.0, 11.0]))
+
+
+def by_double_backward(example_losses, params, vector):
+    """The derivative in w of −⟨∇_θ Σ wᵢℓᵢ, v⟩, the way that forward mode replaces."""
+    theta = {k: p.detach().requires_grad_() for k, p in params.items()}
+    losses = example_losses(theta)
+    weights = torch.ones_like(losses, requires_grad=True)
+    gradient = torch.autograd.grad(
+        (weights * losses).sum(), list(theta.values()), create_graph=True, materialize_grads=True
+    )
+    pieces = unflatten(vector, theta).values()
+    inner = sum((g * v).sum() for g, v in zip(gradient, pieces, strict=True))
+    return -torch.autograd.grad(inner, weights)[0]
+
+
+def test_weight_gradient_is_double_backward_on_a_wide_resnet_in_single_precision():
+    torch.manual_seed(0)
+    net = nn.Sequential(wide_resnet_trunk(3, depth=10, widen=1), nn.Linear(64, 4))
+    params = {k: p.detach() for k, p in net.named_parameters()}
+    images, labels = draw(4, 3, 32, 32, dtype=torch.float32), torch.arange(4)
+
+    def losses(theta):
+        return F.cross_entropy(functional_call(net, theta, (images,)), labels, reduction="none")
+
+    vector = draw(flatten(params).numel(), seed=1, dtype=torch.float32)
+    found = weight_gradient(losses, params, vector)
+    assert found.shape == (4,)
+    assert not found.requires_grad
+    assert relative(found, by_double_backward(losses, params, vector)) < 1e-6
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_weight_gradient_is_double_backward_on_every_kind_of_layer(name):
+    problem = PROBLEMS[name]()
+    vector = draw(problem.size, seed=1)
+    found = weight_gradient(problem.example_losses, problem.params, vector)
+    expected = by_double_backward(problem.example_losses, problem.params, vector)
+    torch.testing.assert_close(found, expected)
+
+
+def test_hyperparameters_may_be_any_pytree_and_arguments_stay(data):
+    inputs, labels, outer_inputs, outer_labels = data
+
+    def inner(params, hyper):
+        decay, (weights, _unused) = hyper
+        losses = F.cross_entropy(logits(params, inputs), labels, reduction="none")
+        return (weights * losses).mean() + decay["l2"] * flatten(params).square().sum()
+
+    def outer(params):
+        return F.cross_entropy(logits(params, outer_inputs), outer_labels)
+
+    hyper = (
+        {"l2": torch.tensor(0.1, dtype=torch.float64)},
+        [torch.linspace(0.5, 1.5, 12, dtype=torch.float64), torch.ones(2, dtype=torch.float64)],
+    )
+    params = retrain(inner, hyper)
+    before = {k: p.clone() for k, p in params.items()}
+    gradient, _ = implicit_gradient(inner, outer, params, hyper, Exact())
+    assert isinstance(gradient, tuple)
+    assert set(gradient[0]) == {"l2"}
+    assert torch.equal(gradient[1][1], torch.zeros(2, dtype=torch.float64))
+
+    def moved(l2):
+        shifted = ({"l2": l2["l2"]}, hyper[1])
+        return outer(retrain(inner, shifted))
+
+    expected = finite_differences(moved, {"l2": hyper[0]["l2"]}, "l2")
+    torch.testing.assert_close(gradient[0]["l2"], expected, rtol=1e-5, atol=1e-8)
+    for name, p in params.items():
+        assert torch.equal(p, before[name])
+        assert not p.requires_grad
+    assert not hyper[1][0].requires_grad
+
+
+def test_a_better_solution_is_a_better_hypergradient_and_the_state_is_handed_on(data):
+    inputs, labels, outer_inputs, outer_labels = data
+
+    def inner(params, weights):
+        losses = F.cross_entropy(logits(params, inputs), labels, reduction="none")
+        return (weights * losses).mean() + L2 * flatten(params).square().sum()
+
+    def outer(params):
+        return F.cross_entropy(logits(params, outer_inputs), outer_labels)
+
+    weights = torch.ones(12, dtype=torch.float64)
+    params = retrain(inner, weights)
+    exact, _ = implicit_gradient(inner, outer, params, weights, Exact())
+    errors = []
+    for budget in (2, 3, 5):  # two classes leave four directions
+        solver = ConjugateGradient(max_products=budget, rtol=1e-12)
+        gradient, solution = implicit_gradient(inner, outer, params, weights, solver)
+        errors.append(relative(gradient, exact))
+        assert solution.products <= budget
+    assert all(after < before for before, after in itertools.pairwise(errors))
+    assert errors[-1] < 1e-9
+    state = {}
+    first = implicit_gradient(inner, outer, params, weights, Nystrom(rank=8), state=state)
+    again = implicit_gradient(inner, outer, params, weights, Nystrom(rank=8), state=state)
+    assert again[1].products < first[1].products
+    torch.testing.assert_close(again[0], first[0])

@@ -23,7 +23,7 @@ class Chebyshev(_ProbingMethod):
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         budget = self.max_products - 1
-        # A budget of two leaves a probe of one product and one step.
+        # A budget of two leaves the probe alone, and zero for a solution.
         largest = self._largest_eigenvalue(op, unit, state, budget - 1)
         if not math.isfinite(largest):
             return Iterate(torch.zeros_like(unit), status="diverged")
@@ -52,5 +52,8 @@ class Chebyshev(_ProbingMethod):
             if norm <= max(self.rtol, torch.finfo(unit.dtype).eps):
                 break
             previous, ratio = ratio, 1 / (2 * centre / radius - ratio)
-            direction.mul_(ratio * previous).add_(residual, alpha=2 * ratio / radius)
+            gain = 2 * ratio / radius
+            if not gain <= torch.finfo(unit.dtype).max:
+                return Iterate(best, status="diverged")
+            direction.mul_(ratio * previous).add_(residual, alpha=gain)
         return Iterate(best, scale=largest)

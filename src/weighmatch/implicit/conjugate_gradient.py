@@ -58,10 +58,13 @@ class ConjugateGradient(_IterativeMethod):
             if square > 0:
                 scale = max(scale, abs(curvature) / square)
             # Within rounding of zero a step would be a leap to anywhere.
-            if not curvature > eps * scale * square:
+            # A preconditioner that is not positive definite has no length to measure in.
+            if not (curvature > eps * scale * square and inner > 0):
                 value = value if bool(value.any()) else unit.clone()
                 return Iterate(value, status="negative_curvature", scale=scale)
             length = inner / curvature
+            if not length <= torch.finfo(unit.dtype).max:
+                return Iterate(value, status="diverged", scale=scale)
             value.add_(direction, alpha=length)
             residual.sub_(image, alpha=length)
             if self.damping > 0:

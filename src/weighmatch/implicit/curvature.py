@@ -4,6 +4,7 @@ COSTS
 """
 
 import contextlib
+import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
@@ -39,6 +40,27 @@ class _ParameterOperator(LinearOperator):
         self._tangent: Callable[[Parameters], Parameters | Tensor] | None = None
         # Batched convolutions with a batch of cotangents are slower than one after another.
         self._batches = not any(p.ndim > 2 for p in self._leaves)
+
+    def _linearize(self, function: Callable[[Parameters], Parameters | Tensor]) -> None:
+        """Multiply by the derivative of `function`, traced once, if that is the same product.
+
+        With dropout in train mode it would not be: every call of the trace draws a new mask.
+        Buffers that a forward pass writes to cannot be traced at all, and torch 2.15 traces
+        circular padding to a wrong product without a word.
+        """
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self.shape[0], generator=generator, dtype=self.dtype).to(self.device)
+        expected = self._product(probe)
+        try:
+            self._tangent = _linearized(function, self.params)
+            difference = torch.linalg.vector_norm(self._product(probe) - expected)
+            tolerance = torch.finfo(self.dtype).eps ** 0.5 * torch.linalg.vector_norm(expected)
+            equal = bool(difference <= tolerance)
+        except RuntimeError:
+            equal = False
+        if not equal:
+            self._tangent = None
+            self.linearize_from = sys.maxsize  # nor again
 
     @abstractmethod
     def _apply(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
@@ -86,7 +108,7 @@ class Hessian(_ParameterOperator):
 
     def expect(self, products: int) -> None:
         if products >= self.linearize_from and not self._batches and self._tangent is None:
-            self._tangent = _linearized(torch.func.grad(self._loss), self.params)
+            self._linearize(torch.func.grad(self._loss))
 
     def _apply(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
         if not self._gradient:
@@ -134,7 +156,7 @@ class _PulledBack(_ParameterOperator):
     def expect(self, products: int) -> None:
         # With convolutions the pullback is the faster one.
         if products >= self.linearize_from and self._batches and self._tangent is None:
-            self._tangent = _linearized(self._outputs_of, self.params)
+            self._linearize(self._outputs_of)
 
     def _pulled_rows(self, cotangents: Tensor) -> Tensor:
         """Jᵀw for each row w of (k, *outputs.shape), as (k, P); counts k products."""
@@ -235,6 +257,8 @@ class GaussNewton(_PulledBack):
         return self._outputs_of(params)
 
     def _middle(self, tangent: Tensor, batched: bool) -> Tensor:
+        if not self._output_gradient.requires_grad:
+            return torch.zeros_like(tangent)
         (curved,) = torch.autograd.grad(
             self._output_gradient, self._z, tangent, retain_graph=True, is_grads_batched=batched
         )

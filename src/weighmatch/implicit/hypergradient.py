@@ -28,6 +28,9 @@ def implicit_gradient(
 ) -> tuple[Any, Solution]:
     """The derivative of outer(θ*(hyper)[, hyper]) in hyper, with `params` taken as θ*.
 
+    Layers such as dropout and BatchNorm belong in eval mode: `inner` is evaluated twice, which
+    would draw two masks, and move running statistics twice.
+
     Args:
         inner: `inner(params, hyper) -> scalar`.
         outer: `outer(params) -> scalar` or `outer(params, hyper) -> scalar`; the direct
@@ -93,7 +96,8 @@ def weight_gradient(
     """−⟨∇_θ ℓ_i, v⟩ for every example i, by one forward-mode pass.
 
     This is the hypergradient of the outer loss with respect to a weight on each ℓ_i in the
-    inner loss: negative where more weight would lower the outer loss.
+    inner loss: negative where more weight would lower the outer loss. Dropout and BatchNorm
+    belong in eval mode: running statistics that are updated keep forward mode out by an error.
 
     Args:
         example_losses: `example_losses(params) -> (B,)`.

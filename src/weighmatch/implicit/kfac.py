@@ -60,6 +60,9 @@ class KFAC(Method):
     ) -> Apply:
         """M⁻¹ = (K-FAC + δI)⁻¹; its factors come before the budget's iterations, if need be.
 
+        A larger damping of this method's own takes the place of δ: L2 in the loss of a Hessian
+        system is not in the factors.
+
         Args:
             op: the curvature.
             damping: δ of the system.
@@ -70,7 +73,7 @@ class KFAC(Method):
         has_factors = state is not None and "kfac" in state
         if not has_factors and _Network.cost(self.factors or op) > affordable:
             return lambda r: r
-        return self._inverse(op, damping, state, positive=True)
+        return self._inverse(op, max(damping, self.damping), state, positive=True)
 
     def _inverse(
         self, op: LinearOperator, damping: float, state: State | None, positive: bool
@@ -109,9 +112,12 @@ class _Network:
                 f"KFAC can see, more than the {LARGEST_REST} it takes as one exact block; "
                 f"build the operator as GaussNewton from a network of torch.nn layers"
             )
-        basis = torch.zeros(self.size, count, dtype=op.dtype, device=op.device)
-        basis[self._rest, torch.arange(count, device=op.device)] = 1
-        block = (op @ basis)[self._rest]
+        block = torch.zeros(count, count, dtype=op.dtype, device=op.device)
+        for start in range(0, count, 64):  # (P, count) at once could be gigabytes
+            columns = self._rest[start : start + 64]
+            basis = torch.zeros(self.size, len(columns), dtype=op.dtype, device=op.device)
+            basis[columns, torch.arange(len(columns), device=op.device)] = 1
+            block[:, start : start + 64] = (op @ basis)[self._rest]
         self._block = (block + block.T) / 2
 
     @staticmethod

@@ -97,15 +97,20 @@ class Method(ABC):
                 f"rhs must have shape ({op.shape[0]},) to match the operator, "
                 f"got {tuple(rhs.shape)}"
             )
-        norm = float(torch.linalg.vector_norm(rhs))
-        if not math.isfinite(norm):
-            raise ValueError("rhs holds NaN or Inf (or its norm overflows); nothing was solved")
-        if norm == 0.0:
+        rhs = rhs.detach()
+        # The largest entry comes first: squares overflow or vanish long before the entries do.
+        peak = float(rhs.abs().max())
+        if not math.isfinite(peak):
+            raise ValueError("rhs holds NaN or Inf; nothing was solved")
+        if peak == 0.0:
             return Solution(torch.zeros_like(rhs), 0.0, 0, 0.0, "converged")
+        unit = rhs / peak
+        length = float(torch.linalg.vector_norm(unit))
+        norm = peak * length
         spent_before = op.products
         self._announce(op)
         # Solving for g/‖g‖ keeps half- and single-precision dot products in range.
-        unit = rhs / norm
+        unit = unit / length
         iterate = self._iterate(op, unit, state)
         value, status = iterate.value, iterate.status
         if not bool(torch.isfinite(value).all()):

@@ -64,7 +64,10 @@ class Neumann(_ProbingMethod):
             factor = -float(residual @ change) / size if size > 0 else 0.0
             longer = residual.add(change, alpha=factor)
             shorter = float(torch.linalg.vector_norm(longer))
-            if factor > 0 and shorter < best_norm:
+            # Where the residual hardly changes, its change is rounding, and so would the rest be.
+            magnitude = 1 + float(torch.linalg.vector_norm(value)) / step
+            rounding = factor * torch.finfo(unit.dtype).eps * magnitude
+            if factor > 0 and shorter < best_norm and rounding <= 0.01 * shorter:
                 best = value.add(previous, alpha=factor * step)
                 best_norm = shorter
         return Iterate(best, measured=best_norm, scale=1 / step)

@@ -96,6 +96,9 @@ class Nystrom(Method):
             state: as in `solve`.
             affordable: products that a new sketch may spend; a larger rank is cut to it.
         """
+        kept = None if state is None else state.get("sketch")
+        if affordable < 1 and kept is None:
+            return lambda r: r
         cut = replace(self, rank=max(1, min(self.rank, affordable)))
         sketch = cut._sketch(op, state)
         if sketch is None or not len(sketch.eigenvalues):

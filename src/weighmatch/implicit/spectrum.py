@@ -15,13 +15,14 @@ class LanczosRun:
 
     `weights`, (k,), are the squared first components of their vectors: with the values, a
     quadrature rule for the spectral measure of the start vector. All NaN where a product was
-    not finite.
+    not finite. `exhausted` says that the Krylov space ended, so that the values are exact.
     """
 
     eigenvalues: Tensor
     weights: Tensor
     last_residual: float
     products: int
+    exhausted: bool = False
 
 
 def lanczos(op: LinearOperator, start: Tensor, steps: int) -> LanczosRun:
@@ -33,6 +34,7 @@ def lanczos(op: LinearOperator, start: Tensor, steps: int) -> LanczosRun:
     diagonal: list[Tensor] = []
     below: list[Tensor] = []
     steps = min(steps, op.shape[0])
+    exhausted = False
     for _ in range(steps):
         image = op @ basis[-1]
         diagonal.append(basis[-1] @ image)
@@ -43,6 +45,7 @@ def lanczos(op: LinearOperator, start: Tensor, steps: int) -> LanczosRun:
         below.append(norm)
         scale = max(float(d.abs()) for d in diagonal)
         if not float(norm) > 10 * torch.finfo(op.dtype).eps * max(scale, 1e-30):
+            exhausted = True
             break
         basis.append(image / norm)
     tridiagonal = torch.diag(torch.stack(diagonal))
@@ -56,7 +59,7 @@ def lanczos(op: LinearOperator, start: Tensor, steps: int) -> LanczosRun:
     wide = tridiagonal.to(torch.promote_types(op.dtype, torch.float32))
     eigenvalues, vectors = torch.linalg.eigh(wide)
     last_residual = float(below[-1]) * float(vectors[-1, -1].abs())
-    return LanczosRun(eigenvalues, vectors[0].square(), last_residual, len(diagonal))
+    return LanczosRun(eigenvalues, vectors[0].square(), last_residual, len(diagonal), exhausted)
 
 
 def extreme_eigenvalues(
@@ -100,8 +103,10 @@ def lower_bound(
         raise ValueError(f"failure must be between 0 and 1, got {failure}")
     run = lanczos(op, _gaussian(op, products, seed), products)
     smallest, largest = float(run.eigenvalues[0]), float(run.eigenvalues[-1])
-    if run.products >= op.shape[0]:
-        return smallest
+    rounding = 10 * torch.finfo(op.dtype).eps * max(abs(smallest), abs(largest))
+    # An exhausted Krylov space of a random vector holds every eigenvalue.
+    if run.products >= op.shape[0] or run.exhausted:
+        return smallest - rounding
     epsilon = (math.log(1.648 * math.sqrt(op.shape[0]) / failure) / (2 * run.products - 1)) ** 2
     if epsilon >= 0.5:
         raise ValueError(
@@ -109,7 +114,7 @@ def lower_bound(
             f"with failure {failure}; give more"
         )
     # Both ends may lie outside of the Ritz interval, each by ε times the true width.
-    return smallest - epsilon * (largest - smallest) / (1 - 2 * epsilon)
+    return smallest - epsilon * (largest - smallest) / (1 - 2 * epsilon) - rounding
 
 
 def spectral_density(
@@ -137,7 +142,8 @@ def spectral_density(
         grid, which reaches 5 widths beyond the Ritz values.
 
     Raises:
-        ValueError: if a count is below 1 (`points`: 2), or `width` is not positive.
+        ValueError: if a count is below 1 (`points`: 2), if `width` is not positive, or if the
+            grid is too coarse for it (more than two widths from point to point).
 
     Source:
         Lin, Saad & Yang (2016); Ghorbani, Krishnan & Xiao (2019, algorithm 2).
@@ -154,6 +160,12 @@ def spectral_density(
     low, high = float(nodes.min()), float(nodes.max())
     if width is None:
         width = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-12) / 100
+    needed = math.ceil((high - low) / (2 * width) + 5) + 1 if math.isfinite(low + high) else 2
+    if points < needed:
+        raise ValueError(
+            f"{points} points are too few for a width of {width:.3g} over a spectrum from "
+            f"{low:.3g} to {high:.3g}; give at least {needed}"
+        )
     grid = torch.linspace(
         low - 5 * width, high + 5 * width, points, dtype=torch.float64, device=nodes.device
     )

@@ -24,8 +24,9 @@ def unrolled_gradient(
 
     Args:
         step: one update, `step(params, hyper) -> params` or `step(params, hyper, t) -> params`
-            with t from 0; it must not modify its arguments. Parameters may be any pytree of
-            tensors, an optimiser's momentum included.
+            with t from 0, which a third argument with a default is given too; it must not
+            modify its arguments. Parameters may be any pytree of tensors, an optimiser's
+            momentum included. They require gradients, for a step that differentiates a loss.
         init: θ_0.
         hyper: a pytree of tensors.
         outer: `outer(params) -> scalar` or `outer(params, hyper) -> scalar`.
@@ -51,18 +52,20 @@ def unrolled_gradient(
     live = tree_unflatten(leaves, spec)
     frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
     counted = takes(step, 3)
-    params = tree_map(lambda p: p.detach(), init)
+    params = _detached(init)
     first = 0 if truncation is None else max(0, steps - truncation)
     for t in range(steps):
         seen = live if t >= first else frozen
-        if t < first:
-            # A step may differentiate a loss of its own in θ.
-            params = tree_map(lambda p: p.detach().requires_grad_(p.is_floating_point()), params)
         params = step(params, seen, t) if counted else step(params, seen)
         if t < first:
-            params = tree_map(lambda p: p.detach(), params)
+            params = _detached(params)
     value = outer(params, live) if takes(outer, 2) else outer(params)
     if not value.requires_grad:
         return tree_map(torch.zeros_like, frozen)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
     return tree_unflatten(list(gradients), spec)
+
+
+def _detached(params: Any) -> Any:
+    """Leaves without a past, in which a step may differentiate a loss of its own."""
+    return tree_map(lambda p: p.detach().requires_grad_(p.is_floating_point()), params)

@@ -17,7 +17,8 @@ class Woodbury(Method):
     Made for `EmpiricalFisher`, where n is the number of examples (Singh & Alistarh, 2020,
     WoodFisher): n products, O(nP) memory. Any other operator is factored densely, from P
     products. Without damping, what of g lies outside of the range of F has no solution:
-    it is left out, and the status is "negative_curvature".
+    it is left out, and the status is "negative_curvature". So it is where C itself has negative
+    eigenvalues, whatever the damping: F Fᵀ cannot hold them.
     """
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
@@ -34,7 +35,7 @@ class Woodbury(Method):
         else:
             unsolved = float(torch.linalg.vector_norm(rest)) > precision**0.5
         scale = float(eigenvalues[0]) if len(eigenvalues) else 0.0
-        indefinite = left_out + self.damping < -precision * scale
+        indefinite = left_out < -precision * max(scale, -left_out)
         return Iterate(
             solved.to(unit.dtype),
             status="negative_curvature" if indefinite or unsolved else "converged",

@@ -1,44 +1,122 @@
 """What the studies can be asked for; imports no torch."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from weighmatch.checks import require_integer, require_number, require_seeds
+from weighmatch.checks import require_choice, require_integer, require_number, require_seeds
+
+NETWORKS = ("softmax", "mlp", "cnn")
+INDEFINITE = "indefinite"
 
 
 @dataclass(frozen=True)
 class StudyConfig:
     """What is compared.
 
+    A cell is a point of training, an L2 strength, a damping, a curvature, a precision and a batch.
+    The base cell is convergence with the first L2 and the first damping, the Hessian in double
+    precision on all inner images; by default one factor at a time is moved away from it.
+
     Attributes:
-        hidden: width of the MLP's hidden layer.
-        pool: how many pool images get a weight.
-        steps: full-batch Adam steps of the inner training.
-        l2: weight decay of the inner loss, λ.
-        dampings: δ as multiples of λ_max.
-        budgets: `max_products` of the iterative methods.
-        seeds: how many of the data's seeds, from the first.
+        networks: "softmax", or "mlp-<width>" and "cnn-<width>".
+        seeds: of split, noise and initialisation.
+        inner: images that the inner loss is taken on, each with a weight.
+        outer: images that the outer loss is taken on.
+        label_noise: share of the inner images with a wrong label.
+        steps: full-batch Adam steps of the inner training; L-BFGS then goes on to a minimum.
+        stages: points of training, as fractions of `steps`; 1.0 is the minimum.
+        indefinite: whether the snapshot with the most negative curvature is a stage too.
+        l2: strengths λ of the inner loss's (λ/2)‖θ‖².
+        dampings: δ as multiples of the curvature's largest eigenvalue, on top of λ.
+        budgets: `max_products` of the iterative methods, ranks and probes to match.
+        batches: random mini-batches of inner images, for the spread over them.
+        batch_size: their size.
+        largest_dense: parameters up to which the reference is a dense Hessian; beyond, the
+            curvature is the Gauss-Newton matrix and the reference its factor.
+        all_combinations: every stage with every L2 and damping, instead of one at a time.
+        memory_sizes: about how many parameters the networks have whose memory is measured.
+        workers: processes; "auto": one a core.
     """
 
-    hidden: int = 12
-    pool: int = 200
+    networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
+    seeds: tuple[int, ...] = (0, 1)
+    inner: int = 400
+    outer: int = 300
+    label_noise: float = 0.2
     steps: int = 300
-    l2: float = 1e-3
-    dampings: tuple[float, ...] = (1.0, 0.1, 0.01)
-    budgets: tuple[int, ...] = (5, 10, 20, 40, 80)
-    seeds: int = 2
+    stages: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
+    indefinite: bool = True
+    l2: tuple[float, ...] = (1e-3, 1e-1)
+    dampings: tuple[float, ...] = (0.0, 0.01, 0.1)
+    budgets: tuple[int, ...] = (5, 10, 20, 40)
+    batches: int = 5
+    batch_size: int = 100
+    largest_dense: int = 3000
+    all_combinations: bool = False
+    memory_sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
+    workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "pool", "steps", "seeds"):
+        for name in ("inner", "outer", "steps", "batch_size", "largest_dense"):
             require_integer(f"ihvp_analysis.{name}", getattr(self, name), 1)
-        require_number("ihvp_analysis.l2", self.l2, 0, 10)
-        if not isinstance(self.dampings, list | tuple) or not self.dampings:
+        require_integer("ihvp_analysis.batches", self.batches, 0)
+        if self.workers != "auto":
+            require_integer("ihvp_analysis.workers", self.workers, 1)
+        for name in ("indefinite", "all_combinations"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(
+                    f"ihvp_analysis.{name} must be true or false, got {getattr(self, name)!r}"
+                )
+        require_number("ihvp_analysis.label_noise", self.label_noise, 0, 1, below=False)
+        if self.inner + self.outer > 1797:
             raise ValueError(
-                f"ihvp_analysis.dampings must be a list of numbers, got {self.dampings!r}"
+                f"ihvp_analysis.inner + ihvp_analysis.outer must be at most the 1797 digits there "
+                f"are, got {self.inner + self.outer}"
             )
-        for damping in self.dampings:
-            require_number("ihvp_analysis.dampings", damping, 0, 10, above=True)
-        budgets = require_seeds("ihvp_analysis.budgets", self.budgets)
-        for budget in budgets:
-            require_integer("ihvp_analysis.budgets", budget, 4)
-        object.__setattr__(self, "dampings", tuple(self.dampings))
-        object.__setattr__(self, "budgets", budgets)
+        if self.batch_size > self.inner:
+            raise ValueError(
+                f"ihvp_analysis.batch_size must be at most ihvp_analysis.inner ({self.inner}), "
+                f"got {self.batch_size}"
+            )
+        for name, low, high in (("stages", 0, 1), ("l2", 0, 10), ("dampings", 0, 10)):
+            values = _listed(f"ihvp_analysis.{name}", getattr(self, name))
+            for value in values:
+                require_number(
+                    f"ihvp_analysis.{name}", value, low, high, above=name == "l2", below=False
+                )
+            object.__setattr__(self, name, values)
+        for name, low in (("budgets", 4), ("memory_sizes", 100)):
+            values = require_seeds(f"ihvp_analysis.{name}", getattr(self, name))
+            for value in values:
+                require_integer(f"ihvp_analysis.{name}", value, low)
+            object.__setattr__(self, name, tuple(sorted(values)))
+        object.__setattr__(self, "seeds", require_seeds("ihvp_analysis.seeds", self.seeds))
+        networks = _listed("ihvp_analysis.networks", self.networks)
+        for network in networks:
+            parse_network(network)
+        object.__setattr__(self, "networks", networks)
+
+
+def parse_network(name: Any) -> tuple[str, int]:
+    """Kind and width of "softmax", "mlp-16" or "cnn-4" (width 0 for softmax).
+
+    Raises:
+        ValueError: if it is none of these.
+    """
+    kind, _, width = str(name).partition("-")
+    require_choice("ihvp_analysis.networks", kind, NETWORKS)
+    if kind == "softmax" and not width:
+        return kind, 0
+    multiple = 4 if kind == "cnn" else 1
+    if kind == "softmax" or not width.isdigit() or not int(width) or int(width) % multiple:
+        raise ValueError(
+            f"ihvp_analysis.networks {name!r} is unknown; give softmax, mlp-<width> or "
+            f"cnn-<width, a multiple of 4>"
+        )
+    return kind, int(width)
+
+
+def _listed(name: str, values: Any) -> tuple[Any, ...]:
+    if not isinstance(values, list | tuple) or not values or len(set(values)) < len(values):
+        raise ValueError(f"{name} must be a list of different values, got {values!r}")
+    return tuple(values)
