@@ -43,7 +43,8 @@ SOURCE_NAMES = {
 SOURCE_COLOURS = {"id": GREEN, "unseen": RED, "patches": PINK, "noise": ORANGE}
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+def make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure of `width` by `height` inches with `columns` plain panels."""
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(1, columns, squeeze=False)[0]
     for axes in grid:
@@ -59,7 +60,7 @@ def _in_order(arms: Sequence[str]) -> list[str]:
 def draw_accuracy(scores: pd.DataFrame) -> Figure:
     """Test accuracy of each arm: seeds as dots, mean and 95 % interval."""
     arms = _in_order(scores["arm"].unique().tolist())
-    figure, (axes,) = _axes(8, 0.5 * len(arms) + 1.4)
+    figure, (axes,) = make_axes(8, 0.5 * len(arms) + 1.4)
     for row, arm in enumerate(reversed(arms)):
         values = scores.loc[scores["arm"] == arm, "accuracy"].to_numpy(np.float64)
         _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
@@ -78,7 +79,7 @@ def draw_differences(scores: pd.DataFrame) -> Figure:
     """Each arm's accuracy minus FixMatch's on the same seed."""
     wide = scores.pivot(index="seed", columns="arm", values="accuracy")
     arms = [arm for arm in _in_order(list(wide.columns)) if arm != BASELINE and BASELINE in wide]
-    figure, (axes,) = _axes(8, 0.5 * len(arms) + 1.6)
+    figure, (axes,) = make_axes(8, 0.5 * len(arms) + 1.6)
     for row, arm in enumerate(reversed(arms)):
         values = (wide[arm] - wide[BASELINE]).dropna().to_numpy(np.float64)
         _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
@@ -107,7 +108,7 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
     """Mean weight of each source of pool images through training, a panel a weighted arm."""
     varying = trace.groupby("arm")["weight"].agg(lambda w: float(np.ptp(w)))
     arms = _in_order([str(arm) for arm in varying[varying > 1e-6].index])
-    figure, panels = _axes(4.2 * max(len(arms), 1), 3.6, max(len(arms), 1))
+    figure, panels = make_axes(4.2 * max(len(arms), 1), 3.6, max(len(arms), 1))
     highest = 1.0
     for axes, arm in zip(panels, arms, strict=False):
         mine = trace[trace["arm"] == arm].assign(
@@ -142,7 +143,7 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
     """How well weights and confidence tell held-out in-distribution images from OOD ones."""
     arms = _in_order(scores["arm"].unique().tolist())
     arms = [arm for arm in arms if arm not in ("supervised", CEILING)]
-    figure, (axes,) = _axes(8, 0.6 * len(arms) + 1.6)
+    figure, (axes,) = make_axes(8, 0.6 * len(arms) + 1.6)
     columns = (
         ("auroc_weight", RED, "weight"),
         ("auroc_confidence", BLUE, "classifier's confidence"),
@@ -171,7 +172,7 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
 
 def draw_calibration(calibration: pd.DataFrame) -> Figure:
     """Reliability diagram: accuracy against confidence."""
-    figure, (axes,) = _axes(5.2, 4.6)
+    figure, (axes,) = make_axes(5.2, 4.6)
     axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle=":", label="calibrated")
     for arm in _in_order(calibration["arm"].unique().tolist()):
         bins = calibration[(calibration["arm"] == arm) & (calibration["count"] >= 10)]
@@ -286,44 +287,6 @@ def _show(axes: Axes, image: NDArray[np.uint8], colour: str) -> None:
     for spine in axes.spines.values():
         spine.set_edgecolor(colour)
         spine.set_linewidth(2)
-
-
-METHOD_COLOURS = {"identity": GREY, "neumann": ORANGE, "conjugate_gradient": BLUE}
-METHOD_NAMES = {
-    "identity": "identity (no curvature)",
-    "neumann": "Neumann series",
-    "conjugate_gradient": "conjugate gradients",
-}
-
-
-def draw_ihvp(study: pd.DataFrame) -> Figure:
-    """Error of the hypergradient against what a solve costs, a panel a damping."""
-    dampings = sorted(study["damping_ratio"].unique(), reverse=True)
-    figure, panels = _axes(4.2 * len(dampings), 3.8, len(dampings))
-    for axes, damping in zip(panels, dampings, strict=True):
-        rows = study[study["damping_ratio"] == damping]
-        for method in [m for m in METHOD_NAMES if m in set(rows["method"])]:
-            mine = rows[rows["method"] == method]
-            line = mine.groupby("max_products")[["products", "hypergradient_error"]].median()
-            axes.plot(
-                line["products"],
-                line["hypergradient_error"],
-                marker="o",
-                markersize=4,
-                color=METHOD_COLOURS[method],
-                label=METHOD_NAMES[method],
-            )
-        axes.set_xscale("log")
-        axes.set_yscale("log")
-        axes.set_title(f"damping {damping:g} of the largest eigenvalue", loc="left", fontsize=10)
-        axes.set_xlabel("curvature products spent, check included")
-    low = min(axes.get_ylim()[0] for axes in panels)
-    for axes in panels:
-        axes.set_ylim(low, 3)
-    panels[0].set_ylabel("relative error of the hypergradient")
-    panels[0].legend(frameon=False, fontsize=9)
-    figure.suptitle("What a product buys: distance to the exact solve (median over seeds)")
-    return figure
 
 
 def _count(n: int, noun: str) -> str:

@@ -11,6 +11,7 @@ import jinja2
 import pandas as pd
 
 from weighmatch.evaluation.figures import ARM_NAMES
+from weighmatch.evaluation.ihvp_figures import base_cells
 from weighmatch.evaluation.statistics import PairedDifference
 from weighmatch.evaluation.tables import BASELINE, CEILING, LEARNED
 
@@ -139,7 +140,7 @@ def render_report(
     Args:
         metrics: from `summarise`.
         comparison: from `compare_arms`.
-        study: from `weighmatch.studies.ihvp.compare_methods`, seeds stacked.
+        study: from `weighmatch.studies.runs.compare_all`.
         manifest: counts, seeds and fingerprints of the data.
         figures: PNG bytes by name.
     """
@@ -173,11 +174,14 @@ def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
 
 
 def _summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
-    """The largest budget of each method at each damping, medians over seeds."""
-    largest = study[
-        study["max_products"] == study.groupby("method")["max_products"].transform("max")
-    ]
-    columns = ["products", "residual", "ihvp_error", "hypergradient_error", "hypergradient_cosine"]
-    grouped = largest.groupby(["damping_ratio", "method"], sort=False)[[*columns, "gradients"]]
-    rows: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")  # type: ignore[assignment]
-    return rows
+    """The end of training at the first L2 and damping: medians over seeds at the middle budget."""
+    rows = base_cells(study)
+    rows = rows[rows["stage"] == ("1.0" if "1.0" in set(rows["stage"]) else rows["stage"].iloc[0])]
+    budgets = sorted(rows.loc[rows["method"] == "neumann", "max_products"].unique())
+    middle = budgets[len(budgets) // 2]
+    single = rows.groupby("method")["max_products"].transform("nunique") == 1
+    rows = rows[single | (rows["max_products"] == middle)]
+    columns = ["products", "hypergradient_error", "hypergradient_cosine", "gradients"]
+    grouped = rows.groupby(["network", "method"], sort=False)[columns]
+    found: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")  # type: ignore[assignment]
+    return found

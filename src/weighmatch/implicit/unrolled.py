@@ -1,5 +1,6 @@
 """Hypergradients through the trajectory of the inner optimiser: what the implicit one replaces."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,7 @@ def unrolled_gradient(
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     live = tree_unflatten(leaves, spec)
     frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
-    counted = takes(step, 3)
+    counted = _counts(step)
     params = _detached(init)
     first = 0 if truncation is None else max(0, steps - truncation)
     for t in range(steps):
@@ -69,3 +70,14 @@ def unrolled_gradient(
 def _detached(params: Any) -> Any:
     """Leaves without a past, in which a step may differentiate a loss of its own."""
     return tree_map(lambda p: p.detach().requires_grad_(p.is_floating_point()), params)
+
+
+def _counts(step: Callable[..., Any]) -> bool:
+    """Whether `step` wants the number of the update: a third argument, optional only as `t`."""
+    try:
+        third = list(inspect.signature(step).parameters.values())[2]
+    except (IndexError, ValueError):
+        return False
+    if third.kind not in (third.POSITIONAL_ONLY, third.POSITIONAL_OR_KEYWORD):
+        return False
+    return third.default is third.empty or third.name == "t"

@@ -13,9 +13,9 @@ INDEFINITE = "indefinite"
 class StudyConfig:
     """What is compared.
 
-    A cell is a point of training, an L2 strength, a damping, a curvature, a precision and a batch.
-    The base cell is convergence with the first L2 and the first damping, the Hessian in double
-    precision on all inner images; by default one factor at a time is moved away from it.
+    A cell is a point of training, an L2 strength, a damping, a precision and a batch. The base
+    cell is the end of training with the first L2 and the first damping, in double precision on
+    all inner images; by default one factor at a time is moved away from it.
 
     Attributes:
         networks: "softmax", or "mlp-<width>" and "cnn-<width>".
@@ -31,8 +31,8 @@ class StudyConfig:
         budgets: `max_products` of the iterative methods, ranks and probes to match.
         batches: random mini-batches of inner images, for the spread over them.
         batch_size: their size.
-        largest_dense: parameters up to which the reference is a dense Hessian; beyond, the
-            curvature is the Gauss-Newton matrix and the reference its factor.
+        largest_dense: parameters up to which the curvature of a network without normalisation is
+            the Hessian; beyond, it is the Gauss-Newton matrix.
         all_combinations: every stage with every L2 and damping, instead of one at a time.
         memory_sizes: about how many parameters the networks have whose memory is measured.
         workers: processes; "auto": one a core.
@@ -40,17 +40,17 @@ class StudyConfig:
 
     networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
     seeds: tuple[int, ...] = (0, 1)
-    inner: int = 400
+    inner: int = 150
     outer: int = 300
     label_noise: float = 0.2
     steps: int = 300
     stages: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
     indefinite: bool = True
-    l2: tuple[float, ...] = (1e-3, 1e-1)
-    dampings: tuple[float, ...] = (0.0, 0.01, 0.1)
+    l2: tuple[float, ...] = (1e-2, 1e-3)
+    dampings: tuple[float, ...] = (0.01, 0.0, 0.1)
     budgets: tuple[int, ...] = (5, 10, 20, 40)
     batches: int = 5
-    batch_size: int = 100
+    batch_size: int = 50
     largest_dense: int = 3000
     all_combinations: bool = False
     memory_sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)

@@ -74,6 +74,13 @@ class WeighingProblem:
         """P."""
         return sum(p.numel() for p in self.network.parameters())
 
+    @property
+    def has_minimum(self) -> bool:
+        """False with group normalisation: the loss does not see the scale of a convolution, L2
+        shrinks it for ever, and the curvature grows as it shrinks.
+        """
+        return not any(isinstance(module, nn.GroupNorm) for module in self.network.modules())
+
     def initial(self) -> Parameters:
         return {name: p.detach().clone() for name, p in self.network.named_parameters()}
 
@@ -126,9 +133,10 @@ class WeighingProblem:
         snapshots = self._adam(config.steps, sorted(wanted - {1.0}))
         if 1.0 in wanted:
             last = snapshots[max(snapshots)]
-            snapshots[1.0] = Point(1.0, 1.0, self._minimise(last.params), last.second_moment)
+            params = self._minimise(last.params) if self.has_minimum else last.params
+            snapshots[1.0] = Point(1.0, 1.0, params, last.second_moment)
         points = [snapshots[stage] for stage in config.stages]
-        if config.indefinite:
+        if config.indefinite and self.has_minimum:
             points += self._most_indefinite([snapshots[stage] for stage in _SEARCHED])
         return points
 
@@ -167,7 +175,7 @@ class WeighingProblem:
         optimizer = torch.optim.LBFGS(
             theta.values(),
             max_iter=iterations,
-            history_size=20,
+            history_size=100,
             tolerance_grad=1e-9,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
@@ -178,7 +186,7 @@ class WeighingProblem:
             optimizer.zero_grad()
             loss = self.inner(theta, weights)
             loss.backward()
-            return float(loss)
+            return float(loss.detach())
 
         optimizer.step(closure)
         return {name: p.detach() for name, p in theta.items()}

@@ -1,4 +1,4 @@
-"""Labelled and pool images → how near cheap IHVPs come to the exact one."""
+"""Digits → how near cheap IHVPs come to the exact one, at what cost."""
 
 from weighmatch.pipelines.ihvp_analysis.pipeline import create_pipeline
 

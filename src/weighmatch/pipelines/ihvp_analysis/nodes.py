@@ -7,23 +7,31 @@ import pandas as pd
 from weighmatch.studies.config import StudyConfig
 
 
-def compare_ihvps(training_sets: dict[str, Any], ihvp_analysis: StudyConfig) -> pd.DataFrame:
-    """Each method against the exact solve, at the trained point of each of the first seeds."""
-    from weighmatch.semisup import TrainingSet
-    from weighmatch.semisup.runs import one_thread
-    from weighmatch.studies.ihvp import compare_methods
+def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every method in every cell of the study on digits; and the spectra behind them."""
+    from weighmatch.data.sources import load_digits
+    from weighmatch.studies.runs import compare_all
 
-    chosen = list(training_sets.items())[: ihvp_analysis.seeds]
-    with one_thread():
-        tables = [
-            compare_methods(TrainingSet(**arrays), ihvp_analysis, int(key.rpartition("_")[2]))
-            for key, arrays in chosen
-        ]
-    return pd.concat(tables, ignore_index=True)
+    return compare_all(*load_digits(), ihvp_analysis)
 
 
-def draw_ihvps(ihvp_comparison: pd.DataFrame) -> Any:
-    """Error of the hypergradient against products."""
-    from weighmatch.evaluation.figures import draw_ihvp
+def measure_memory(ihvp_analysis: StudyConfig) -> pd.DataFrame:
+    """Peak memory of a solve against the number of parameters."""
+    from weighmatch.studies.memory import measure_memory
 
-    return draw_ihvp(ihvp_comparison)
+    return measure_memory(ihvp_analysis)
+
+
+def draw_ihvps(
+    ihvp_comparison: pd.DataFrame, ihvp_spectra: pd.DataFrame, ihvp_memory: pd.DataFrame
+) -> tuple[Any, Any, Any, Any, Any]:
+    """Cost, progress, stability, spectra, memory."""
+    from weighmatch.evaluation import ihvp_figures as figures
+
+    return (
+        figures.draw_cost(ihvp_comparison),
+        figures.draw_progress(ihvp_comparison),
+        figures.draw_stability(ihvp_comparison),
+        figures.draw_spectra(ihvp_spectra),
+        figures.draw_memory(ihvp_memory),
+    )
