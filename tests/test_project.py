@@ -311,7 +311,7 @@ def command(monkeypatch, tmp_path):
         ("training.weighing.solver=magic", "training.weighing.solver 'magic' is unknown"),
         ("training.weighing.spede=1", "training.weighing has no parameter spede"),
         ("training.augmentation.cutout=2", "training.augmentation.cutout must be a number"),
-        ("ihvp_analysis.hidden=0", "ihvp_analysis.hidden must be an integer of at least 1"),
+        ("ihvp_analysis.steps=0", "ihvp_analysis.steps must be an integer of at least 1"),
         ("training.weighing.proximity=abc", "training.weighing.proximity must be a number"),
         ("data=3", "data is a group of parameters"),
         ("rns.arms=learned", "there is no parameter rns"),

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from weighmatch.evaluation.figures import (
     BLACK,
@@ -59,13 +61,11 @@ STAGES = {
 
 def base_cells(study: pd.DataFrame) -> pd.DataFrame:
     """Double precision, all images, the first L2 and the first damping: every stage."""
-    first = study.iloc[0]
-    return study[
-        (study["dtype"] == "float64")
-        & (study["batch"] == -1)
-        & (study["l2"] == first["l2"])
-        & (study["damping_ratio"] == first["damping_ratio"])
-    ]
+    l2, damping = study["l2"].to_list()[0], study["damping_ratio"].to_list()[0]
+    chosen = (study["dtype"] == "float64") & (study["batch"] == -1)
+    chosen &= (study["l2"] == l2) & (study["damping_ratio"] == damping)
+    rows: pd.DataFrame = study.loc[chosen]
+    return rows
 
 
 def draw_cost(study: pd.DataFrame) -> Figure:
@@ -155,8 +155,8 @@ def draw_stability(study: pd.DataFrame) -> Figure:
     base = base_cells(study)
     double = base[base["stage"] == "1.0"].set_index(keys)["hypergradient_error"]
     both = pd.concat([double.rename("double"), single.rename("single")], axis=1, join="inner")
-    for method, rows in both.groupby("method"):
-        name, colour, marker = METHODS[str(method)]
+    for key, rows in both.groupby("method"):
+        name, colour, marker = METHODS[str(key)]
         precision.plot(
             rows["double"].clip(lower=1e-8),
             rows["single"].clip(lower=1e-8),
@@ -171,8 +171,8 @@ def draw_stability(study: pd.DataFrame) -> Figure:
     precision.set_title("Above the line: precision is lost", loc="left", fontsize=10)
 
     known = study.dropna(subset=["error_bound", "true_error"])
-    for method, rows in known[known["true_error"] > 0].groupby("method"):
-        name, colour, marker = METHODS[str(method)]
+    for key, rows in known[known["true_error"] > 0].groupby("method"):
+        name, colour, marker = METHODS[str(key)]
         bounds.plot(
             rows["true_error"].clip(lower=1e-10),
             rows["error_bound"].clip(lower=1e-10),
@@ -194,7 +194,7 @@ def draw_stability(study: pd.DataFrame) -> Figure:
 def draw_spectra(spectra: pd.DataFrame) -> Figure:
     """Sorted absolute eigenvalues at each stage; negative ones apart."""
     networks = _networks(spectra)
-    figure, panels = make_axes(4.4 * len(networks), 4.4, len(networks))
+    figure, panels = make_axes(4.2 * len(networks) + 1.6, 4.4, len(networks))
     first = spectra["seed"].iloc[0]
     for axes, network in zip(panels, networks, strict=True):
         mine = spectra[(spectra["network"] == network) & (spectra["seed"] == first)]
@@ -214,7 +214,7 @@ def draw_spectra(spectra: pd.DataFrame) -> Figure:
         axes.set_title(network, loc="left", fontsize=10)
         axes.set_xlabel("rank of the eigenvalue")
     panels[0].set_ylabel("eigenvalue of the curvature (dotted: −λ of negative ones)")
-    panels[0].legend(frameon=False, fontsize=9, loc="lower left")
+    _legend(figure, panels)
     figure.suptitle("A few large eigenvalues, a long tail: the tail is what truncation misses")
     return figure
 
@@ -249,6 +249,7 @@ def _title(rows: pd.DataFrame, network: str) -> str:
 def _logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _diagonal(axes: Axes) -> None:
@@ -259,10 +260,14 @@ def _diagonal(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, panels: list[Axes]) -> None:
-    found = {}
+    found: dict[str, Artist] = {}
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         found.update(zip(labels, handles, strict=True))
     figure.legend(
-        list(found.values()), list(found), loc="outside right center", frameon=False, fontsize=9
+        handles=list(found.values()),
+        labels=list(found),
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
     )

@@ -183,5 +183,5 @@ def _summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
     rows = rows[single | (rows["max_products"] == middle)]
     columns = ["products", "hypergradient_error", "hypergradient_cosine", "gradients"]
     grouped = rows.groupby(["network", "method"], sort=False)[columns]
-    found: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")  # type: ignore[assignment]
+    found: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")
     return found

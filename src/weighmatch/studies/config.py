@@ -40,7 +40,7 @@ class StudyConfig:
 
     networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
     seeds: tuple[int, ...] = (0, 1)
-    inner: int = 150
+    inner: int = 100
     outer: int = 300
     label_noise: float = 0.2
     steps: int = 300
@@ -49,8 +49,8 @@ class StudyConfig:
     l2: tuple[float, ...] = (1e-2, 1e-3)
     dampings: tuple[float, ...] = (0.01, 0.0, 0.1)
     budgets: tuple[int, ...] = (5, 10, 20, 40)
-    batches: int = 5
-    batch_size: int = 50
+    batches: int = 4
+    batch_size: int = 40
     largest_dense: int = 3000
     all_combinations: bool = False
     memory_sizes: tuple[int, ...] = (1_000, 10_000, 100_000, 1_000_000)
