@@ -38,7 +38,10 @@ class Neumann(_ProbingMethod):
             return Iterate(torch.zeros_like(unit), status="diverged")
         value = step * unit
         residual, previous = torch.empty_like(unit), unit.clone()
-        best, best_norm = torch.zeros_like(unit), 1.0
+        # None: the value at hand is the best. It is kept apart only when it stops being so, since
+        # a copy at every step would cost as much as the step.
+        best: Tensor | None = torch.zeros_like(unit)
+        best_norm = 1.0
         left = self.max_products - (op.products - before)
         while True:
             torch.sub(unit, op @ value, out=residual)
@@ -48,10 +51,13 @@ class Neumann(_ProbingMethod):
             if not norm <= 1.05 * best_norm + torch.finfo(unit.dtype).eps:
                 # A residual that grows means α(λ_max+δ) > 2 or negative curvature.
                 self._forget(state)
+                if best is None:
+                    best = value.sub_(previous, alpha=step)
                 return Iterate(best, status="diverged", measured=best_norm, scale=1 / step)
             if norm < best_norm:
-                best.copy_(value)
-                best_norm = norm
+                best, best_norm = None, norm
+            elif best is None:
+                best = value.sub(previous, alpha=step)
             left -= 1
             if left == 0 or norm <= self.rtol:
                 break
@@ -70,7 +76,7 @@ class Neumann(_ProbingMethod):
             if factor > 0 and shorter < best_norm and rounding <= 0.01 * shorter:
                 best = value.add(previous, alpha=factor * step)
                 best_norm = shorter
-        return Iterate(best, measured=best_norm, scale=1 / step)
+        return Iterate(value if best is None else best, measured=best_norm, scale=1 / step)
 
     def _step(
         self, op: LinearOperator, unit: Tensor, state: State | None, affordable: int
