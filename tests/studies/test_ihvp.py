@@ -59,6 +59,12 @@ def test_stages_precisions_and_batches_are_there(study):
     assert np.isfinite(table["hypergradient_error"]).all()
 
 
+def test_a_training_so_short_that_stages_fall_together():
+    config = {**SMALL, "steps": 3, "stages": (0.0, 0.1, 0.2), "budgets": (5,), "batches": 0}
+    table, _ = compare_all(*load_digits(), StudyConfig(**{**config, "dampings": (0.1,)}))
+    assert set(table["stage"]) >= {"0.0", "0.1", "0.2"}
+
+
 def test_memory_is_linear_in_the_number_of_parameters():
     memory = measure_memory(StudyConfig(**SMALL)).pivot(
         index="method", columns="parameters", values="vectors"
@@ -70,7 +76,8 @@ def test_memory_is_linear_in_the_number_of_parameters():
 
 
 def test_two_processes_say_what_one_says():
-    config = {**SMALL, "networks": ("softmax",), "batches": 0, "budgets": (5,), "stages": (1.0,)}
+    config = {**SMALL, "networks": ("softmax",), "batches": 0, "budgets": (5,), "stages": (0.0,)}
+    config = {**config, "dampings": (0.1,), "indefinite": False}
     numbers = ["hypergradient_error", "hypergradient_cosine", "ihvp_error"]
     found = [
         compare_all(*load_digits(), StudyConfig(**{**config, "seeds": (0, 1), "workers": workers}))

@@ -26,6 +26,8 @@ from weighmatch.semisup.networks import small_cnn_trunk
 from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
 
 CLASSES = 10
+# The end of Adam's steps, which the last stage goes on from.
+_ADAMS_END = 0.9999
 # Snapshots among which the most indefinite one is looked for, as fractions of the training.
 _SEARCHED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 
@@ -132,7 +134,7 @@ class WeighingProblem:
         wanted = {*config.stages, *(_SEARCHED if config.indefinite else ())}
         snapshots = self._adam(config.steps, sorted(wanted - {1.0}))
         if 1.0 in wanted:
-            last = snapshots[max(snapshots)]
+            last = snapshots[_ADAMS_END]
             params = self._minimise(last.params) if self.has_minimum else last.params
             snapshots[1.0] = Point(1.0, 1.0, params, last.second_moment)
         points = [snapshots[stage] for stage in config.stages]
@@ -155,17 +157,17 @@ class WeighingProblem:
         theta = {name: p.requires_grad_() for name, p in self.initial().items()}
         optimizer = torch.optim.Adam(theta.values(), lr=1e-2)
         weights = torch.ones(len(self.labels), dtype=torch.float64)
-        wanted = {round(fraction * steps): fraction for fraction in fractions}
-        # The convergence stage goes on from the end of Adam's training.
-        wanted.setdefault(steps, 0.999)
+        # The convergence stage goes on from the end of Adam's training. In a short training
+        # several fractions are the same step.
+        wanted = {fraction: round(fraction * steps) for fraction in [*fractions, _ADAMS_END]}
         points = {}
         for step in range(steps + 1):
             optimizer.zero_grad()
             self.inner(theta, weights).backward()
-            if step in wanted:
+            for fraction in [f for f, at in wanted.items() if at == step]:
                 params = {name: p.detach().clone() for name, p in theta.items()}
-                points[wanted[step]] = Point(
-                    wanted[step], step / steps, params, _second_moment(optimizer, theta)
+                points[fraction] = Point(
+                    fraction, step / steps, params, _second_moment(optimizer, theta)
                 )
             optimizer.step()
         return points
