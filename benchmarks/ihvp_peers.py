@@ -9,13 +9,11 @@ installed is left out, and a line says so.
 
 import argparse
 import os
-import platform
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 
 import torch
 
@@ -35,6 +33,8 @@ from benchmarks.peers import (
     usable,
     wide_resnet,
 )
+from benchmarks.products import product_costs, product_table
+from benchmarks.tables import conditions, markdown, show, spread, verdict
 from benchmarks.workers import (
     Memory,
     Timing,
@@ -229,39 +229,6 @@ def memory_verdicts(multiples: dict[str, list[float]]) -> list[str]:
     ]
 
 
-def spread(values: Sequence[float]) -> str:
-    """Median and range; nothing of nothing."""
-    if not values:
-        return ""
-    return f"{statistics.median(values):.2f} ({min(values):.2f}–{max(values):.2f})"
-
-
-def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """A table, line by line."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(line) + " |" for line in lines]
-
-
-def verdict(claim: str, exceptions: Sequence[str]) -> str:
-    """A line that says whether the claim holds."""
-    return f"{claim}: {'no: ' + '; '.join(exceptions) if exceptions else 'yes'}."
-
-
-def _conditions(solvers: Iterable[str]) -> str:
-    versions = ", ".join(f"{name} {version(name)}" for name in solvers)
-    return (
-        f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch thread, "
-        f"torch {torch.__version__}, {versions}"
-    )
-
-
-def _show(title: str, lines: Iterable[str], note: str = "") -> None:
-    print(f"\n### {title}\n")
-    if note:
-        print(f"{note}\n")
-    print("\n".join(lines), flush=True)
-
-
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="IHVPs beside other packages'.")
@@ -286,12 +253,12 @@ def main() -> None:
         builds = [partial(mlp, batch=32), partial(wide_resnet, batch=2)]
 
     solvers = installed(SOLVERS)
-    print(_conditions(solvers), flush=True)
+    print(conditions(solvers), flush=True)
     field = contestants(solvers, arguments.keep_memory_everywhere)  # they start meanwhile
     workers = list(dict.fromkeys(contestant.worker for contestant in field))
     for problem in (quadratic(), small_mlp()):
         lines = accuracy(problem, usable(problem, solvers), budgets)
-        _show(f"Relative error at k products: {problem.name}", lines)
+        show(f"Relative error at k products: {problem.name}", lines)
     allocator = "kept in all processes" if arguments.keep_memory_everywhere else "as each sets it"
     weight_rows = []
     for build in builds:
@@ -299,21 +266,27 @@ def main() -> None:
         for worker in workers:
             worker.hold(build, problem)
         timings = measure(willing(problem, field), products, rounds)
-        _show(
+        show(
             f"Time of a solve: {problem.name}",
             speed(timings),
             f"Median (range) of {rounds} rounds; a gradient is one of the same process, just "
             f"before the solve; freed memory: {allocator}.",
         )
+        costs = workers[0].call(product_costs, rounds)
+        show(
+            f"Cost of a product: {problem.name}",
+            product_table(costs),
+            f"Median of {rounds} rounds in one process.",
+        )
         weight_rows.append(weight_gradients(problem, workers[0], rounds))
-    _show(
+    show(
         "Hypergradient of the examples' weights: one JVP beside double backward",
         markdown(WEIGHT_GRADIENT_HEADER, weight_rows),
         f"Largest difference over largest entry, errors against double precision; times: "
         f"{rounds} rounds in one process.",
     )
     # Last, as it takes gigabytes that the process then keeps.
-    _show(
+    show(
         "Peak memory of a solve in parameter vectors",
         memory(workers[0], hidden, products),
         "Of torch's tensors, by its profiler; MLPs with tanh in single precision, batch 16, "

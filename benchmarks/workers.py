@@ -15,11 +15,11 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.peers import MethodName, Problem, Solver, mlp
 from weighmatch.implicit import Hessian, Method, Parameters, unflatten, weight_gradient
 from weighmatch.implicit.memory import keep_freed_memory
+from weighmatch.studies.memory import peak_memory
 
 # "own": as the package leaves it; "default": this package does not change it either;
 # "kept": freed memory is kept whatever the package.
@@ -112,7 +112,7 @@ def time_solve(problem: Problem, solver: Solver, method: MethodName, products: i
         for _ in range(GRADIENTS):
             torch.autograd.grad(problem.loss(params), list(params.values()))
 
-    unit = _seconds(gradients) / GRADIENTS
+    unit = seconds_of(gradients) / GRADIENTS
     start = time.perf_counter()
     answer = solver(problem, method, products)
     seconds = time.perf_counter() - start
@@ -124,8 +124,8 @@ def time_weight_gradients(problem: Problem) -> tuple[float, float]:
     pushed = pulled = 0.0
     params = problem.params
     for _ in range(WEIGHT_GRADIENTS):
-        pushed += _seconds(lambda: weight_gradient(problem.example_losses, params, problem.rhs))
-        pulled += _seconds(lambda: double_backward(problem.example_losses, params, problem.rhs))
+        pushed += seconds_of(lambda: weight_gradient(problem.example_losses, params, problem.rhs))
+        pulled += seconds_of(lambda: double_backward(problem.example_losses, params, problem.rhs))
     return pushed / WEIGHT_GRADIENTS, pulled / WEIGHT_GRADIENTS
 
 
@@ -165,7 +165,7 @@ def double_backward(
     return -mixed
 
 
-def _seconds(call: Callable[[], object]) -> float:
+def seconds_of(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
@@ -181,22 +181,3 @@ def solve_memory(problem: Problem, method: Method | None) -> float:
 
     solve()  # what torch allocates once and keeps is not the method's
     return peak_memory(solve) / (problem.rhs.numel() * problem.rhs.element_size())
-
-
-def peak_memory(call: Callable[[], object]) -> int:
-    """The most bytes that torch's tensors held at a time during `call`, above what was before.
-
-    From the profiler's record of every allocation: exact, also where it is less than the
-    allocator takes from the system at a time. It does not see the work space inside of BLAS.
-    """
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        call()
-    # `record.events()` leaves out what was allocated inside of an operator.
-    result = record.profiler.kineto_results if record.profiler else None
-    assert result is not None
-    changes = [(e.start_ns(), e.nbytes()) for e in result.events() if e.name() == "[memory]"]
-    held = peak = 0
-    for _, change in sorted(changes, key=lambda pair: pair[0]):
-        held += change
-        peak = max(peak, held)
-    return peak

@@ -19,12 +19,11 @@ from benchmarks.ihvp_peers import (
     OURS_BY_DEFAULT,
     accuracy,
     less_accurate,
-    markdown,
     memory_verdicts,
     speed,
-    spread,
-    verdict,
 )
+from benchmarks.products import product_costs, product_table
+from benchmarks.tables import markdown, spread, verdict
 from benchmarks.workers import Timing
 from weighmatch.implicit import GaussNewton, flatten
 
@@ -247,3 +246,12 @@ def test_markdown_and_its_cells():
     assert spread([]) == ""
     assert verdict("It holds", []) == "It holds: yes."
     assert verdict("It holds", ["here", "there"]) == "It holds: no: here; there."
+
+
+def test_every_way_to_multiply_is_timed(network):
+    costs = product_costs(network, rounds=1)
+    assert len(costs) == 7
+    assert all(c.product > 0 and c.once > 0 for c in costs.values())
+    table = product_table(costs)
+    assert len(table) == 2 + len(costs)
+    assert "Hessian, 16 columns" in table[5]

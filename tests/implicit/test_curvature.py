@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from tests.implicit.problems import (
     PROBLEMS,
@@ -24,7 +23,6 @@ from weighmatch.implicit import (
     flatten,
     unflatten,
 )
-from weighmatch.implicit.convolution import LinearPullback
 from weighmatch.implicit.memory import keep_freed_memory
 
 KINDS = ("Hessian", "GaussNewton", "EmpiricalFisher")
@@ -224,34 +222,12 @@ def test_some_weights_of_a_convolutional_network_may_be_fixed():
     torch.testing.assert_close(op.dense(), expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"stride": 2, "padding": 1},
-        {"stride": (2, 1), "padding": (0, 2)},
-        {"dilation": 2, "groups": 2},
-        {"padding": "same"},
-        {"padding": "valid", "bias": False},
-    ],
-)
-def test_swapped_convolutions_have_the_values_and_first_derivatives_of_torch(settings):
-    layer = nn.Conv2d(2, 4, 3, **settings).double()
-    inputs = draw(3, 2, 8, 7).requires_grad_()
-    arguments = [inputs, *layer.parameters()]
-    plain = layer(inputs)
-    with LinearPullback():
-        swapped = layer(inputs)
-    torch.testing.assert_close(swapped, plain)
-    cotangent = draw(*plain.shape, seed=4)
-    for a, b in zip(
-        torch.autograd.grad(swapped, arguments, cotangent),
-        torch.autograd.grad(plain, arguments, cotangent),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b)
-    with LinearPullback():  # one image without a batch
-        torch.testing.assert_close(layer(inputs[0]), plain[0])
+def test_a_loss_that_couples_examples_has_no_block_an_example(mlp):
+    coupled = lambda z: z.std(dim=0).sum() + z.square().sum()  # noqa: E731
+    op = GaussNewton(mlp.outputs, coupled, mlp.params)
+    with pytest.raises(ValueError, match="not a sum over examples"):
+        op.output_curvature()
+    assert GaussNewton(mlp.outputs, mlp.output_loss, mlp.params).output_curvature().ndim == 3
 
 
 def test_hessian_in_single_precision(mlp):

@@ -179,6 +179,19 @@ def test_the_direct_term_is_kept_however_the_outer_loss_takes_it(outer):
     torch.testing.assert_close(gradient, torch.tensor([11.0, 11.0]))
 
 
+def test_what_a_closure_has_bound_is_not_taken_for_hyperparameters():
+    def inner(params, hyper):
+        return 0.5 * (params["a"] - hyper).square().sum()
+
+    slope = torch.tensor([3.0, 4.0])
+    hyper = torch.tensor([1.0, 2.0])
+    params = {"a": hyper.clone()}
+    gradient, _ = implicit_gradient(
+        inner, lambda params, slope=slope: slope @ params["a"], params, hyper, Exact()
+    )
+    torch.testing.assert_close(gradient, slope)
+
+
 def by_double_backward(example_losses, params, vector):
     """The derivative in w of −⟨∇_θ Σ wᵢℓᵢ, v⟩, the way that forward mode replaces."""
     theta = {k: p.detach().requires_grad_() for k, p in params.items()}

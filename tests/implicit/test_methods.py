@@ -587,13 +587,33 @@ def test_minres_solves_indefinite_systems():
     assert cg.status == "negative_curvature"
 
 
-def test_conjugate_gradients_hand_back_what_they_have_at_negative_curvature():
+@pytest.mark.parametrize("seed", range(20))
+def test_conjugate_gradients_hand_back_their_best_at_negative_curvature(seed):
+    matrix, rhs = spd(torch.cat([torch.tensor([-2.0]), torch.logspace(-4, 2, 30)]), seed=seed)
+    found = [
+        ConjugateGradient(max_products=k, rtol=1e-12).solve(Dense(matrix), rhs)
+        for k in range(2, 40)
+    ]
+    named = [s for s in found if s.status == "negative_curvature"]
+    assert named
+    before = [s.residual for s in found if s.status == "budget"]
+    # Zero is an iterate too.
+    assert named[-1].residual == pytest.approx(min([1.0, *before]), rel=1e-9)
+
+
+def test_conjugate_gradients_hand_back_zero_where_they_have_nothing():
     matrix = torch.diag(torch.tensor([-1.0, 1.0], dtype=torch.float64))
-    at_once = ConjugateGradient().solve(Dense(matrix), torch.tensor([2.0, 1.0]).double())
-    torch.testing.assert_close(at_once.value, torch.tensor([2.0, 1.0]).double())
-    later = ConjugateGradient().solve(Dense(matrix), torch.tensor([0.1, 1.0]).double())
-    assert later.status == at_once.status == "negative_curvature"
-    assert later.value.norm() > 0
+    solution = ConjugateGradient().solve(Dense(matrix), torch.tensor([2.0, 1.0]).double())
+    assert solution.status == "negative_curvature"
+    assert solution.residual == pytest.approx(1.0)
+    assert not solution.value.any()
+
+
+def test_chebyshev_steps_even_where_the_probe_takes_all():
+    matrix, rhs = spd(torch.linspace(1, 10, 20))
+    solution = Chebyshev(max_products=2).solve(Dense(matrix), rhs)
+    assert solution.products == 2
+    assert 0 < solution.residual < 1
 
 
 def test_neumann_names_divergence_and_keeps_the_best_iterate():

@@ -176,3 +176,15 @@ def test_negative_curvature_in_the_sketch_is_named():
     assert Nystrom(rank=30).solve(op, rhs).status == "negative_curvature"
     assert sketch_of(matrix, rank=30).negative == pytest.approx(-3.0)
     assert Nystrom(rank=5, damping=5.0).solve(op, rhs).status == "budget"
+
+
+def test_a_sketch_of_a_lower_rank_is_drawn_anew():
+    matrix, rhs = spd(torch.logspace(-3, 0, 40))
+    op, state = Dense(matrix), {}
+    Nystrom(rank=5, damping=1e-3).solve(op, rhs, state)
+    higher = Nystrom(rank=30, damping=1e-3)
+    assert torch.equal(higher.solve(op, rhs, state).value, higher.solve(op, rhs).value)
+    # One of a higher rank is there already and does at least as well.
+    before = op.products
+    Nystrom(rank=5, damping=1e-3).solve(op, rhs, state)
+    assert op.products - before <= 3

@@ -5,7 +5,23 @@ from collections.abc import Callable
 from typing import Any
 
 
-def takes(function: Callable[..., Any], count: int) -> bool:
+def takes_hyper(outer: Callable[..., Any]) -> bool:
+    """Whether an outer loss is `outer(params, hyper)` rather than `outer(params)`.
+
+    A second parameter with a default is for `hyper` if it is called so or the default is None;
+    any other default is something that the caller has bound, as in `lambda p, x=x: …`.
+    """
+    if not _binds(outer, 2):
+        return False
+    if not _binds(outer, 1):
+        return True
+    parameters = list(inspect.signature(outer).parameters.values())
+    if len(parameters) < 2 or parameters[1].kind is inspect.Parameter.VAR_POSITIONAL:
+        return True
+    return parameters[1].default is None or parameters[1].name == "hyper"
+
+
+def _binds(function: Callable[..., Any], count: int) -> bool:
     """Whether `function` can be called with `count` positional arguments."""
     try:
         inspect.signature(function).bind(*[None] * count)

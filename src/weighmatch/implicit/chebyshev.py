@@ -23,7 +23,6 @@ class Chebyshev(_ProbingMethod):
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         budget = self.max_products - 1
-        # A budget of two leaves the probe alone, and zero for a solution.
         largest = self._largest_eigenvalue(op, unit, state, budget - 1)
         if not math.isfinite(largest):
             return Iterate(torch.zeros_like(unit), status="diverged")
@@ -36,6 +35,8 @@ class Chebyshev(_ProbingMethod):
         residual = unit.clone()
         direction = residual / centre
         ratio = radius / centre
+        if steps < 1:  # the probe took all; the first step needs no product
+            return Iterate(unit / upper, scale=largest)
         best, best_norm = value.clone(), 1.0
         for _ in range(steps):
             value.add_(direction)

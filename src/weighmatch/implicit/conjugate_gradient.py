@@ -25,9 +25,9 @@ class Preconditioner(Protocol):
 class ConjugateGradient(_IterativeMethod):
     """The Krylov method for positive definite C + δI.
 
-    Where a direction of non-positive curvature shows up, the iteration stops and hands back
-    the iterate that it has (the right-hand side where it has none), with status
-    "negative_curvature".
+    Where a direction of non-positive curvature shows up, the iteration stops and hands back the
+    iterate of the smallest residual, with status "negative_curvature". That is zero where the
+    first direction is already one: no multiple of it that descends would lower the residual.
 
     Attributes:
         preconditioner: M⁻¹ as a function (P,) -> (P,), symmetric positive definite, or a method
@@ -52,6 +52,9 @@ class ConjugateGradient(_IterativeMethod):
         # Below rounding the recursion's residual says nothing of the true one.
         enough = max(self.rtol, eps)
         scale = 0.0
+        # The iterate of the smallest residual; None: the one at hand, as it is almost always.
+        best: Tensor | None = None
+        smallest = 1.0
         for _ in range(self.max_products - 1 - (op.products - before)):
             image = op @ direction
             curvature = float(direction @ image) + self.damping * square
@@ -60,7 +63,7 @@ class ConjugateGradient(_IterativeMethod):
             # Within rounding of zero a step would be a leap to anywhere.
             # A preconditioner that is not positive definite has no length to measure in.
             if not (curvature > eps * scale * square and inner > 0):
-                value = value if bool(value.any()) else unit.clone()
+                value = value if best is None else best
                 return Iterate(value, status="negative_curvature", scale=scale)
             length = inner / curvature
             if not length <= torch.finfo(unit.dtype).max:
@@ -72,6 +75,10 @@ class ConjugateGradient(_IterativeMethod):
             remaining = float(residual @ residual)
             if not remaining > enough**2:
                 break
+            if remaining <= smallest:
+                best, smallest = None, remaining
+            elif best is None:
+                best = value.sub(direction, alpha=length)
             scaled = residual if precondition is None else precondition(residual)
             previous = inner
             inner = remaining if precondition is None else float(residual @ scaled)

@@ -21,14 +21,17 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from weighmatch.implicit.convolution import LinearPullback
 from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.second_order import CheapSecondOrder
+
+T = TypeVar("T")
 
 # Columns that go through one batched backward pass; each keeps activations of its own.
 BLOCK = 16
@@ -75,6 +78,14 @@ class _ParameterOperator(LinearOperator):
             self._tangent = None
             self.linearize_from = sys.maxsize  # nor again
 
+    def _cheaply(self, build: Callable[[], T], *, cotangent_only: bool = False) -> T:
+        """What `build` gives, inside of `CheapSecondOrder` where that helps and can be."""
+        if not self._batches:  # a batch of cotangents needs torch's own layers
+            # A loss that is made of gradients or of torch.func's transforms.
+            with contextlib.suppress(RuntimeError), CheapSecondOrder(cotangent_only=cotangent_only):
+                return build()
+        return build()
+
     @abstractmethod
     def _apply(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
         """The product, from and to tensors shaped as the parameters.
@@ -111,13 +122,16 @@ class Hessian(_ParameterOperator):
     def __init__(self, loss: Callable[[Parameters], Tensor], params: Parameters) -> None:
         super().__init__(params)
         self._loss = loss
-        gradient = torch.autograd.grad(
-            loss(self.params), self._leaves, create_graph=True, materialize_grads=True
-        )
+        gradient = self._cheaply(self._build)
         # A loss that is linear in a parameter has a gradient without a graph there.
         kept = [(i, g) for i, g in enumerate(gradient) if g.requires_grad]
         self._kept = [i for i, _ in kept]
         self._gradient = [g for _, g in kept]
+
+    def _build(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            self._loss(self.params), self._leaves, create_graph=True, materialize_grads=True
+        )
 
     def expect(self, products: int) -> None:
         if products >= self.linearize_from and not self._batches and self._tangent is None:
@@ -153,14 +167,16 @@ class _PulledBack(_ParameterOperator):
     def __init__(self, outputs: Callable[[Parameters], Tensor], params: Parameters) -> None:
         super().__init__(params)
         self._outputs_of = outputs
-        # For a batch of cotangents torch's own convolutions are needed.
-        with LinearPullback() if not self._batches else contextlib.nullcontext():
-            self._outputs = outputs(self.params)
-        self._dummy = torch.zeros_like(self._outputs, requires_grad=True)
-        self._pullback = torch.autograd.grad(
-            self._outputs, self._leaves, self._dummy, create_graph=True, materialize_grads=True
-        )
+        self._outputs, self._dummy, self._pullback = self._cheaply(self._build, cotangent_only=True)
         self._kept = [i for i, g in enumerate(self._pullback) if g.requires_grad]
+
+    def _build(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        outputs = self._outputs_of(self.params)
+        dummy = torch.zeros_like(outputs, requires_grad=True)
+        pullback = torch.autograd.grad(
+            outputs, self._leaves, dummy, create_graph=True, materialize_grads=True
+        )
+        return outputs, dummy, pullback
 
     @abstractmethod
     def _middle(self, tangent: Tensor, batched: bool) -> Tensor:
@@ -239,13 +255,28 @@ class GaussNewton(_PulledBack):
         )
 
     def output_curvature(self) -> Tensor:
-        """The blocks (B, C, C) of H_z, one an example; it has no others for a sum over examples."""
+        """The blocks (B, C, C) of H_z, one an example.
+
+        Raises:
+            ValueError: if H_z has others, as it has where the loss is not a sum over examples.
+        """
         columns = []
         for c in range(self._z.shape[1]):
             probe = torch.zeros_like(self._z)
             probe[:, c] = 1
             columns.append(self._middle(probe, batched=False))
-        return torch.stack(columns, dim=2)
+        blocks = torch.stack(columns, dim=2)
+        # Any vector that differs from example to example shows what the blocks leave out.
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self._z.shape, generator=generator, dtype=self.dtype).to(self.device)
+        image = self._middle(probe, batched=False)
+        difference = float((torch.einsum("bij,bj->bi", blocks, probe) - image).norm())
+        if difference > 1e3 * torch.finfo(self.dtype).eps * float(blocks.norm()):
+            raise ValueError(
+                "output_loss is not a sum over examples (its Hessian in the outputs couples "
+                "them), so that there is no block an example; use a method that only multiplies"
+            )
+        return blocks
 
     def factor(self) -> tuple[Tensor, float]:
         """Jᵀ H_z^½, (P, BC): B·C vectors pulled back, where that is less than P.

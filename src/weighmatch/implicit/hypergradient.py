@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from weighmatch.implicit.calls import takes
+from weighmatch.implicit.calls import takes_hyper
 from weighmatch.implicit.curvature import Hessian
 from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.method import Method, Solution, State
@@ -34,7 +34,8 @@ def implicit_gradient(
     Args:
         inner: `inner(params, hyper) -> scalar`.
         outer: `outer(params) -> scalar` or `outer(params, hyper) -> scalar`; the direct
-            dependence on `hyper` is part of the answer.
+            dependence on `hyper` is part of the answer. A second argument with a default is
+            given `hyper` if it is called so or the default is None.
         params: θ, names to tensors.
         hyper: a pytree (dict, list, tuple) of tensors.
         solver: any IHVP method.
@@ -82,7 +83,7 @@ def outer_gradients(
     leaves, spec = tree_flatten(hyper)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-    value = outer(theta, tree_unflatten(leaves, spec)) if takes(outer, 2) else outer(theta)
+    value = outer(theta, tree_unflatten(leaves, spec)) if takes_hyper(outer) else outer(theta)
     gradients = torch.autograd.grad(
         value, [*theta.values(), *leaves], materialize_grads=True, allow_unused=True
     )

@@ -22,11 +22,13 @@ class Sketch:
     """Eigenvectors (P, k) and eigenvalues (k,) of the approximation, descending.
 
     Attributes:
+        rank: columns that were drawn; fewer vectors are kept where the curvature's rank is less.
         negative: the most negative Ritz value of the curvature on the sketch, 0 if none is.
     """
 
     vectors: Tensor
     eigenvalues: Tensor
+    rank: int
     negative: float = 0.0
 
 
@@ -39,7 +41,8 @@ class Nystrom(Method):
 
     Attributes:
         rank: columns of the Gaussian sketch, at most P. A `state` carries the sketch from call to
-            call, for as long as the caller holds the curvature for unchanged.
+            call, for as long as the caller holds the curvature for unchanged; one of a lower
+            rank is drawn anew.
         complement: what inverts the part u of g outside of the sketch. "measured" takes the
             scalar that minimises the error in the norm of C + δI, from two products;
             "damping" is 1/δ as in Hataya & Yamada, which takes the curvature there for zero.
@@ -116,7 +119,8 @@ class Nystrom(Method):
     def _sketch(self, op: LinearOperator, state: State | None) -> Sketch | None:
         """From the state, or new; None where a product is not finite."""
         kept: Sketch | None = None if state is None else state.get("sketch")
-        if kept is not None and kept.vectors.shape[0] == op.shape[0]:
+        size = op.shape[0]
+        if kept is not None and len(kept.vectors) == size and kept.rank >= min(self.rank, size):
             return kept
         sketch = self._draw(op)
         if state is not None and sketch is not None:
@@ -142,7 +146,7 @@ class Nystrom(Method):
         negative = float(values[0]) if float(values[0]) < -rounding else 0.0
         if not bool(kept.any()):
             nothing = torch.zeros(size, 0, dtype=torch.float64, device=op.device)
-            return Sketch(nothing, values[:0], negative)
+            return Sketch(nothing, values[:0], rank, negative)
         factor = images @ (rotation[:, kept] / values[kept].sqrt())
         vectors, eigenvalues = low_rank.eigenpairs(factor)
-        return Sketch(vectors, eigenvalues, negative)
+        return Sketch(vectors, eigenvalues, rank, negative)

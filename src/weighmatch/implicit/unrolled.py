@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from weighmatch.implicit.calls import takes
+from weighmatch.implicit.calls import takes_hyper
 
 
 def unrolled_gradient(
@@ -60,7 +60,7 @@ def unrolled_gradient(
         params = step(params, seen, t) if counted else step(params, seen)
         if t < first:
             params = _detached(params)
-    value = outer(params, live) if takes(outer, 2) else outer(params)
+    value = outer(params, live) if takes_hyper(outer) else outer(params)
     if not value.requires_grad:
         return tree_map(torch.zeros_like, frozen)
     gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
