@@ -166,6 +166,7 @@ def double_backward(
 
 
 def seconds_of(call: Callable[[], object]) -> float:
+    """Wall-clock time of one call."""
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
