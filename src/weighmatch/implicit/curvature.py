@@ -1,19 +1,21 @@
 """The curvature of a network's loss: Hessian, Gauss-Newton, empirical Fisher.
 
-What a product costs in gradients of the loss, measured interleaved on one CPU thread in float32
-(torch 2.15; a WRN-10-1 with 78k parameters, batch 32; in brackets what is spent once):
+What a product costs in gradients of the loss, from `python -m benchmarks.ihvp_peers` on one CPU
+thread in float32 (torch 2.15); in brackets what is spent once:
 
-    Hessian, backward through the kept graph                  2.5  (1.1)
-    Hessian, `torch.func.linearize` of the gradient           2.5  (70)
-    Gauss-Newton, this module's convolutions                  1.4  (1.1)
-    Gauss-Newton, torch's double backward of convolutions     2.2  (1.1)
-    Gauss-Newton, `torch.func.linearize` of the outputs       1.4  (11)
+                                               WRN-10-1, batch 32   MLP 267k, batch 128
+    Hessian                                      2.1 (1.1)            1.1 (1.5)
+    Hessian, torch's own layers                  2.4 (1.6)            the same
+    Hessian, `torch.func.linearize`              2.4 (61)             1.2 (over 100)
+    Hessian, a column of 16                      2.2 (1.1)            1.8 (1.3)
+    Gauss-Newton                                 1.4 (0.9)            1.3 (1.7)
+    Gauss-Newton, torch's own layers             2.3 (2.2)            the same
+    J v alone, `torch.func.linearize`            0.9 (28)             0.6 (42)
 
-and on an MLP with 267k parameters, batch 128: Hessian 0.7 to 1.3 on the kept graph and 1.2
-linearised (90), Gauss-Newton 0.9 and 0.9 (29). So the kept graph is used unless a solver announces
-a thousand products or more. A block of columns goes through one batched backward pass, at a third
-of the cost a column on a small MLP (P = 858: 0.5 instead of 1.4); with convolutions, where that is
-slower (WRN: 3.6 instead of 2.1), the columns go one after another.
+So the graph is kept, with the convolutions and group norms of
+`weighmatch.implicit.second_order`, unless a solver announces a thousand products or more. A block
+of columns goes through one batched backward pass, which pays for small networks, where calls cost
+more than arithmetic; with convolutions, where that is slower, the columns go one after another.
 """
 
 import contextlib
