@@ -58,10 +58,12 @@ def test_photometric_operations_are_pillows(name, channels):
 @pytest.mark.parametrize("name", sorted(GEOMETRIC))
 def test_geometric_operations_are_pillows_away_from_the_border(name, mode):
     images = draw_images(3)
-    place, low, high = GEOMETRIC[name]
+    low, high = GEOMETRIC[name]
     # Off the values at which two pixels are equally near and rounding decides.
     values = torch.linspace(low, high, len(images)) + 0.0137
-    matrices = place(values, 20, 20)
+    amounts = torch.zeros(len(values), len(GEOMETRIC))
+    amounts[:, list(GEOMETRIC).index(name)] = values
+    matrices = augment.place(amounts, 20, 20)
     moved = augment.affine(torch.from_numpy(images).float(), matrices, fill=0.0, mode=mode)
     resample = {"nearest": Image.Resampling.NEAREST, "bilinear": Image.Resampling.BILINEAR}[mode]
     for k, image in enumerate(images):
@@ -89,7 +91,7 @@ def test_rotation_turns_the_way_pillow_does():
     image[0, 0, 4:8, 12:16] = 255
     rotated = augment.affine(
         torch.from_numpy(image).float(),
-        augment.rotation(torch.tensor([30.0]), 20, 20),
+        augment.place(torch.tensor([[30.0, 0.0, 0.0, 0.0, 0.0]]), 20, 20),
         fill=0.0,
         mode="nearest",
     )

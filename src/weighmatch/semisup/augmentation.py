@@ -8,7 +8,7 @@ and resampled once, after the photometric ones, then cutout (DeVries & Taylor, 2
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from weighmatch.semisup.config import AugmentationConfig
 
 def _blend(start: Tensor, images: Tensor, factors: Tensor) -> Tensor:
     """Blend: start + factor · (images − start), cut to whole levels as Pillow does."""
-    mixed = start + factors.view(-1, 1, 1, 1) * (images - start)
-    return mixed.clamp(0, 255).floor()
+    mixed = (images - start).mul_(factors.view(-1, 1, 1, 1)).add_(start)
+    return mixed.clamp_(0, 255).floor_()
 
 
 def _grey(images: Tensor) -> Tensor:
@@ -35,30 +35,29 @@ def _grey(images: Tensor) -> Tensor:
 
 def brightness(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with black; factor 1 changes nothing."""
-    return _blend(torch.zeros_like(images), images, factors)
+    return (images * factors.view(-1, 1, 1, 1)).clamp_(0, 255).floor_()
 
 
 def contrast(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the image's mean grey."""
     mean = (_grey(images).mean(dim=(1, 2, 3), keepdim=True) + 0.5).floor()
-    return _blend(mean.expand_as(images), images, factors)
+    return _blend(mean, images, factors)
 
 
 def color(images: Tensor, factors: Tensor) -> Tensor:
     """Blend with the grey image; nothing on one channel."""
-    return _blend(_grey(images).expand_as(images), images, factors)
+    return _blend(_grey(images), images, factors)
 
 
 def sharpness(images: Tensor, factors: Tensor) -> Tensor:
-    """Blend with a 3×3 smoothing; the outermost pixels stay."""
+    """Blend with a 3×3 smoothing, 5 in the middle and 1 around; the outermost pixels stay."""
     if min(images.shape[-2:]) < 3:
         return images
-    channels = images.shape[1]
-    kernel = images.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    rows = images[..., :-2, :] + images[..., 1:-1, :] + images[..., 2:, :]
+    box = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:]
     smooth = images.clone()
-    smooth[..., 1:-1, 1:-1] = (
-        F.conv2d(images, kernel.expand(channels, 1, 3, 3), groups=channels) + 0.5
-    ).floor()
+    inside = smooth[..., 1:-1, 1:-1]
+    inside.mul_(4).add_(box).div_(13).add_(0.5).floor_()
     return _blend(smooth, images, factors)
 
 
@@ -70,7 +69,9 @@ def posterize(images: Tensor, bits: Tensor) -> Tensor:
 
 def solarize(images: Tensor, thresholds: Tensor) -> Tensor:
     """Invert the pixels at or above the threshold."""
-    return torch.where(images < thresholds.view(-1, 1, 1, 1), images, 255 - images)
+    inverted = (images >= thresholds.view(-1, 1, 1, 1)).to(images.dtype)
+    # As arithmetic: `torch.where` takes twice the time on a CPU.
+    return torch.addcmul(images, inverted, 255 - 2 * images)
 
 
 def autocontrast(images: Tensor, _: Tensor) -> Tensor:
@@ -78,9 +79,9 @@ def autocontrast(images: Tensor, _: Tensor) -> Tensor:
     low = images.amin(dim=(2, 3), keepdim=True)
     high = images.amax(dim=(2, 3), keepdim=True)
     # float64, as Pillow: its truncation would tell a last bit of float32 apart.
-    scale = 255.0 / (high - low).clamp(min=1).double()
-    stretched = (images.double() * scale - low * scale).clamp(0, 255).floor().to(images.dtype)
-    return torch.where(high > low, stretched, images)
+    scale = torch.where(high > low, 255.0 / (high - low).double(), 1.0)
+    offset = torch.where(high > low, low * scale, 0.0)
+    return (images * scale - offset).clamp_(0, 255).floor_().to(images.dtype)
 
 
 def equalize(images: Tensor, _: Tensor) -> Tensor:
@@ -92,9 +93,11 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     last = flat.amax(dim=1, keepdim=True)
     step = (height * width - histogram.gather(1, last)) // 255
     below = histogram.cumsum(dim=1) - histogram
-    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    equalized = torch.where(step > 0, table.gather(1, flat), flat)
-    return equalized.view_as(images).to(images.dtype)
+    # In floating point, exact here and vectorised, unlike the division of integers.
+    levels = ((below + step // 2).float() / step.clamp(min=1)).floor_().clamp_(max=255)
+    same = torch.arange(256, device=images.device, dtype=levels.dtype)
+    table = torch.where(step > 0, levels, same)
+    return table.gather(1, flat).view_as(images).to(images.dtype)
 
 
 # --- geometric operations: matrices (n, 2, 3) from output to input pixels -------------------
@@ -109,14 +112,18 @@ def affine(images: Tensor, matrices: Tensor, fill: float, mode: str = "bilinear"
     height, width = images.shape[-2:]
     x = torch.arange(width, device=images.device, dtype=images.dtype) + 0.5
     y = torch.arange(height, device=images.device, dtype=images.dtype) + 0.5
-    rows, columns = torch.meshgrid(y, x, indexing="ij")
-    points = torch.stack([columns.flatten(), rows.flatten(), torch.ones_like(rows.flatten())])
-    source = (matrices @ points).view(-1, 2, height, width)
-    size = source.new_tensor([width, height]).view(1, 2, 1, 1)
-    grid = (2 * source / size - 1).permute(0, 2, 3, 1)
+    # Straight into [-1, 1], which grid_sample counts in.
+    size = matrices.new_tensor([width, height]).view(1, 2, 1)
+    scaled = 2 * matrices / size
+    along_x, along_y, offset = scaled.unsqueeze(3).unbind(2)
+    columns, rows = along_x * x + (offset - 1), along_y * y
+    grid = torch.empty(len(images), height, width, 2, device=images.device, dtype=images.dtype)
+    for axis in (0, 1):
+        torch.add(columns[:, axis].unsqueeze(1), rows[:, axis].unsqueeze(2), out=grid[..., axis])
+    if fill == 0:
+        return F.grid_sample(images, grid, mode=mode, align_corners=False)
     # grid_sample fills with zeros: sample the difference to the fill.
-    moved = F.grid_sample(images - fill, grid, mode=mode, align_corners=False)
-    return moved + fill
+    return F.grid_sample(images - fill, grid, mode=mode, align_corners=False).add_(fill)
 
 
 def _compose(first: Tensor, second: Tensor) -> Tensor:
@@ -126,58 +133,33 @@ def _compose(first: Tensor, second: Tensor) -> Tensor:
     return torch.cat([linear, offset], dim=2)
 
 
-def _centred(linear: Tensor, height: int, width: int) -> Tensor:
-    """Matrices (n, 2, 3) that apply `linear` (n, 2, 2) about the middle of the image."""
-    centre = linear.new_tensor([width / 2, height / 2]).view(1, 2, 1)
-    return torch.cat([linear, centre - linear @ centre], dim=2)
+def place(amounts: Tensor, height: int, width: int) -> Tensor:
+    """Matrices (n, 2, 3) of one geometric operation an image.
 
-
-def _identity(n: int, like: Tensor) -> Tensor:
-    return torch.eye(2, 3, device=like.device, dtype=like.dtype).repeat(n, 1, 1)
-
-
-def rotation(degrees: Tensor, height: int, width: int) -> Tensor:
-    """Counter-clockwise rotation about the middle, as `PIL.Image.rotate`."""
-    angle = degrees * (math.pi / 180)
+    Args:
+        amounts: (n, 5), zero but for at most one column: counter-clockwise rotation in degrees
+            (as `PIL.Image.rotate`), horizontal shear in columns a row, vertical shear in rows a
+            column, all about the middle; move by a fraction of the width (positive: the content
+            goes left) and of the height (positive: up).
+        height: of the images.
+        width: of the images.
+    """
+    angle = amounts[:, 0] * (math.pi / 180)
     cos, sin = torch.cos(angle), torch.sin(angle)
-    linear = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)
-    return _centred(linear, height, width)
-
-
-def shear_x(amounts: Tensor, height: int, width: int) -> Tensor:
-    """Horizontal shear about the middle, in columns per row."""
-    linear = torch.eye(2, device=amounts.device, dtype=amounts.dtype).repeat(len(amounts), 1, 1)
-    linear[:, 0, 1] = amounts
-    return _centred(linear, height, width)
-
-
-def shear_y(amounts: Tensor, height: int, width: int) -> Tensor:
-    """Vertical shear about the middle, in rows per column."""
-    linear = torch.eye(2, device=amounts.device, dtype=amounts.dtype).repeat(len(amounts), 1, 1)
-    linear[:, 1, 0] = amounts
-    return _centred(linear, height, width)
-
-
-def translate_x(fractions: Tensor, height: int, width: int) -> Tensor:
-    """Horizontal move by a fraction of the width; positive moves the content left."""
-    matrices = _identity(len(fractions), fractions)
-    matrices[:, 0, 2] = fractions * width
-    return matrices
-
-
-def translate_y(fractions: Tensor, height: int, width: int) -> Tensor:
-    """Vertical move by a fraction of the height; positive moves the content up."""
-    matrices = _identity(len(fractions), fractions)
-    matrices[:, 1, 2] = fractions * height
-    return matrices
+    top = torch.stack([cos, amounts[:, 1] - sin], dim=1)
+    bottom = torch.stack([amounts[:, 2] + sin, cos], dim=1)
+    linear = torch.stack([top, bottom], dim=1)
+    size = amounts.new_tensor([width, height]).view(1, 2, 1)
+    offset = size / 2 - linear @ (size / 2) + amounts[:, 3:].unsqueeze(2) * size
+    return torch.cat([linear, offset], dim=2)
 
 
 # --- policies -------------------------------------------------------------------------------
 
 Photometric = Callable[[Tensor, Tensor], Tensor]
-Geometric = Callable[[Tensor, int, int], Tensor]
 
-# Ranges of FixMatch's RandAugment (Sohn et al., 2020, table 12): name -> (operation, low, high).
+# Ranges of FixMatch's RandAugment (Sohn et al., 2020, table 12): name -> (operation, low, high);
+# the geometric ones, in the order of the columns of `place`: name -> (low, high).
 PHOTOMETRIC: dict[str, tuple[Photometric, float, float]] = {
     "autocontrast": (autocontrast, 0.0, 0.0),
     "brightness": (brightness, 0.05, 0.95),
@@ -188,13 +170,18 @@ PHOTOMETRIC: dict[str, tuple[Photometric, float, float]] = {
     "sharpness": (sharpness, 0.05, 0.95),
     "solarize": (solarize, 0.0, 256.0),
 }
-GEOMETRIC: dict[str, tuple[Geometric, float, float]] = {
-    "rotate": (rotation, -30.0, 30.0),
-    "shear_x": (shear_x, -0.3, 0.3),
-    "shear_y": (shear_y, -0.3, 0.3),
-    "translate_x": (translate_x, -0.3, 0.3),
-    "translate_y": (translate_y, -0.3, 0.3),
+GEOMETRIC: dict[str, tuple[float, float]] = {
+    "rotate": (-30.0, 30.0),
+    "shear_x": (-0.3, 0.3),
+    "shear_y": (-0.3, 0.3),
+    "translate_x": (-0.3, 0.3),
+    "translate_y": (-0.3, 0.3),
 }
+COLUMNS = list(GEOMETRIC)
+
+
+# Images that go through all operations together on the CPU.
+PART = 512
 
 
 class Augmentation:
@@ -209,48 +196,95 @@ class Augmentation:
 
     def weak(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by whole pixels, reflecting at the border, and flip where that is on."""
-        n, channels, height, width = images.shape
-        reach_y, reach_x = (round(self.config.shift * side) for side in (height, width))
-        dy = torch.randint(-reach_y, reach_y + 1, (n, 1, 1, 1), generator=generator)
-        dx = torch.randint(-reach_x, reach_x + 1, (n, 1, 1, 1), generator=generator)
-        rows = _reflect(torch.arange(height).view(1, 1, -1, 1) + dy, height)
-        columns = _reflect(torch.arange(width).view(1, 1, 1, -1) + dx, width)
-        if self.config.flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
-            columns = torch.where(mirrored, columns.flip(3), columns)
-        index = (rows * width + columns).flatten(1).to(images.device, non_blocking=True)
-        index = index.unsqueeze(1).expand(n, channels, height * width)
-        return images.flatten(2).gather(2, index).view_as(images).float() / 255
+        views = torch.empty(images.shape, device=images.device)
+        for part, shifted in self._shifted(images, generator):
+            torch.div(shifted, 255, out=views[part])
+        return views
 
     def strong(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Weak view, then RandAugment and cutout."""
-        config = self.config
-        n, _, height, width = images.shape
-        pixels = (self.weak(images, generator) * 255).round()
+        config, n = self.config, len(images)
+        parts = self._shifted(images, generator)
         choices = torch.randint(len(config.operations), (config.draws, n), generator=generator)
         levels = torch.rand(config.draws, n, generator=generator)
         corners = torch.rand(2, n, generator=generator)
+        matrices, turned = self._placements(choices, levels, *images.shape[-2:])
+        views = torch.empty(images.shape, device=images.device)
+        for part, shifted in parts:
+            pixels = shifted.float()
+            self._recolour(pixels, choices[:, part], levels[:, part])
+            moved = turned[part].nonzero().squeeze(1)
+            if len(moved):
+                chosen = moved.to(images.device, non_blocking=True)
+                lookup = matrices[part][moved].to(images.device, non_blocking=True)
+                placed = affine(pixels.index_select(0, chosen), lookup, config.fill)
+                pixels[chosen] = placed.clamp_(0, 255)  # interpolation may round beyond
+            centres = corners[:, part].to(images.device, non_blocking=True)
+            cutout(pixels, centres, config.cutout, config.fill, scale=1 / 255, out=views[part])
+        return views
 
-        matrices = _identity(n, pixels)
+    def _shifted(
+        self, images: Tensor, generator: torch.Generator
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The weak view, uint8, part by part; all draws are made before the first."""
+        n, _, height, width = images.shape
+        reach_y, reach_x = (round(self.config.shift * side) for side in (height, width))
+        dy = torch.randint(-reach_y, reach_y + 1, (n, 1, 1), generator=generator)
+        dx = torch.randint(-reach_x, reach_x + 1, (n, 1, 1), generator=generator)
+        rows = _reflect(torch.arange(height).view(1, -1, 1) + dy, height)
+        columns = _reflect(torch.arange(width).view(1, 1, -1) + dx, width)
+        if self.config.flip:
+            mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+            columns = torch.where(mirrored.view(n, 1, 1), columns.flip(2), columns)
+        rows, columns = (t.to(images.device, non_blocking=True) for t in (rows, columns))
+        size = PART if images.device.type == "cpu" else max(n, 1)
+        parts = [slice(first, first + size) for first in range(0, n, size)]
+        return ((part, _gathered(images[part], rows[part], columns[part])) for part in parts)
+
+    def _recolour(self, pixels: Tensor, choices: Tensor, levels: Tensor) -> None:
+        """The photometric operations, in place, on float images (n, C, H, W) in 0 to 255.
+
+        Args:
+            pixels: the images.
+            choices: positions in `config.operations`, (draws, n), on the CPU.
+            levels: where between the ends of its range each one is, (draws, n).
+        """
+        names = self.config.operations
         for choice, level in zip(choices, levels, strict=True):
-            for position, name in enumerate(config.operations):
-                chosen = (choice == position).nonzero().squeeze(1)
-                if name == "identity" or len(chosen) == 0:
-                    continue
-                level_here = level[chosen].to(pixels.device, non_blocking=True)
-                chosen = chosen.to(pixels.device, non_blocking=True)
-                if name in PHOTOMETRIC:
+            # Sorted by operation, so that indices and levels take one transfer each to a GPU.
+            order = choice.argsort(stable=True)
+            counts = choice.bincount(minlength=len(names)).tolist()
+            members = order.to(pixels.device, non_blocking=True).split(counts)
+            values = level[order].to(pixels.device, non_blocking=True).split(counts)
+            for name, chosen, here in zip(names, members, values, strict=True):
+                if name in PHOTOMETRIC and len(chosen):
                     operation, low, high = PHOTOMETRIC[name]
-                    values = low + (high - low) * level_here
-                    pixels[chosen] = operation(pixels[chosen], values)
-                else:
-                    place, low, high = GEOMETRIC[name]
-                    values = (low + (high - low) * level_here) * config.magnitude
-                    matrices[chosen] = _compose(matrices[chosen], place(values, height, width))
-        pixels = affine(pixels, matrices, config.fill)
-        if config.cutout > 0:
-            pixels = cutout(pixels, corners.to(pixels.device), config.cutout, config.fill)
-        return pixels / 255
+                    images = pixels.index_select(0, chosen)
+                    pixels[chosen] = operation(images, low + (high - low) * here)
+
+    def _placements(
+        self, choices: Tensor, levels: Tensor, height: int, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Matrices (n, 2, 3) that all geometric operations come to, and who has any, (n,)."""
+        names = self.config.operations
+        n = choices.shape[1]
+        low, high = torch.tensor([GEOMETRIC.get(name, (0.0, 0.0)) for name in names]).T
+        # One column more for what is not geometric.
+        column = torch.tensor([COLUMNS.index(x) if x in GEOMETRIC else len(COLUMNS) for x in names])
+        matrices = torch.eye(2, 3).repeat(n, 1, 1)
+        for choice, level in zip(choices, levels, strict=True):
+            values = (low[choice] + (high - low)[choice] * level) * self.config.magnitude
+            amounts = torch.zeros(n, len(COLUMNS) + 1)
+            amounts.scatter_(1, column[choice].unsqueeze(1), values.unsqueeze(1))
+            matrices = _compose(matrices, place(amounts[:, :-1], height, width))
+        return matrices, (column < len(COLUMNS))[choices].any(dim=0)
+
+
+def _gathered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Pixels of images (n, C, H, W) at rows (n, H, 1) and columns (n, 1, W)."""
+    n, channels, _, width = images.shape
+    index = (rows * width + columns).view(n, 1, -1).expand(n, channels, -1)
+    return images.flatten(2).gather(2, index).view_as(images)
 
 
 def _reflect(positions: Tensor, side: int) -> Tensor:
@@ -260,7 +294,14 @@ def _reflect(positions: Tensor, side: int) -> Tensor:
     return torch.where(folded < side, folded, period - folded)
 
 
-def cutout(images: Tensor, centres: Tensor, fraction: float, fill: float) -> Tensor:
+def cutout(
+    images: Tensor,
+    centres: Tensor,
+    fraction: float,
+    fill: float,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
     """Erase one square an image, centred anywhere in it, so partly outside.
 
     Args:
@@ -268,6 +309,8 @@ def cutout(images: Tensor, centres: Tensor, fraction: float, fill: float) -> Ten
         centres: (2, n) in [0, 1): the centre as fractions of height and width.
         fraction: side of the square as a fraction of H and of W.
         fill: what the square is set to.
+        scale: what the result is multiplied by.
+        out: where to put it.
     """
     height, width = images.shape[-2:]
     inside = []
@@ -275,6 +318,8 @@ def cutout(images: Tensor, centres: Tensor, fraction: float, fill: float) -> Ten
         extent = round(fraction * side)
         first = (centre * side).floor() - extent // 2
         offset = torch.arange(side, device=images.device) - first.unsqueeze(1)
-        inside.append((offset >= 0) & (offset < extent))
-    keep = ~(inside[0].unsqueeze(2) & inside[1].unsqueeze(1)).unsqueeze(1)
-    return torch.where(keep, images, images.new_tensor(fill))
+        inside.append(((offset >= 0) & (offset < extent)).to(images.dtype))
+    erased = (inside[0].unsqueeze(2) * inside[1].unsqueeze(1)).unsqueeze(1)
+    # As arithmetic: a mask of booleans takes three times the time on a CPU.
+    result = torch.mul(images, scale - scale * erased, out=out)
+    return result if fill == 0 else result.add_(erased, alpha=scale * fill)
