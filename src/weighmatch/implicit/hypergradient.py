@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.method import Method, Solution, State
 from weighmatch.implicit.operators import LinearOperator
 
+A = TypeVar("A")
 Curvature = Callable[[Callable[[Parameters], Tensor], Parameters], LinearOperator]
 
 
@@ -91,9 +92,25 @@ def outer_gradients(
     return gradient, list(gradients[len(theta) :])
 
 
+@overload
 def weight_gradient(
     example_losses: Callable[[Parameters], Tensor], params: Parameters, v: Tensor
-) -> Tensor:
+) -> Tensor: ...
+@overload
+def weight_gradient(
+    example_losses: Callable[[Parameters], tuple[Tensor, A]],
+    params: Parameters,
+    v: Tensor,
+    *,
+    has_aux: Literal[True],
+) -> tuple[Tensor, A]: ...
+def weight_gradient(
+    example_losses: Callable[[Parameters], Any],
+    params: Parameters,
+    v: Tensor,
+    *,
+    has_aux: bool = False,
+) -> Any:
     """−⟨∇_θ ℓ_i, v⟩ for every example i, by one forward-mode pass.
 
     This is the hypergradient of the outer loss with respect to a weight on each ℓ_i in the
@@ -101,16 +118,20 @@ def weight_gradient(
     belong in eval mode: running statistics that are updated keep forward mode out by an error.
 
     Args:
-        example_losses: `example_losses(params) -> (B,)`.
+        example_losses: `example_losses(params) -> (B,)`, or with `has_aux` that and a pytree of
+            tensors that the same forward pass has given.
         params: θ, names to tensors.
         v: (C + δI)⁻¹ ∇_θ L_outer as a flat vector, (P,).
+        has_aux: whether there is such a pytree.
 
     Returns:
-        (B,), without a graph.
+        (B,), without a graph; with `has_aux` that and the pytree.
     """
     theta = {name: p.detach() for name, p in params.items()}
     with torch.no_grad(), warnings.catch_warnings():
         # torch's own forward-mode rules call torch.jit.script, which warns of itself.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        tangent: Tensor = torch.func.jvp(example_losses, (theta,), (unflatten(v, theta),))[1]
-    return -tangent
+        _, tangent, *aux = torch.func.jvp(
+            example_losses, (theta,), (unflatten(v, theta),), has_aux=has_aux
+        )
+    return (-tangent, aux[0]) if has_aux else -tangent

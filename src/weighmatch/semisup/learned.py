@@ -37,12 +37,12 @@ from weighmatch.semisup.losses import (
     mean_one,
     pseudo_label,
 )
-from weighmatch.semisup.networks import Classifier
+from weighmatch.semisup.networks import Classifier, WithFeatures
 from weighmatch.semisup.streams import Streams
 from weighmatch.semisup.weightings import InductiveWeighting
 
 # Updates between two Lanczos runs for λ_max, and the products of one.
-PROBE_EVERY, PROBE_PRODUCTS = 5, 6
+PROBE_EVERY, PROBE_PRODUCTS = 10, 6
 
 
 class Learned(InductiveWeighting):
@@ -84,11 +84,11 @@ class Learned(InductiveWeighting):
         strong = self.augmentation.strong(self.pool[indices], noise)
         with torch.no_grad():
             pseudo = pseudo_label(classifier(weak), self.threshold)
-        solution = self._solve(classifier, weak, strong, pseudo)
+        solution = self._solve(classifier, indices, weak, strong, pseudo)
         influence = self._influence(classifier, strong, pseudo, solution.value)
         self._remember(indices, influence)
         spread = self._fit()
-        self.place_cut()
+        self.score_pool()
         self.updates += 1
         return {
             "residual": solution.residual,
@@ -98,7 +98,12 @@ class Learned(InductiveWeighting):
         }
 
     def _solve(
-        self, classifier: Classifier, weak: Tensor, strong: Tensor, pseudo: PseudoLabels
+        self,
+        classifier: Classifier,
+        indices: Tensor,
+        weak: Tensor,
+        strong: Tensor,
+        pseudo: PseudoLabels,
     ) -> Solution:
         """Solve for v at the classifier's parameters."""
         params = _parameters(classifier)
@@ -115,7 +120,7 @@ class Learned(InductiveWeighting):
         labelled = self.augmentation.weak(self.labelled[drawn], noise)
         labels = self.labels[drawn]
         part = PseudoLabels(*(t[:n] for t in vars(pseudo).values()))
-        weights = self.weights(weak[:n], part)
+        weights = self.weights(weak[:n], part, indices[:n])
         images = torch.cat([labelled, strong[:n]])
         curvature = GaussNewton(
             lambda p: functional_call(classifier, p, (images,)),
@@ -139,18 +144,18 @@ class Learned(InductiveWeighting):
         self, classifier: Classifier, strong: Tensor, pseudo: PseudoLabels, v: Tensor
     ) -> Tensor:
         """s_i over the norm of the last layer's gradient, (n,): a direction, not a loss's size."""
+        network = WithFeatures(classifier)
+        params = {name: p.detach() for name, p in network.named_parameters()}
 
-        def losses(params: Parameters) -> Tensor:
-            logits: Tensor = functional_call(classifier, params, (strong,))
-            return consistency_losses(logits, pseudo)
+        def losses(params: Parameters) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+            logits, features = functional_call(network, params, (strong,))
+            return consistency_losses(logits, pseudo), (logits, features)
 
-        influence = -weight_gradient(losses, _parameters(classifier), v)
-        with torch.no_grad():
-            features = classifier.features(strong)
-            probabilities = classifier.head(features).softmax(dim=1)
-            error = probabilities - F.one_hot(pseudo.labels, probabilities.shape[1])
-            norm = error.norm(dim=1) * features.norm(dim=1)
-        cosine: Tensor = influence / norm.clamp(min=1e-6)
+        gradient, (logits, features) = weight_gradient(losses, params, v, has_aux=True)
+        probabilities = logits.softmax(dim=1)
+        error = probabilities - F.one_hot(pseudo.labels, probabilities.shape[1])
+        norm = error.norm(dim=1) * features.norm(dim=1)
+        cosine: Tensor = -gradient / norm.clamp(min=1e-6)
         return cosine
 
     def _remember(self, indices: Tensor, influence: Tensor) -> None:

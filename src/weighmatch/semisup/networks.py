@@ -29,6 +29,21 @@ class Classifier(nn.Module):
         return logits
 
 
+class WithFeatures(nn.Module):
+    """A classifier that gives logits and features by one pass, for `torch.func`.
+
+    Its parameters have the classifier's names with "classifier." before them.
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.classifier.features(images)
+        return self.classifier.head(features), features
+
+
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=False)
 

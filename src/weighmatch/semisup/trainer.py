@@ -227,7 +227,7 @@ class Run:
             )
 
     def _views(self, size: int) -> list[tuple[Tensor, ...]]:
-        """Batches of `size` steps: labelled weak, labels, unlabelled weak and strong."""
+        """Batches of `size` steps: labelled weak, labels, unlabelled weak, strong and indices."""
         batch, unlabelled = self.training.batch_size, self._unlabelled_batch()
         drawn = torch.randint(
             len(self.labelled), (size * batch,), generator=self.streams["labelled batches"]
@@ -243,6 +243,7 @@ class Run:
             noise = self.streams["augmentation of unlabelled images"]
             columns.append(self.augmentation.weak(self.pool[chosen], noise).split(unlabelled))
             columns.append(self.augmentation.strong(self.pool[chosen], noise).split(unlabelled))
+            columns.append(chosen.split(unlabelled))
         return list(zip(*columns, strict=True))
 
     def _unlabelled_batch(self) -> int:
@@ -256,6 +257,7 @@ class Run:
         labels: Tensor,
         weak: Tensor | None = None,
         strong: Tensor | None = None,
+        indices: Tensor | None = None,
     ) -> dict[str, Any]:
         entry: dict[str, Any] = {}
         if weak is None or strong is None:
@@ -263,7 +265,7 @@ class Run:
         else:
             with torch.no_grad():
                 pseudo = pseudo_label(self.classifier(weak), self.training.threshold)
-            weights = self._weights(weak, pseudo)
+            weights = self._weights(weak, pseudo, indices)
             # Only what is differentiated shares a pass: the weak view needs no backward.
             logits = self.classifier(torch.cat([labelled, strong]))
             n = len(labelled)
@@ -300,10 +302,10 @@ class Run:
     def _weighs(self) -> bool:
         return self.step >= self.training.weighing.warmup * self.config.steps
 
-    def _weights(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def _weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
         if not self._weighs():
             return torch.ones_like(pseudo.confidence)
-        return self.weighting.weights(weak, pseudo)
+        return self.weighting.weights(weak, pseudo, indices)
 
     def _learning_rate(self) -> float:
         phase = 7 * math.pi * self.step / (16 * self.config.steps)
@@ -323,7 +325,8 @@ class Run:
         with torch.no_grad():
             logits = torch.cat([self.classifier(part) for part in images.split(1024)])
             pseudo = pseudo_label(logits, self.training.threshold)
-            weights = self._weights(images, pseudo)
+            everyone = torch.arange(len(self.pool), device=self.device)
+            weights = self._weights(images, pseudo, everyone)
         self.history["step"].append(self.step)
         self.history["weights"].append(weights.cpu())
         self.history["confidence"].append(pseudo.confidence.cpu())

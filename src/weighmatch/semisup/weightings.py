@@ -21,12 +21,18 @@ from weighmatch.semisup.streams import Streams, derive_seed
 class Weighting(ABC):
     """Base of all weightings."""
 
-    def weights(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
-        """Weights of mean 1 for a batch of weak views (n, C, H, W), (n,), without a graph."""
-        return mean_one(self.scores(weak, pseudo))
+    def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
+        """Weights of mean 1 for a batch, (n,), without a graph.
+
+        Args:
+            weak: weak views, (n, C, H, W).
+            pseudo: what the classifier says of them.
+            indices: which images of the pool they are, (n,); None: none of them.
+        """
+        return mean_one(self.scores(weak, pseudo, indices))
 
     @abstractmethod
-    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def scores(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
         """Positive scores (n,) of any scale: the weights before they are normalised."""
 
     def update(self, classifier: Classifier) -> dict[str, float]:
@@ -44,21 +50,22 @@ class Weighting(ABC):
 class Uniform(Weighting):
     """Every image counts the same: plain FixMatch."""
 
-    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def scores(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
         return torch.ones_like(pseudo.confidence)
 
 
 class MaxProbability(Weighting):
     """The pseudo-label's own confidence."""
 
-    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
+    def scores(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
         return pseudo.confidence
 
 
 # Weight of an image below the cut, before normalisation: small, so that it can come back.
 BELOW_CUT = 0.05
-# Pool images that the cut is placed on; more would not move it.
-CUT_SAMPLE = 2048
+# Pool images that are scored after an update, to place the cut: more would not move it. A pool
+# that is no larger keeps these scores until the next update.
+SCORED = 2048
 
 
 def confidence_weights(scores: Tensor, cut: float | None) -> Tensor:
@@ -84,7 +91,7 @@ def otsu_cut(scores: Tensor) -> float:
 class InductiveWeighting(Weighting):
     """Weights from scores σ(f_φ(u)), f_φ a small network on the image alone.
 
-    Sub-classes say how φ is fitted, and place the cut after each fit: with scores that are far
+    Sub-classes say how φ is fitted, and score the pool after each fit: with scores that are far
     from perfect, weights of two sizes helped where soft ones did not.
     """
 
@@ -100,26 +107,32 @@ class InductiveWeighting(Weighting):
         self.labelled, self.labels, self.pool = labelled, labels, pool
         self.augmentation, self.config, self.streams = augmentation, config, streams
         self.cut: float | None = None
+        self.pool_scores: Tensor | None = None
         seed = derive_seed(streams.seed, "initialisation of the confidence network")
         self.network = ConfidenceNetwork(pool.shape[1], config.width, seed).to(pool.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
 
-    def scores(self, weak: Tensor, pseudo: PseudoLabels) -> Tensor:
-        return confidence_weights(self._raw(weak), self.cut)
+    def scores(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
+        known = self.pool_scores is not None and indices is not None
+        raw = self.pool_scores[indices] if known else self._raw(weak)  # type: ignore[index]
+        return confidence_weights(raw, self.cut)
 
     def _raw(self, images: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.sigmoid(self.network(images))
 
-    def place_cut(self) -> None:
-        """Move the cut to where the scores of the pool fall apart."""
+    def score_pool(self) -> None:
+        """Score the pool or a sample of it; move the cut to where the scores fall apart."""
+        whole = len(self.pool) <= SCORED
+        sample = self.pool
+        if not whole:
+            sample = sample[self.draw(sample, SCORED, "sample for the cut")]
+        scores = self._raw(sample.float() / 255)
+        self.pool_scores = scores if whole else None
         if self.config.weights == "hard":
-            sample = self.pool
-            if len(sample) > CUT_SAMPLE:
-                sample = sample[self.draw(sample, CUT_SAMPLE, "sample for the cut")]
-            self.cut = otsu_cut(self._raw(sample.float() / 255))
+            self.cut = otsu_cut(scores)
 
     def draw(self, images: Tensor, count: int, purpose: str) -> Tensor:
         """Indices (count,) into `images`, with replacement, on their device."""
@@ -131,12 +144,15 @@ class InductiveWeighting(Weighting):
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "cut": self.cut,
+            "pool_scores": self.pool_scores,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.cut = state["cut"]
+        scores = state["pool_scores"]
+        self.pool_scores = None if scores is None else scores.to(self.pool.device)
 
 
 class PositiveUnlabelled(InductiveWeighting):
@@ -162,5 +178,5 @@ class PositiveUnlabelled(InductiveWeighting):
             loss.backward()
             self.optimizer.step()
             total += float(loss.detach())
-        self.place_cut()
+        self.score_pool()
         return {"confidence_loss": total / self.config.fit_steps}
