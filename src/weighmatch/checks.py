@@ -6,6 +6,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+def require_boolean(name: str, value: Any) -> None:
+    """Raise a ValueError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+
+
 def require_integer(name: str, value: Any, minimum: int) -> None:
     """Raise a ValueError unless `value` is an integer of at least `minimum`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:

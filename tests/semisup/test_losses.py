@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def test_fixmatch_loss_equals_a_slow_loop(threshold):
     labelled, weak, strong = draw(5, 4), 2 * draw(11, 4), draw(11, 4)
     labels, weights = torch.tensor([0, 1, 2, 3, 1]), draw(11).abs()
     pseudo = pseudo_label(weak, threshold)
-    loss = fixmatch_loss(labelled, labels, strong, pseudo, weights.double(), 0.7)
+    pseudo = replace(pseudo, mask=pseudo.mask.double())
+    loss = fixmatch_loss(torch.cat([labelled, strong]), labels, pseudo, weights, 0.7)
     expected = slow_fixmatch(
         labelled.tolist(),
         labels.tolist(),

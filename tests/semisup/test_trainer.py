@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,12 @@ import torch
 from weighmatch.semisup import Trainer
 from weighmatch.semisup.config import ARMS
 from weighmatch.semisup.trainer import Run, fingerprint, pick_device
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks even in a short run."""
+    monkeypatch.setattr("weighmatch.semisup.trainer.CHUNK", 16)
 
 
 def same(a, b):
@@ -141,3 +148,56 @@ def test_a_missing_gpu_is_named(monkeypatch):
     assert pick_device("auto") == torch.device("cpu")
     with pytest.raises(ValueError, match="set it to auto or cpu"):
         pick_device("cuda")
+
+
+def final(result):
+    return torch.cat([value.flatten() for value in result["classifier"].values()])
+
+
+@pytest.mark.parametrize("arm", ["fixmatch", "learned"])
+def test_the_memory_layout_changes_rounding_only(arm, training_set, run_config, tmp_path):
+    config = run_config(arm, steps=20)
+    plain = Trainer(config).fit(training_set, tmp_path / "plain")
+    last = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, channels_last=True)
+    )
+    arranged = Trainer(last).fit(training_set, tmp_path / "last")
+    run = Run(last, training_set, tmp_path / "fresh")
+    kernels = [p for p in run.classifier.parameters() if p.ndim == 4 and p.shape[1] > 1]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    assert not all(p.is_contiguous() for p in kernels)
+    torch.testing.assert_close(final(arranged), final(plain), rtol=1e-3, atol=1e-3)
+
+
+def test_half_precision_is_for_the_classifiers_passes_alone(training_set, run_config, tmp_path):
+    config = run_config("learned", steps=40, precision="bfloat16")
+    run = Run(config, training_set, tmp_path / "look")
+    seen = []
+    run.classifier.head.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    run.train_steps(10)  # the tenth step updates the weights
+    assert set(seen) == {torch.bfloat16, torch.float32}
+    assert all(p.dtype == torch.float32 for p in run.classifier.parameters())
+    half = Trainer(config).fit(training_set, tmp_path / "half")
+    whole = Trainer(run_config("learned", steps=40)).fit(training_set, tmp_path / "whole")
+    assert half["metrics"][0]["loss"] == pytest.approx(whole["metrics"][0]["loss"], rel=0.05)
+    assert not torch.equal(final(half), final(whole))
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_repeatable_algorithms_are_asked_for_and_given_back(
+    wanted, training_set, run_config, tmp_path
+):
+    during = []
+    watch = lambda steps: during.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    Trainer(run_config(deterministic=wanted)).fit(training_set, tmp_path, watch)
+    assert set(during) == {wanted}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
+def test_a_compiled_run_trains_to_the_same_end(training_set, run_config, tmp_path):
+    plain = Trainer(run_config(steps=20)).fit(training_set, tmp_path / "plain")
+    compiled = Trainer(run_config(steps=20, compile=True)).fit(training_set, tmp_path / "c")
+    assert compiled["seconds"] > plain["seconds"]  # the warm-up counts
+    torch.testing.assert_close(final(compiled), final(plain), rtol=1e-3, atol=1e-3)

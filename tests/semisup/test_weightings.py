@@ -11,6 +11,7 @@ from weighmatch.semisup.config import AugmentationConfig, WeighingConfig
 from weighmatch.semisup.learned import Learned
 from weighmatch.semisup.losses import mean_one, pseudo_label
 from weighmatch.semisup.networks import ConfidenceNetwork
+from weighmatch.semisup.store import ImageStore
 from weighmatch.semisup.streams import Streams
 from weighmatch.semisup.weightings import (
     BELOW_CUT,
@@ -54,14 +55,9 @@ def test_hard_weights_have_two_sizes_and_no_cut_none():
 
 
 def inductive(kind, training_set, weights="hard", **settings):
-    labelled, labels, pool = (
-        torch.from_numpy(a)
-        for a in (
-            training_set.labelled_images,
-            training_set.labels,
-            training_set.unlabelled_images,
-        )
-    )
+    labelled = torch.from_numpy(training_set.labelled_images)
+    labels = torch.from_numpy(training_set.labels)
+    pool = ImageStore(training_set.unlabelled_images, torch.device("cpu"))
     config = WeighingConfig(width=8, weights=weights, fit_steps=20, **settings)
     augmentation = Augmentation(AugmentationConfig(cutout=0.25))
     if kind is PositiveUnlabelled:

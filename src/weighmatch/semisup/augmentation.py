@@ -180,8 +180,8 @@ GEOMETRIC: dict[str, tuple[float, float]] = {
 COLUMNS = list(GEOMETRIC)
 
 
-# Images that go through all operations together on the CPU.
-PART = 512
+# Values that go through all operations together on the CPU: what a cache holds.
+PART = 512 * 3 * 32 * 32
 
 
 class Augmentation:
@@ -237,7 +237,9 @@ class Augmentation:
             mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
             columns = torch.where(mirrored.view(n, 1, 1), columns.flip(2), columns)
         rows, columns = (t.to(images.device, non_blocking=True) for t in (rows, columns))
-        size = PART if images.device.type == "cpu" else max(n, 1)
+        size = max(n, 1)
+        if images.device.type == "cpu" and n:
+            size = max(1, PART // images[0].numel())
         parts = [slice(first, first + size) for first in range(0, n, size)]
         return ((part, _gathered(images[part], rows[part], columns[part])) for part in parts)
 

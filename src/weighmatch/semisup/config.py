@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from weighmatch.checks import (
+    require_boolean,
     require_choice,
     require_group,
     require_integer,
@@ -83,8 +84,7 @@ class AugmentationConfig:
         require_number(f"{group}.cutout", self.cutout, 0, 1, below=False)
         require_number(f"{group}.fill", self.fill, 0, 255, below=False)
         require_integer(f"{group}.draws", self.draws, 1)
-        if not isinstance(self.flip, bool):
-            raise ValueError(f"{group}.flip must be true or false, got {self.flip!r}")
+        require_boolean(f"{group}.flip", self.flip)
 
 
 @dataclass(frozen=True)
@@ -117,16 +117,16 @@ class WeighingConfig:
     width: int = 8
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2
-    interval: int = 20
+    interval: int = 40
     warmup: float = 0.2
     solver: SolverName = "conjugate_gradient"
-    max_products: int = 4
+    max_products: int = 3
     damping: float = 1.0
     outer_batch: int = 96
     outer_labels: Literal["training", "held_out"] = "training"
     curvature_batch: int = 32
     influence_batch: int = 128
-    memory: float = 0.95
+    memory: float = 0.9
     fit_steps: int = 4
     fit_batch: int = 128
     proximity: float = 1.0
@@ -171,6 +171,13 @@ class TrainingConfig:
         snapshots: how often, evenly over the run, the weights of the whole pool are recorded.
         checkpoint_every: steps between two checkpoints that a killed run resumes from.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        precision: of the classifier's passes, "float32" or "bfloat16" (autocast); parameters,
+            their average, hypergradients and weights stay in single precision.
+        channels_last: whether images and kernels lie in memory with channels last.
+        compile: whether `torch.compile` prepares the classifier; its minute or so counts.
+        deterministic: whether only repeatable algorithms are used on a GPU.
+        pool_memory: where the pool lies: "device", "host" (streamed through pinned memory), or
+            "auto": on the GPU if it takes no more than a quarter of what is free there.
         augmentation: see `AugmentationConfig`.
         weighing: see `WeighingConfig`.
     """
@@ -189,6 +196,11 @@ class TrainingConfig:
     snapshots: int = 10
     checkpoint_every: int = 200
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["float32", "bfloat16"] = "float32"
+    channels_last: bool = False
+    compile: bool = False
+    deterministic: bool = False
+    pool_memory: Literal["auto", "device", "host"] = "auto"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     weighing: WeighingConfig = field(default_factory=WeighingConfig)
 
@@ -207,6 +219,10 @@ class TrainingConfig:
         require_number("training.weight_decay", self.weight_decay, 0, 1)
         require_number("training.ema", self.ema, 0, 1)
         require_choice("training.device", self.device, ("auto", "cpu", "cuda"))
+        require_choice("training.precision", self.precision, ("float32", "bfloat16"))
+        require_choice("training.pool_memory", self.pool_memory, ("auto", "device", "host"))
+        for name in ("channels_last", "compile", "deterministic"):
+            require_boolean(f"training.{name}", getattr(self, name))
 
 
 @dataclass(frozen=True)

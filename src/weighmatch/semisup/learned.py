@@ -38,6 +38,7 @@ from weighmatch.semisup.losses import (
     pseudo_label,
 )
 from weighmatch.semisup.networks import Classifier, WithFeatures
+from weighmatch.semisup.store import ImageStore
 from weighmatch.semisup.streams import Streams
 from weighmatch.semisup.weightings import InductiveWeighting
 
@@ -61,7 +62,7 @@ class Learned(InductiveWeighting):
         labelled: Tensor,
         labels: Tensor,
         outer: tuple[Tensor, Tensor],
-        pool: Tensor,
+        pool: ImageStore,
         augmentation: Augmentation,
         config: WeighingConfig,
         streams: Streams,
@@ -78,10 +79,12 @@ class Learned(InductiveWeighting):
         self.evidence = torch.zeros(len(pool), device=pool.device)
 
     def update(self, classifier: Classifier) -> dict[str, float]:
-        indices = self.draw(self.pool, self.config.influence_batch, "influence batch")
+        indices = self.draw(len(self.pool), self.config.influence_batch, "influence batch")
+        images = self.pool[indices]
+        indices = indices.to(images.device)
         noise = self.streams["augmentation for influence"]
-        weak = self.augmentation.weak(self.pool[indices], noise)
-        strong = self.augmentation.strong(self.pool[indices], noise)
+        weak = self.augmentation.weak(images, noise)
+        strong = self.augmentation.strong(images, noise)
         with torch.no_grad():
             pseudo = pseudo_label(classifier(weak), self.threshold)
         solution = self._solve(classifier, indices, weak, strong, pseudo)
@@ -108,7 +111,7 @@ class Learned(InductiveWeighting):
         """Solve for v at the classifier's parameters."""
         params = _parameters(classifier)
         noise = self.streams["augmentation for the outer loss"]
-        drawn = self.draw(self.outer_images, self.config.outer_batch, "outer batch")
+        drawn = self.draw(len(self.outer_images), self.config.outer_batch, "outer batch")
         outer = self.augmentation.strong(self.outer_images[drawn], noise)
         outer_loss = F.cross_entropy(classifier(outer), self.outer_labels[drawn])
         leaves = [p for p in classifier.parameters() if p.requires_grad]
@@ -116,7 +119,7 @@ class Learned(InductiveWeighting):
         rhs = torch.cat([g.reshape(-1) for g in gradient])
 
         n = min(self.config.curvature_batch, len(strong))
-        drawn = self.draw(self.labelled, n, "labelled images in the curvature")
+        drawn = self.draw(len(self.labelled), n, "labelled images in the curvature")
         labelled = self.augmentation.weak(self.labelled[drawn], noise)
         labels = self.labels[drawn]
         part = PseudoLabels(*(t[:n] for t in vars(pseudo).values()))
@@ -124,7 +127,7 @@ class Learned(InductiveWeighting):
         images = torch.cat([labelled, strong[:n]])
         curvature = GaussNewton(
             lambda p: functional_call(classifier, p, (images,)),
-            lambda z: fixmatch_loss(z[:n], labels, z[n:], part, weights, self.unlabelled_weight),
+            lambda z: fixmatch_loss(z, labels, part, weights, self.unlabelled_weight),
             params,
         )
         if self.updates % PROBE_EVERY == 0:
@@ -176,7 +179,9 @@ class Learned(InductiveWeighting):
             return 0.0
         spread = 0.0
         for _ in range(self.config.fit_steps):
-            drawn = known[self.draw(known, self.config.fit_batch, "fit batch")]
+            drawn = known[
+                self.draw(len(known), self.config.fit_batch, "fit batch").to(known.device)
+            ]
             noise = self.streams["augmentation for the confidence network"]
             weak = self.augmentation.weak(self.pool[drawn], noise)
             target = self.influence[drawn] / self.evidence[drawn]

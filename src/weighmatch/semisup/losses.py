@@ -37,22 +37,30 @@ def consistency_losses(strong_logits: Tensor, pseudo: PseudoLabels) -> Tensor:
 
 
 def fixmatch_loss(
-    labelled_logits: Tensor,
+    logits: Tensor,
     labels: Tensor,
-    strong_logits: Tensor,
     pseudo: PseudoLabels,
-    weights: Tensor,
+    weights: Tensor | None,
     unlabelled_weight: float,
 ) -> Tensor:
     """CE(labelled) + λ_u · mean_i(w_i m_i CE(p(A(u_i)), q_i)), a scalar.
 
     The mean is over all unlabelled images of the batch, masked or not (Sohn et al., 2020,
     equations 3 and 4, with weights).
+
+    Args:
+        logits: of B labelled images and after them of the strong views, (B + µB, classes).
+        labels: (B,).
+        pseudo: of the weak views.
+        weights: w_i, (µB,); None: 1.
+        unlabelled_weight: λ_u.
     """
-    supervised = F.cross_entropy(labelled_logits, labels)
-    return supervised + unlabelled_weight * torch.mean(
-        weights * consistency_losses(strong_logits, pseudo)
-    )
+    factors = pseudo.mask * (unlabelled_weight / len(pseudo.mask))
+    if weights is not None:
+        factors = weights * factors
+    # One cross-entropy over all: on a small network every operation more shows.
+    losses = F.cross_entropy(logits, torch.cat([labels, pseudo.labels]), reduction="none")
+    return losses @ torch.cat([factors.new_full(labels.shape, 1 / len(labels)), factors])
 
 
 def mean_one(scores: Tensor) -> Tensor:

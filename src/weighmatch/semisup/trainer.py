@@ -6,10 +6,11 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,11 +18,13 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import ArmName, TrainingConfig
 from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.losses import PseudoLabels, fixmatch_loss, pseudo_label
+from weighmatch.semisup.losses import fixmatch_loss, mean_one, pseudo_label
 from weighmatch.semisup.networks import build_classifier
+from weighmatch.semisup.store import ImageStore
 from weighmatch.semisup.streams import Streams, derive_seed
 from weighmatch.semisup.weightings import (
     MaxProbability,
@@ -30,8 +33,9 @@ from weighmatch.semisup.weightings import (
     Weighting,
 )
 
-# Steps whose images are augmented together: one pass over many images instead of many passes.
-CHUNK = 16
+# Steps whose images are augmented together, and the bytes that their views may take: one pass
+# over many images instead of many passes.
+CHUNK, CHUNK_BYTES = 50, 2**28
 
 
 @dataclass(frozen=True)
@@ -112,11 +116,28 @@ class Trainer:
             FloatingPointError: if the loss is no longer finite.
             ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
-        run = Run(self.config, data, checkpoint_dir)
-        progress(run.step)
-        while run.step < self.config.steps:
-            progress(run.train_steps())
-        return run.result()
+        with _algorithms(self.config.training.deterministic):
+            run = Run(self.config, data, checkpoint_dir)
+            progress(run.step)
+            while run.step < self.config.steps:
+                progress(run.train_steps())
+            return run.result()
+
+
+@contextmanager
+def _algorithms(deterministic: bool) -> Iterator[None]:
+    """Repeatable algorithms, or else, on a GPU, the fastest for the shapes at hand."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    if deterministic:
+        # cuBLAS reads it when a process first multiplies matrices on the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic or before[0])
+    torch.backends.cudnn.benchmark = not deterministic
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
 
 
 def fingerprint(config: RunConfig, data: TrainingSet) -> str:
@@ -128,6 +149,22 @@ def fingerprint(config: RunConfig, data: TrainingSet) -> str:
     return digest.hexdigest()[:16]
 
 
+class Batch(NamedTuple):
+    """What a step sees: B labelled images and µB unlabelled ones, n of both together.
+
+    Attributes:
+        images: labelled weak views and after them the strong views, (n, C, H, W).
+        labels: (B,).
+        weak: weak views, (µB, C, H, W).
+        indices: of the unlabelled images in the pool, (µB,).
+    """
+
+    images: Tensor
+    labels: Tensor
+    weak: Tensor | None = None
+    indices: Tensor | None = None
+
+
 class Run:
     """The state of a run and how it moves; most callers want `Trainer`."""
 
@@ -136,6 +173,11 @@ class Run:
         self.directory = directory
         self.fingerprint = fingerprint(config, data)
         self.device = pick_device(self.training.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self._layout = (
+            torch.channels_last if self.training.channels_last else torch.contiguous_format
+        )
         self.streams = Streams(config.seed)
         self.augmentation = Augmentation(self.training.augmentation)
         self._load_data(data)
@@ -146,9 +188,15 @@ class Run:
             derive_seed(config.seed, "initialisation of the classifier"),
             self.training.width,
         ).to(self.device)
+        self.classifier = self.classifier.to(memory_format=self._layout)
+        self._forward: Callable[[Tensor], Tensor] = self.classifier
+        if self.training.compile:
+            self._forward = torch.compile(self.classifier)
         self.average = copy.deepcopy(self.classifier).requires_grad_(False)
+        self._tensors: list[Tensor] = list(self.classifier.parameters())
+        self._average_tensors: list[Tensor] = list(self.average.parameters())
         self.optimizer = torch.optim.SGD(
-            self.classifier.parameters(),
+            self._tensors,
             lr=self.training.learning_rate,
             momentum=self.training.momentum,
             weight_decay=self.training.weight_decay,
@@ -157,6 +205,8 @@ class Run:
         )
         self.weighting = self._build_weighting()
         self.step, self.seconds = 0, 0.0
+        count = self.training.snapshots
+        self._snapshots = {round((k + 1) * config.steps / count) for k in range(count)}
         self.history: dict[str, list[Any]] = {"step": [], "weights": [], "confidence": []}
         directory.mkdir(parents=True, exist_ok=True)
         self._resume()
@@ -166,7 +216,7 @@ class Run:
     def _load_data(self, data: TrainingSet) -> None:
         labelled = torch.from_numpy(data.labelled_images).to(self.device)
         labels = torch.from_numpy(data.labels).to(self.device)
-        self.pool = torch.from_numpy(data.unlabelled_images).to(self.device)
+        self.pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory)
         self.outer = (labelled, labels)
         self.labelled, self.labels = labelled, labels
         held_out = self.training.weighing.outer_labels == "held_out"
@@ -204,12 +254,12 @@ class Run:
 
     # --- training ---------------------------------------------------------------------------
 
-    def train_steps(self, limit: int = CHUNK) -> int:
+    def train_steps(self, limit: int | None = None) -> int:
         """Train for up to `limit` steps; write metrics and, where due, a checkpoint."""
         started = time.perf_counter()
-        size = min(limit, self.config.steps - self.step)
+        size = min(limit or self._chunk(), self.config.steps - self.step)
         before = self.step
-        losses = [self._train_step(*views) for views in self._views(size)]
+        losses = [self._train_step(batch) for batch in self._views(size)]
         self.seconds += time.perf_counter() - started
         self._require_finite(float(torch.stack([entry["loss"] for entry in losses]).mean()))
         self._log(losses)
@@ -219,6 +269,10 @@ class Run:
             self._save()
         return size
 
+    def _chunk(self) -> int:
+        views = self.training.batch_size + 2 * self._unlabelled_batch()
+        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * self.pool.shape[1:].numel())))
+
     def _require_finite(self, loss: float) -> None:
         if not math.isfinite(loss):
             raise FloatingPointError(
@@ -226,53 +280,58 @@ class Run:
                 f"{self.step} steps; lower training.learning_rate"
             )
 
-    def _views(self, size: int) -> list[tuple[Tensor, ...]]:
-        """Batches of `size` steps: labelled weak, labels, unlabelled weak, strong and indices."""
+    def _views(self, size: int) -> list["Batch"]:
+        """Batches of `size` steps."""
         batch, unlabelled = self.training.batch_size, self._unlabelled_batch()
         drawn = torch.randint(
             len(self.labelled), (size * batch,), generator=self.streams["labelled batches"]
-        ).to(self.device)
+        )
+        drawn = drawn.to(self.device, non_blocking=True)
         labelled = self.augmentation.weak(
             self.labelled[drawn], self.streams["augmentation of labelled images"]
         )
-        columns = [labelled.split(batch), self.labels[drawn].split(batch)]
-        if unlabelled:
-            chosen = torch.randint(
-                len(self.pool), (size * unlabelled,), generator=self.streams["unlabelled batches"]
-            ).to(self.device)
-            noise = self.streams["augmentation of unlabelled images"]
-            columns.append(self.augmentation.weak(self.pool[chosen], noise).split(unlabelled))
-            columns.append(self.augmentation.strong(self.pool[chosen], noise).split(unlabelled))
-            columns.append(chosen.split(unlabelled))
-        return list(zip(*columns, strict=True))
+        labels = self.labels[drawn].split(batch)
+        if not unlabelled:
+            parts = self._arranged(labelled).split(batch)
+            return [Batch(*pair) for pair in zip(parts, labels, strict=True)]
+        chosen = torch.randint(
+            len(self.pool), (size * unlabelled,), generator=self.streams["unlabelled batches"]
+        )
+        images = self.pool[chosen]
+        noise = self.streams["augmentation of unlabelled images"]
+        weak = self._arranged(self.augmentation.weak(images, noise)).split(unlabelled)
+        strong = self.augmentation.strong(images, noise)
+        # Only what is differentiated shares a pass: the weak view needs no backward.
+        both = torch.cat(
+            [labelled.unflatten(0, (size, batch)), strong.unflatten(0, (size, unlabelled))], dim=1
+        )
+        together = self._arranged(both.flatten(0, 1)).split(batch + unlabelled)
+        indices = chosen.to(self.device, non_blocking=True).split(unlabelled)
+        return [Batch(*parts) for parts in zip(together, labels, weak, indices, strict=True)]
 
     def _unlabelled_batch(self) -> int:
         if self.config.arm == "supervised":
             return 0
         return self.training.batch_size * self.training.unlabelled_ratio
 
-    def _train_step(
-        self,
-        labelled: Tensor,
-        labels: Tensor,
-        weak: Tensor | None = None,
-        strong: Tensor | None = None,
-        indices: Tensor | None = None,
-    ) -> dict[str, Any]:
+    def _train_step(self, batch: "Batch") -> dict[str, Any]:
         entry: dict[str, Any] = {}
-        if weak is None or strong is None:
-            loss = F.cross_entropy(self.classifier(labelled), labels)
+        if batch.weak is None:
+            loss = F.cross_entropy(self._logits(batch.images), batch.labels)
         else:
             with torch.no_grad():
-                pseudo = pseudo_label(self.classifier(weak), self.training.threshold)
-            weights = self._weights(weak, pseudo, indices)
-            # Only what is differentiated shares a pass: the weak view needs no backward.
-            logits = self.classifier(torch.cat([labelled, strong]))
-            n = len(labelled)
+                pseudo = pseudo_label(self._logits(batch.weak), self.training.threshold)
+            weights = None
+            if self._weighs():
+                weights = self.weighting.weights(batch.weak, pseudo, batch.indices)
             loss = fixmatch_loss(
-                logits[:n], labels, logits[n:], pseudo, weights, self.training.unlabelled_weight
+                self._logits(batch.images),
+                batch.labels,
+                pseudo,
+                weights,
+                self.training.unlabelled_weight,
             )
-            entry["mask_rate"] = pseudo.mask.mean()
+            entry["mask_rate"] = pseudo.mask
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate()
         self.optimizer.zero_grad(set_to_none=True)
@@ -284,9 +343,20 @@ class Run:
         if self._weighs() and self.step % self.training.weighing.interval == 0:
             self._require_finite(float(loss.detach()))
             entry.update(self.weighting.update(self.classifier))
-        if self.step in self._snapshot_steps():
+        if self.step in self._snapshots:
             self._record_pool()
         return entry
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """In the precision of training, given in single precision."""
+        if self.training.precision == "float32":
+            return self._forward(images)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self._forward(images).float()
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        """In the memory layout of training."""
+        return images.contiguous(memory_format=self._layout)
 
     def _update_average(self) -> None:
         """θ̄ ← θ̄ + (1 − decay)(θ − θ̄); the decay is less at first, so that θ̄ forgets its start.
@@ -295,17 +365,12 @@ class Run:
         """
         decay = min(self.training.ema, self.step / (self.step + 10))
         with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.parameters()), list(self.classifier.parameters()), 1 - decay
-            )
+            torch._foreach_lerp_(self._average_tensors, self._tensors, 1 - decay)
 
     def _weighs(self) -> bool:
+        if isinstance(self.weighting, Uniform):
+            return False
         return self.step >= self.training.weighing.warmup * self.config.steps
-
-    def _weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:
-        if not self._weighs():
-            return torch.ones_like(pseudo.confidence)
-        return self.weighting.weights(weak, pseudo, indices)
 
     def _learning_rate(self) -> float:
         phase = 7 * math.pi * self.step / (16 * self.config.steps)
@@ -313,30 +378,34 @@ class Run:
 
     # --- records ----------------------------------------------------------------------------
 
-    def _snapshot_steps(self) -> set[int]:
-        count = self.training.snapshots
-        return {round((k + 1) * self.config.steps / count) for k in range(count)}
-
     def _record_pool(self) -> None:
         """Weights and confidences of the whole pool, as it is, at this step."""
         if not self._unlabelled_batch():
             return
-        images = self.pool.float() / 255
+        everyone = torch.arange(len(self.pool), device=self.device)
+        found = []
         with torch.no_grad():
-            logits = torch.cat([self.classifier(part) for part in images.split(1024)])
-            pseudo = pseudo_label(logits, self.training.threshold)
-            everyone = torch.arange(len(self.pool), device=self.device)
-            weights = self._weights(images, pseudo, everyone)
+            for part in everyone.split(1024):
+                images = self._arranged(self.pool[part].float() / 255)
+                pseudo = pseudo_label(self._logits(images), self.training.threshold)
+                scores = torch.ones_like(pseudo.confidence)
+                if self._weighs():
+                    scores = self.weighting.scores(images, pseudo, part)
+                found.append((scores, pseudo.confidence))
+        scores, confidence = (torch.cat(column) for column in zip(*found, strict=True))
+        weights = mean_one(scores)
         self.history["step"].append(self.step)
         self.history["weights"].append(weights.cpu())
-        self.history["confidence"].append(pseudo.confidence.cpu())
+        self.history["confidence"].append(confidence.cpu())
 
     def _log(self, entries: list[dict[str, Any]]) -> None:
         """One line of means over the chunk: a line a step would cost a device synchronisation."""
         line: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 3)}
         for name in sorted({name for entry in entries for name in entry}):
-            values = [float(entry[name]) for entry in entries if name in entry]
-            line[name] = sum(values) / len(values)
+            values = [entry[name] for entry in entries if name in entry]
+            on_device = isinstance(values[0], Tensor)
+            mean = torch.stack(values).mean() if on_device else sum(values) / len(values)
+            line[name] = float(mean)
         with (self.directory / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -15,6 +15,7 @@ from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
 from weighmatch.semisup.losses import PseudoLabels, mean_one
 from weighmatch.semisup.networks import Classifier, ConfidenceNetwork
+from weighmatch.semisup.store import ImageStore
 from weighmatch.semisup.streams import Streams, derive_seed
 
 
@@ -99,7 +100,7 @@ class InductiveWeighting(Weighting):
         self,
         labelled: Tensor,
         labels: Tensor,
-        pool: Tensor,
+        pool: ImageStore,
         augmentation: Augmentation,
         config: WeighingConfig,
         streams: Streams,
@@ -126,18 +127,17 @@ class InductiveWeighting(Weighting):
     def score_pool(self) -> None:
         """Score the pool or a sample of it; move the cut to where the scores fall apart."""
         whole = len(self.pool) <= SCORED
-        sample = self.pool
+        sample = torch.arange(len(self.pool))
         if not whole:
-            sample = sample[self.draw(sample, SCORED, "sample for the cut")]
-        scores = self._raw(sample.float() / 255)
+            sample = self.draw(len(self.pool), SCORED, "sample for the cut")
+        scores = self._raw(self.pool[sample].float() / 255)
         self.pool_scores = scores if whole else None
         if self.config.weights == "hard":
             self.cut = otsu_cut(scores)
 
-    def draw(self, images: Tensor, count: int, purpose: str) -> Tensor:
-        """Indices (count,) into `images`, with replacement, on their device."""
-        drawn = torch.randint(len(images), (count,), generator=self.streams[purpose])
-        return drawn.to(images.device)
+    def draw(self, size: int, count: int, purpose: str) -> Tensor:
+        """Indices (count,) below `size`, with replacement, on the CPU."""
+        return torch.randint(size, (count,), generator=self.streams[purpose])
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -169,8 +169,8 @@ class PositiveUnlabelled(InductiveWeighting):
         total = 0.0
         for _ in range(self.config.fit_steps):
             noise = self.streams["augmentation for the confidence network"]
-            positives = self.labelled[self.draw(self.labelled, half, "positives")]
-            negatives = self.pool[self.draw(self.pool, half, "negatives")]
+            positives = self.labelled[self.draw(len(self.labelled), half, "positives")]
+            negatives = self.pool[self.draw(len(self.pool), half, "negatives")]
             images = self.augmentation.strong(torch.cat([positives, negatives]), noise)
             targets = torch.arange(2 * half, device=images.device).lt(half).float()
             loss = F.binary_cross_entropy_with_logits(self.network(images), targets)

@@ -3,7 +3,13 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weighmatch.checks import require_choice, require_integer, require_number, require_seeds
+from weighmatch.checks import (
+    require_boolean,
+    require_choice,
+    require_integer,
+    require_number,
+    require_seeds,
+)
 
 NETWORKS = ("softmax", "mlp", "cnn")
 INDEFINITE = "indefinite"
@@ -63,10 +69,7 @@ class StudyConfig:
         if self.workers != "auto":
             require_integer("ihvp_analysis.workers", self.workers, 1)
         for name in ("indefinite", "all_combinations"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(
-                    f"ihvp_analysis.{name} must be true or false, got {getattr(self, name)!r}"
-                )
+            require_boolean(f"ihvp_analysis.{name}", getattr(self, name))
         require_number("ihvp_analysis.label_noise", self.label_noise, 0, 1, below=False)
         if self.inner + self.outer > 1797:
             raise ValueError(

@@ -1,0 +1,158 @@
+"""A step of training beside the bare loop, and what learned weights add to it."""
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+
+from benchmarks.tables import markdown, spread
+from benchmarks.timing import by_turns
+from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
+from weighmatch.semisup.learned import PROBE_EVERY, Learned
+from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
+
+FOREVER = 10**9
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained.
+
+    Attributes:
+        name: for the table.
+        data: images; only their shape matters here.
+        training: the configuration, its weighing that of the learned arm.
+        steps: that are timed together.
+    """
+
+    name: str
+    data: TrainingSet
+    training: TrainingConfig
+    steps: int
+
+
+def digits_cnn(training: TrainingConfig) -> Setting:
+    """The default: a small CNN on 8×8 digits, a pool of 600."""
+    digits = load_digits()
+    images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
+    data = TrainingSet(images[:24], np.arange(24) % 6, images[100:700])
+    return Setting("CNN on digits", data, training, steps=50)
+
+
+def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> Setting:
+    """A WRN-28-2 on 32×32 colour noise."""
+    network: NetworkName = "wrn_28_2"
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (pool + 40, 3, 32, 32), dtype=np.uint8)
+    data = TrainingSet(images[:40], np.arange(40) % 10, images[40:])
+    return Setting("WRN-28-2 at 32×32", data, replace(training, network=network), steps)
+
+
+def _run(arm: ArmName, setting: Setting, folder: Path) -> Run:
+    # Any confidence passes, so that an untrained network's step does all that a trained one's
+    # does; updates are called by hand.
+    weighing = replace(setting.training.weighing, warmup=0.0, interval=FOREVER)
+    training = replace(setting.training, threshold=1e-6, snapshots=1, weighing=weighing)
+    classes = int(setting.data.labels.max()) + 1
+    config = RunConfig(arm, 0, FOREVER, classes, replace(training, checkpoint_every=FOREVER))
+    return Run(config, setting.data, folder / f"{arm}-{setting.name.split()[0]}")
+
+
+def bare_loop(run: Run, steps: int) -> Callable[[], None]:
+    """Passes, gradients and the optimiser's step on a fixed batch of the same shape."""
+    batch = run._views(1)[0]
+    assert batch.weak is not None
+    weak, optimizer = batch.weak, run.optimizer
+    targets = torch.zeros(len(batch.images), dtype=torch.long, device=run.device)
+    half = run.training.precision == "bfloat16"
+
+    def loop() -> None:
+        for _ in range(steps):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=half):
+                with torch.no_grad():
+                    run._forward(weak)
+                logits = run._forward(batch.images)
+            loss = F.cross_entropy(logits.float(), targets)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return loop
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds by round: of a step each, and of one update of the weights."""
+
+    bare: list[float]
+    fixmatch: list[float]
+    learned: list[float]
+    update: list[float]
+    probing_update: list[float]
+
+    def overheads(self, weighing: WeighingConfig) -> list[float]:
+        """The learned arm's step, its share of an update included, over FixMatch's."""
+        found = []
+        for step, own, update, probing in zip(
+            self.fixmatch, self.learned, self.update, self.probing_update, strict=True
+        ):
+            mean = (probing + (PROBE_EVERY - 1) * update) / PROBE_EVERY
+            found.append((own + mean / weighing.interval) / step)
+        return found
+
+    def updates_in_steps(self) -> list[float]:
+        """One update over one step of FixMatch."""
+        return [u / s for u, s in zip(self.update, self.fixmatch, strict=True)]
+
+
+def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
+    """All by turns, on one thread of a CPU or on a GPU."""
+    plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
+    weighting: Any = learned.weighting
+    assert isinstance(weighting, Learned)
+    weighting.update(learned.classifier)
+
+    def update(*, probing: bool) -> None:
+        weighting.updates = 0 if probing else 1
+        weighting.update(learned.classifier)
+
+    calls: dict[str, Callable[[], object]] = {
+        "bare": bare_loop(plain, setting.steps),
+        "fixmatch": lambda: plain.train_steps(setting.steps),
+        "learned": lambda: learned.train_steps(setting.steps),
+        "update": lambda: update(probing=False),
+        "probing_update": lambda: update(probing=True),
+    }
+    times = by_turns(calls, rounds)
+    for name in ("bare", "fixmatch", "learned"):
+        times[name] = [seconds / setting.steps for seconds in times[name]]
+    return StepTimes(**times)
+
+
+def step_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
+    """A row a setting; all figures but the milliseconds are ratios within a round."""
+    rows = []
+    for setting in settings:
+        times = time_steps(setting, rounds, folder)
+        images = setting.training.batch_size * (1 + setting.training.unlabelled_ratio)
+        rows.append(
+            [
+                setting.name,
+                f"{1e3 * statistics.median(times.fixmatch):.3g}",
+                f"{images / statistics.median(times.fixmatch):,.0f}",
+                spread([b / s for b, s in zip(times.bare, times.fixmatch, strict=True)]),
+                spread([o / s for o, s in zip(times.learned, times.fixmatch, strict=True)]),
+                spread(times.updates_in_steps()),
+                spread(times.overheads(setting.training.weighing)),
+            ]
+        )
+    header = ["problem", "ms a FixMatch step", "images a second", "bare loop / FixMatch"]
+    header += ["learned step without update / FixMatch", "one update in steps"]
+    header += ["learned arm / FixMatch, updates included"]
+    return markdown(header, rows)

@@ -1,0 +1,54 @@
+"""Where images lie while a run draws batches from them."""
+
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+# Of a GPU's free memory, the share that images may take; the rest is for training.
+SHARE = 0.25
+
+
+class ImageStore:
+    """uint8 images (N, C, H, W), given out batch by batch on a device.
+
+    They lie on the device if they fit; else in the host's memory, and every batch goes over by
+    way of pinned memory, without the host waiting for it.
+
+    Attributes:
+        device: where batches are given out.
+        resident: whether the images lie there.
+    """
+
+    def __init__(
+        self,
+        images: NDArray[np.uint8],
+        device: torch.device,
+        memory: Literal["auto", "device", "host"] = "auto",
+    ) -> None:
+        self.device = device
+        self.shape = torch.Size(images.shape)
+        resident = memory == "device" or device.type == "cpu"
+        if memory == "auto" and not resident:
+            resident = fits(images.nbytes, torch.cuda.mem_get_info(device)[0])
+        self.resident = resident
+        host = torch.from_numpy(images)
+        self._images = host.to(device) if resident else host
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        """Images at `indices` (n,), which may lie anywhere: (n, C, H, W) on the device."""
+        indices = indices.to(self._images.device, non_blocking=self.resident)
+        batch = self._images.index_select(0, indices)
+        if self.resident:
+            return batch
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
+
+def fits(size: int, free: int) -> bool:
+    """Whether images of `size` bytes may lie on a device with `free` bytes."""
+    return size <= SHARE * free
