@@ -229,37 +229,35 @@ def memory_verdicts(multiples: dict[str, list[float]]) -> list[str]:
     ]
 
 
-def main() -> None:
-    """Print the tables."""
-    parser = argparse.ArgumentParser(description="IHVPs beside other packages'.")
-    parser.add_argument("--quick", action="store_true", help="under a minute: less of everything")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing after a warm-up")
-    parser.add_argument("--products", type=int, default=20, help="k of the timed solves")
-    parser.add_argument(
-        "--keep-memory-everywhere",
-        action="store_true",
-        help="set the allocator of the peers' processes as ours sets its own",
-    )
-    arguments = parser.parse_args()
+def tables(
+    *, quick: bool, rounds: int = 7, products: int = 20, keep_memory_everywhere: bool = False
+) -> None:
+    """Print them all.
+
+    Args:
+        quick: under a minute: less of everything.
+        rounds: of timing after a warm-up.
+        products: k of the timed solves.
+        keep_memory_everywhere: set the allocator of the peers' processes as ours sets its own.
+    """
     # The workers inherit these; the profiler would look for a GPU and complain.
     os.environ.update(PYTHONWARNINGS="ignore", KINETO_LOG_LEVEL="9")
     warnings.simplefilter("ignore", FutureWarning)  # functorch and TorchScript, in the peers
     torch.set_num_threads(1)
-    rounds, products = arguments.rounds, arguments.products
     budgets, hidden = [5, 10, 20, 40], [70, 150, 280, 510, 963]
     builds: list[Callable[[], Problem]] = [mlp, wide_resnet]
-    if arguments.quick:
+    if quick:
         rounds, products, budgets, hidden = 2, 5, [5, 20], [70, 280]
         builds = [partial(mlp, batch=32), partial(wide_resnet, batch=2)]
 
     solvers = installed(SOLVERS)
-    print(conditions(solvers), flush=True)
-    field = contestants(solvers, arguments.keep_memory_everywhere)  # they start meanwhile
+    print(f"\n{conditions(solvers)}", flush=True)
+    field = contestants(solvers, keep_memory_everywhere)  # they start meanwhile
     workers = list(dict.fromkeys(contestant.worker for contestant in field))
     for problem in (quadratic(), small_mlp()):
         lines = accuracy(problem, usable(problem, solvers), budgets)
         show(f"Relative error at k products: {problem.name}", lines)
-    allocator = "kept in all processes" if arguments.keep_memory_everywhere else "as each sets it"
+    allocator = "kept in all processes" if keep_memory_everywhere else "as each sets it"
     weight_rows = []
     for build in builds:
         problem = damped(build())
@@ -294,6 +292,20 @@ def main() -> None:
     )
     for worker in workers:
         worker.close()
+
+
+def main() -> None:
+    """Read the options."""
+    parser = argparse.ArgumentParser(description="IHVPs beside other packages'.")
+    parser.add_argument("--quick", action="store_true", help="under a minute: less of everything")
+    parser.add_argument("--rounds", type=int, default=7, help="rounds of timing after a warm-up")
+    parser.add_argument("--products", type=int, default=20, help="k of the timed solves")
+    parser.add_argument(
+        "--keep-memory-everywhere",
+        action="store_true",
+        help="set the allocator of the peers' processes as ours sets its own",
+    )
+    tables(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

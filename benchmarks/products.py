@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.peers import Problem
 from benchmarks.tables import markdown
-from benchmarks.workers import seconds_of
+from benchmarks.timing import seconds_of
 from weighmatch.implicit import GaussNewton, Hessian, unflatten
 from weighmatch.implicit.operators import LinearOperator
 

@@ -4,7 +4,6 @@ import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ class Setting:
         name: for the table.
         data: images; only their shape matters here.
         training: the configuration, its weighing that of the learned arm.
-        steps: that are timed together.
+        steps: that are timed together; the weights are updated at the last of them.
     """
 
     name: str
@@ -42,7 +41,7 @@ def digits_cnn(training: TrainingConfig) -> Setting:
     digits = load_digits()
     images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
     data = TrainingSet(images[:24], np.arange(24) % 6, images[100:700])
-    return Setting("CNN on digits", data, training, steps=50)
+    return Setting("CNN on digits", data, training, steps=training.weighing.interval)
 
 
 def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> Setting:
@@ -54,14 +53,14 @@ def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> S
     return Setting("WRN-28-2 at 32×32", data, replace(training, network=network), steps)
 
 
-def _run(arm: ArmName, setting: Setting, folder: Path) -> Run:
+def _run(arm: ArmName, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
     # Any confidence passes, so that an untrained network's step does all that a trained one's
-    # does; updates are called by hand.
-    weighing = replace(setting.training.weighing, warmup=0.0, interval=FOREVER)
+    # does.
+    weighing = replace(setting.training.weighing, warmup=0.0, interval=interval)
     training = replace(setting.training, threshold=1e-6, snapshots=1, weighing=weighing)
     classes = int(setting.data.labels.max()) + 1
     config = RunConfig(arm, 0, FOREVER, classes, replace(training, checkpoint_every=FOREVER))
-    return Run(config, setting.data, folder / f"{arm}-{setting.name.split()[0]}")
+    return Run(config, setting.data, folder / f"{arm}-{interval}-{setting.name.split()[0]}")
 
 
 def bare_loop(run: Run, steps: int) -> Callable[[], None]:
@@ -88,7 +87,7 @@ def bare_loop(run: Run, steps: int) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class StepTimes:
-    """Seconds by round: of a step each, and of one update of the weights."""
+    """Seconds by round: of a step, and of one update of the weights without and with a probe."""
 
     bare: list[float]
     fixmatch: list[float]
@@ -112,26 +111,37 @@ class StepTimes:
 
 
 def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
-    """All by turns, on one thread of a CPU or on a GPU."""
-    plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
-    weighting: Any = learned.weighting
-    assert isinstance(weighting, Learned)
-    weighting.update(learned.classifier)
+    """All by turns, on one thread of a CPU or on a GPU.
 
-    def update(*, probing: bool) -> None:
+    An update is what a block of steps takes longer with one at its end.
+    """
+    count = setting.steps
+    plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
+    updated = _run("learned", setting, folder, interval=count)
+    weighting = updated.weighting
+    assert isinstance(weighting, Learned)
+    # One that was never updated would score images on the fly.
+    updated.train_steps(count)
+    learned.weighting.load_state_dict(weighting.state_dict())
+
+    def block(*, probing: bool) -> None:
         weighting.updates = 0 if probing else 1
-        weighting.update(learned.classifier)
+        updated.train_steps(count)
 
     calls: dict[str, Callable[[], object]] = {
-        "bare": bare_loop(plain, setting.steps),
-        "fixmatch": lambda: plain.train_steps(setting.steps),
-        "learned": lambda: learned.train_steps(setting.steps),
-        "update": lambda: update(probing=False),
-        "probing_update": lambda: update(probing=True),
+        "bare": bare_loop(plain, count),
+        "fixmatch": lambda: plain.train_steps(count),
+        "learned": lambda: learned.train_steps(count),
+        "update": lambda: block(probing=False),
+        "probing_update": lambda: block(probing=True),
     }
     times = by_turns(calls, rounds)
+    for name in ("update", "probing_update"):
+        times[name] = [
+            whole - steps for whole, steps in zip(times[name], times["learned"], strict=True)
+        ]
     for name in ("bare", "fixmatch", "learned"):
-        times[name] = [seconds / setting.steps for seconds in times[name]]
+        times[name] = [seconds / count for seconds in times[name]]
     return StepTimes(**times)
 
 
@@ -156,3 +166,22 @@ def step_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
     header += ["learned step without update / FixMatch", "one update in steps"]
     header += ["learned arm / FixMatch, updates included"]
     return markdown(header, rows)
+
+
+def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
+    """FixMatch's images a second in each setting, and the share of the bare loop."""
+    rates, shares = [], []
+    for setting in settings:
+        run = _run("fixmatch", setting, folder)
+        calls: dict[str, Callable[[], object]] = {
+            "bare": bare_loop(run, setting.steps),
+            "fixmatch": lambda run=run, steps=setting.steps: run.train_steps(steps),  # type: ignore[misc]
+        }
+        times = by_turns(calls, rounds)
+        images = setting.steps * setting.training.batch_size
+        images *= 1 + setting.training.unlabelled_ratio
+        rates.append(f"{images / statistics.median(times['fixmatch']):,.0f}")
+        ratios = [b / f for b, f in zip(times["bare"], times["fixmatch"], strict=True)]
+        shares.append(f"{statistics.median(ratios):.2f}")
+    header = ["labelled images in a step", *(str(s.training.batch_size) for s in settings)]
+    return markdown(header, [["images a second", *rates], ["bare loop / FixMatch", *shares]])

@@ -1,10 +1,11 @@
 """Tables in Markdown on standard output."""
 
+import contextlib
 import os
 import platform
 import statistics
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -27,12 +28,16 @@ def verdict(claim: str, exceptions: Sequence[str]) -> str:
     return f"{claim}: {'no: ' + '; '.join(exceptions) if exceptions else 'yes'}."
 
 
-def conditions(packages: Iterable[str]) -> str:
-    """The machine, and the versions that were run."""
-    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+def conditions(packages: Iterable[str], device: str = "cpu") -> str:
+    """The machine, and the versions that are run; of packages that are installed."""
+    versions = []
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions.append(f"{name} {version(name)}")
+    gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch thread, "
-        f"torch {torch.__version__}, {versions}"
+        f"{gpu}{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch "
+        f"thread, torch {torch.__version__}, {', '.join(versions)}"
     )
 
 

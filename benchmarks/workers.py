@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.peers import MethodName, Problem, Solver, mlp
+from benchmarks.timing import seconds_of
 from weighmatch.implicit import Hessian, Method, Parameters, unflatten, weight_gradient
 from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.studies.memory import peak_memory
@@ -163,13 +164,6 @@ def double_backward(
     gradient = torch.autograd.grad(weights @ losses, list(theta.values()), create_graph=True)
     (mixed,) = torch.autograd.grad(gradient, weights, list(unflatten(v, theta).values()))
     return -mixed
-
-
-def seconds_of(call: Callable[[], object]) -> float:
-    """Wall-clock time of one call."""
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 def solve_memory(problem: Problem, method: Method | None) -> float:

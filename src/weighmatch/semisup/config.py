@@ -115,16 +115,16 @@ class WeighingConfig:
 
     weights: Literal["hard", "soft"] = "hard"
     width: int = 8
-    learning_rate: float = 3e-3
+    learning_rate: float = 6e-3
     weight_decay: float = 1e-2
     interval: int = 40
     warmup: float = 0.2
     solver: SolverName = "conjugate_gradient"
     max_products: int = 3
     damping: float = 1.0
-    outer_batch: int = 96
+    outer_batch: int = 64
     outer_labels: Literal["training", "held_out"] = "training"
-    curvature_batch: int = 32
+    curvature_batch: int = 24
     influence_batch: int = 128
     memory: float = 0.9
     fit_steps: int = 4

@@ -112,7 +112,10 @@ class InductiveWeighting(Weighting):
         seed = derive_seed(streams.seed, "initialisation of the confidence network")
         self.network = ConfidenceNetwork(pool.shape[1], config.width, seed).to(pool.device)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            self.network.parameters(),
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            fused=True,
         )
 
     def scores(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None) -> Tensor:

@@ -3,30 +3,29 @@
 from dataclasses import asdict
 from typing import Any
 
-import pandas as pd
-
 from weighmatch.data.config import DataConfig
 from weighmatch.data.splits import SOURCE_NAMES
 from weighmatch.semisup.config import TrainingConfig
 
+# A pandas.DataFrame: pandas itself would take half a second of every start.
+Table = Any
 
-def join_truth(
-    predictions: pd.DataFrame, ood_truth: dict[str, Any], test_labels: dict[str, Any]
-) -> pd.DataFrame:
+
+def join_truth(predictions: Table, ood_truth: dict[str, Any], test_labels: dict[str, Any]) -> Table:
     """Predictions with what the images really are."""
     from weighmatch.evaluation import tables
 
     return tables.join_truth(predictions, ood_truth, test_labels, list(SOURCE_NAMES))
 
 
-def score_runs(runs: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
+def score_runs(runs: Table, judgements: Table) -> Table:
     """One row a run."""
     from weighmatch.evaluation import tables
 
     return tables.score_runs(runs, judgements)
 
 
-def bin_confidences(judgements: pd.DataFrame) -> pd.DataFrame:
+def bin_confidences(judgements: Table) -> Table:
     """Reliability bins of each arm."""
     from weighmatch.evaluation import tables
 
@@ -34,24 +33,22 @@ def bin_confidences(judgements: pd.DataFrame) -> pd.DataFrame:
 
 
 def trace_weights(
-    pool_weights: pd.DataFrame, ood_truth: dict[str, Any], training: TrainingConfig
-) -> pd.DataFrame:
+    pool_weights: Table, ood_truth: dict[str, Any], training: TrainingConfig
+) -> Table:
     """Mean weight and mask rate by source, through training."""
     from weighmatch.evaluation import tables
 
     return tables.trace_weights(pool_weights, ood_truth, list(SOURCE_NAMES), training.threshold)
 
 
-def compare_arms(run_scores: pd.DataFrame) -> pd.DataFrame:
+def compare_arms(run_scores: Table) -> Table:
     """Arms against FixMatch over paired seeds."""
     from weighmatch.evaluation import tables
 
     return tables.compare_arms(run_scores)
 
 
-def summarise(
-    comparison: pd.DataFrame, run_scores: pd.DataFrame, data: DataConfig
-) -> dict[str, Any]:
+def summarise(comparison: Table, run_scores: Table, data: DataConfig) -> dict[str, Any]:
     """Setting, verdict and numbers of each arm."""
     from weighmatch.evaluation import report, tables
 

@@ -2,12 +2,13 @@
 
 from typing import Any
 
-import pandas as pd
-
 from weighmatch.studies.config import StudyConfig
 
+# A pandas.DataFrame: pandas itself would take half a second of every start.
+Table = Any
 
-def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+
+def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[Table, Table]:
     """Every method in every cell of the study on digits; and the spectra behind them."""
     from weighmatch.data.sources import load_digits
     from weighmatch.studies.runs import compare_all
@@ -15,7 +16,7 @@ def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[pd.DataFrame, pd.DataFram
     return compare_all(*load_digits(), ihvp_analysis)
 
 
-def measure_memory(ihvp_analysis: StudyConfig) -> pd.DataFrame:
+def measure_memory(ihvp_analysis: StudyConfig) -> Table:
     """Peak memory of a solve against the number of parameters."""
     from weighmatch.studies.memory import measure_memory
 
@@ -23,7 +24,7 @@ def measure_memory(ihvp_analysis: StudyConfig) -> pd.DataFrame:
 
 
 def draw_ihvps(
-    ihvp_comparison: pd.DataFrame, ihvp_spectra: pd.DataFrame, ihvp_memory: pd.DataFrame
+    ihvp_comparison: Table, ihvp_spectra: Table, ihvp_memory: Table
 ) -> tuple[Any, Any, Any, Any, Any]:
     """Cost, progress, stability, spectra, memory."""
     from weighmatch.evaluation import ihvp_figures as figures

@@ -3,7 +3,6 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from weighmatch.data.config import seed_key
 
@@ -11,42 +10,46 @@ from weighmatch.data.config import seed_key
 SHOWN = ("learned", "pu", "max_prob", "fixmatch", "supervised", "fixmatch_matched", "oracle")
 
 
-def draw_accuracy(run_scores: pd.DataFrame) -> Any:
+# A pandas.DataFrame: pandas itself would take half a second of every start.
+Table = Any
+
+
+def draw_accuracy(run_scores: Table) -> Any:
     """Test accuracy of each arm."""
     from weighmatch.evaluation import figures
 
     return figures.draw_accuracy(run_scores)
 
 
-def draw_differences(run_scores: pd.DataFrame) -> Any:
+def draw_differences(run_scores: Table) -> Any:
     """Each arm against FixMatch on the same seed."""
     from weighmatch.evaluation import figures
 
     return figures.draw_differences(run_scores)
 
 
-def draw_weights(weight_trace: pd.DataFrame) -> Any:
+def draw_weights(weight_trace: Table) -> Any:
     """Mean weight of each source through training."""
     from weighmatch.evaluation import figures
 
     return figures.draw_weights(weight_trace)
 
 
-def draw_auroc(run_scores: pd.DataFrame) -> Any:
+def draw_auroc(run_scores: Table) -> Any:
     """What tells held-out OOD images apart."""
     from weighmatch.evaluation import figures
 
     return figures.draw_auroc(run_scores)
 
 
-def draw_calibration(calibration: pd.DataFrame) -> Any:
+def draw_calibration(calibration: Table) -> Any:
     """Reliability diagram."""
     from weighmatch.evaluation import figures
 
     return figures.draw_calibration(calibration)
 
 
-def draw_gallery(judgements: pd.DataFrame, evaluation_images: dict[str, Any]) -> Any:
+def draw_gallery(judgements: Table, evaluation_images: dict[str, Any]) -> Any:
     """Held-out images of the first seed, by the learned weights (or the next arm's)."""
     from weighmatch.evaluation import figures
 
@@ -61,8 +64,8 @@ def draw_gallery(judgements: pd.DataFrame, evaluation_images: dict[str, Any]) ->
 
 def write_report(
     metrics: dict[str, Any],
-    comparison: pd.DataFrame,
-    study: pd.DataFrame,
+    comparison: Table,
+    study: Table,
     manifest: dict[str, Any],
     **figures: bytes,
 ) -> str:

@@ -3,11 +3,12 @@
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from weighmatch.data.config import seed_key
 from weighmatch.semisup.config import TrainingConfig
 
+# A pandas.DataFrame: pandas itself would take half a second of every start.
+Table = Any
 Checkpoints = dict[str, dict[str, Any]]
 
 
@@ -15,8 +16,10 @@ def score_unseen_images(
     checkpoints: Checkpoints,
     oracle_checkpoints: Checkpoints,
     evaluation_images: dict[str, dict[str, Any]],
-) -> pd.DataFrame:
+) -> Table:
     """Class probabilities and weights of test and held-out images, one row an image and run."""
+    import pandas as pd
+
     from weighmatch.semisup.scoring import score_images
 
     tables = []
@@ -37,11 +40,13 @@ def score_unseen_images(
 
 def collect_runs(
     checkpoints: Checkpoints, oracle_checkpoints: Checkpoints, training: TrainingConfig
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[Table, Table]:
     """A row a run, and the weights and confidences of pool images through training.
 
     The oracle's pool is another one, so it is not among the latter.
     """
+    import pandas as pd
+
     runs, histories = [], []
     for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
         config, history = checkpoint["config"], checkpoint["history"]

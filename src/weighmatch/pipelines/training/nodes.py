@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from weighmatch.semisup.config import ArmName, RunsConfig, TrainingConfig
 
+# A pandas.DataFrame: pandas itself would take half a second of every start.
+Table = Any
 Arrays = dict[str, Any]
 Checkpoints = dict[str, dict[str, Any]]
 
 
 def train_arms(
     training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
-) -> tuple[Checkpoints, pd.DataFrame]:
+) -> tuple[Checkpoints, Table]:
     """Every arm but the oracle, on every seed's contaminated pool."""
     arms = tuple(arm for arm in runs.arms if arm != "oracle")
     return _train(arms, training_sets, training, runs, run_folder)
@@ -34,7 +34,7 @@ def remove_intruders(
 
 def train_oracle(
     oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
-) -> tuple[Checkpoints, pd.DataFrame]:
+) -> tuple[Checkpoints, Table]:
     """FixMatch on the cleaned pools, if the oracle is among the arms."""
     arms = tuple(arm for arm in runs.arms if arm == "oracle")
     return _train(arms, oracle_sets, training, runs, run_folder)
@@ -46,7 +46,9 @@ def _train(
     training: TrainingConfig,
     runs: RunsConfig,
     run_folder: str,
-) -> tuple[Checkpoints, pd.DataFrame]:
+) -> tuple[Checkpoints, Table]:
+    import pandas as pd
+
     from weighmatch.semisup.runs import make_jobs, train_all
 
     jobs = make_jobs(arms, sets, training)

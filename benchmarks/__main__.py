@@ -1,0 +1,128 @@
+"""Every figure of speed, side by side in one run.
+
+    uv run --group peers python -m benchmarks [--quick] [--only augmentation,steps,…] [--device …]
+
+Prints tables in Markdown: augmentation beside Pillow, torchvision and kornia; products, solves,
+hypergradients and memory beside other packages (`benchmarks.ihvp_peers`); a step of training
+beside the bare loop, and what learned weights add; how these grow; and start-up.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+
+from benchmarks import augmentation, ihvp_peers, startup, steps
+from benchmarks.tables import conditions, show
+from weighmatch.semisup.config import TrainingConfig
+
+CONFIGURATION = Path(__file__).parents[1] / "conf" / "base" / "parameters_training.yml"
+PACKAGES = ("weighmatch", "pillow", "torchvision", "kornia")
+
+
+def augmentations(quick: bool, device: str) -> None:
+    """Pairs of views a second."""
+    rounds, count = (2, 256) if quick else (9, 2048)
+    if device == "cpu":
+        show(
+            f"Augmentation: weak and strong views of {count:,} images of 32×32×3",
+            augmentation.beside_others(count, rounds),
+            f"Median of {rounds} rounds; ratios within a round, median (range).",
+        )
+    counts = [64, 448, 2048] if quick else [64, 448, 2048, 8192, 32768]
+    show("Augmentation against the batch", augmentation.scaling(counts, rounds, device))
+
+
+def training_steps(quick: bool, device: str) -> None:
+    """A step, an update of the weights, and the bare loop."""
+    default = TrainingConfig(**yaml.safe_load(CONFIGURATION.read_text())["training"])
+    rounds = 2 if quick else 9
+    if device == "cpu":
+        settings = [steps.digits_cnn(default)]
+        if not quick:
+            settings.append(steps.wide_resnet(default))
+    else:
+        # FixMatch's own batch (Sohn et al., 2020), as a GPU has room for it.
+        big = replace(
+            default,
+            batch_size=64,
+            unlabelled_ratio=7,
+            device=device,
+            precision="bfloat16",
+            channels_last=True,
+        )
+        settings = [steps.wide_resnet(big, pool=50_000, steps=20)]
+    with tempfile.TemporaryDirectory() as folder:
+        show(
+            "A step of training",
+            steps.step_table(settings, rounds, Path(folder)),
+            f"Median (range) of {rounds} rounds, ratios within a round; the learned arm has the "
+            f"default IHVP and interval ({default.weighing.interval} steps), once its weights are "
+            f"learned; they are from {default.weighing.warmup:.0%} of a run on.",
+        )
+        if device != "cpu":
+            peak = torch.cuda.max_memory_allocated() / 2**30
+            print(f"\nPeak memory of the device: {peak:.2f} GiB.")
+        if not quick:
+            show("Images a second against the batch", scaling(default, device, Path(folder)))
+
+
+def scaling(training: TrainingConfig, device: str, folder: Path) -> list[str]:
+    """FixMatch on the digits CNN with more and more images a step."""
+    batches = [8, 16, 32, 64, 128]
+    settings = [
+        replace(
+            steps.digits_cnn(replace(training, batch_size=batch, device=device)), name=f"B{batch}"
+        )
+        for batch in batches
+    ]
+    return steps.throughput_table(settings, 5, folder)
+
+
+def ihvps(quick: bool, device: str) -> None:
+    """Products, solves, hypergradients and memory."""
+    del device  # on the CPU, where the peers are compared
+    ihvp_peers.tables(quick=quick)
+
+
+def start_up(quick: bool, device: str) -> None:
+    """CPU time until the work begins."""
+    del device
+    show("Start-up", startup.table(1 if quick else 3), "Seconds of CPU, user and system, median.")
+
+
+SECTIONS: dict[str, Callable[[bool, str], None]] = {
+    "augmentation": augmentations,
+    "steps": training_steps,
+    "ihvps": ihvps,
+    "startup": start_up,
+}
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="Every figure of speed, side by side.")
+    parser.add_argument("--quick", action="store_true", help="two minutes: less of everything")
+    parser.add_argument(
+        "--only", default=",".join(SECTIONS), help=f"from {', '.join(SECTIONS)}, by commas"
+    )
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments = parser.parse_args()
+    wanted = arguments.only.split(",")
+    unknown = sorted(set(wanted) - set(SECTIONS))
+    if unknown:
+        parser.error(f"--only {', '.join(unknown)} is unknown; choose from {', '.join(SECTIONS)}")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no GPU")
+    torch.set_num_threads(1)
+    print(conditions(PACKAGES, arguments.device), flush=True)
+    for name in wanted:
+        SECTIONS[name](arguments.quick, arguments.device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""CPU time until a pipeline's work begins: imports, configuration, catalog."""
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.tables import markdown
+
+PROJECT = Path(__file__).parents[1]
+
+
+def table(rounds: int) -> list[str]:
+    """A row a kind of pipeline."""
+    with tempfile.TemporaryDirectory() as folder:
+        prepare = ["--pipelines", "data_preparation"]
+        one_step = f"runs.arms=supervised,training.steps=1,training.device=cpu,data_folder={folder}"
+        kinds = {
+            "without torch, to its first node": (prepare, f"data_folder={folder}", "Running node"),
+            "with torch, to the end of a training of one step": (
+                ["--pipelines", "training"],
+                one_step,
+                None,
+            ),
+        }
+        rows = []
+        for name, (pipelines, params, until) in kinds.items():
+            if until is None:
+                _cpu_seconds([*prepare, "--params", f"data_folder={folder}"], None)
+            found = [_cpu_seconds([*pipelines, "--params", params], until) for _ in range(rounds)]
+            rows.append([name, f"{statistics.median(found):.1f}"])
+    return markdown(["kedro run of a pipeline", "CPU seconds"], rows)
+
+
+def _cpu_seconds(options: list[str], until: str | None) -> float:
+    """Of a `kedro run`, to the line that holds `until` or to the end."""
+    command = [sys.executable, "-m", "kedro", "run", "--env", "test", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command,
+        cwd=PROJECT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        lines, used = [], 0.0
+        for line in process.stdout:
+            lines.append(line)
+            if until is not None and until in line:
+                used = _spent(process.pid)
+                process.stdout.read()
+                break
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{''.join(lines)}")
+    return used or usage.ru_utime + usage.ru_stime
+
+
+def _spent(pid: int) -> float:
+    """CPU seconds of a process that runs (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
