@@ -12,19 +12,21 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]
 
 from benchmarks import augmentation, ihvp_peers, startup, steps
 from benchmarks.tables import conditions, show
 from weighmatch.semisup.config import TrainingConfig
 
+Device = Literal["cpu", "cuda"]
 CONFIGURATION = Path(__file__).parents[1] / "conf" / "base" / "parameters_training.yml"
 PACKAGES = ("weighmatch", "pillow", "torchvision", "kornia")
 
 
-def augmentations(quick: bool, device: str) -> None:
+def augmentations(quick: bool, device: Device) -> None:
     """Pairs of views a second."""
     rounds, count = (2, 256) if quick else (9, 2048)
     if device == "cpu":
@@ -37,7 +39,7 @@ def augmentations(quick: bool, device: str) -> None:
     show("Augmentation against the batch", augmentation.scaling(counts, rounds, device))
 
 
-def training_steps(quick: bool, device: str) -> None:
+def training_steps(quick: bool, device: Device) -> None:
     """A step, an update of the weights, and the bare loop."""
     default = TrainingConfig(**yaml.safe_load(CONFIGURATION.read_text())["training"])
     rounds = 2 if quick else 9
@@ -71,7 +73,7 @@ def training_steps(quick: bool, device: str) -> None:
             show("Images a second against the batch", scaling(default, device, Path(folder)))
 
 
-def scaling(training: TrainingConfig, device: str, folder: Path) -> list[str]:
+def scaling(training: TrainingConfig, device: Device, folder: Path) -> list[str]:
     """FixMatch on the digits CNN with more and more images a step."""
     batches = [8, 16, 32, 64, 128]
     settings = [
@@ -83,19 +85,19 @@ def scaling(training: TrainingConfig, device: str, folder: Path) -> list[str]:
     return steps.throughput_table(settings, 5, folder)
 
 
-def ihvps(quick: bool, device: str) -> None:
+def ihvps(quick: bool, device: Device) -> None:
     """Products, solves, hypergradients and memory."""
     del device  # on the CPU, where the peers are compared
     ihvp_peers.tables(quick=quick)
 
 
-def start_up(quick: bool, device: str) -> None:
+def start_up(quick: bool, device: Device) -> None:
     """CPU time until the work begins."""
     del device
     show("Start-up", startup.table(1 if quick else 3), "Seconds of CPU, user and system, median.")
 
 
-SECTIONS: dict[str, Callable[[bool, str], None]] = {
+SECTIONS: dict[str, Callable[[bool, Device], None]] = {
     "augmentation": augmentations,
     "steps": training_steps,
     "ihvps": ihvps,

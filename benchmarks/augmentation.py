@@ -7,6 +7,7 @@ draws once for a whole batch; an image at a time, both draw as they should.
 import random
 import statistics
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -158,7 +159,7 @@ def beside_others(count: int, rounds: int) -> list[str]:
         except ImportError:
             missing.append(name)
         else:
-            calls[name] = lambda views=views: views(images)
+            calls[name] = partial(views, images)
     times = by_turns(calls, rounds)
     rows = []
     for name, found in times.items():
@@ -175,7 +176,7 @@ def scaling(counts: list[int], rounds: int, device: str) -> list[str]:
     keep_freed_memory()
     views = ours()
     batches = {f"{count:,}": images_of(count, device=device) for count in counts}
-    calls = {name: lambda batch=batch: views(batch) for name, batch in batches.items()}
+    calls = {name: partial(views, batch) for name, batch in batches.items()}
     times = by_turns(calls, rounds)
     rates = [
         f"{len(batches[name]) / statistics.median(found):,.0f}" for name, found in times.items()

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +176,7 @@ def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list
         run = _run("fixmatch", setting, folder)
         calls: dict[str, Callable[[], object]] = {
             "bare": bare_loop(run, setting.steps),
-            "fixmatch": lambda run=run, steps=setting.steps: run.train_steps(steps),  # type: ignore[misc]
+            "fixmatch": partial(run.train_steps, setting.steps),
         }
         times = by_turns(calls, rounds)
         images = setting.steps * setting.training.batch_size

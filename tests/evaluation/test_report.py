@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from weighmatch.evaluation.report import summarise, verdict
+from weighmatch.evaluation.report import _update_in_steps, summarise, verdict
 from weighmatch.evaluation.tables import compare_arms, learned_against
 
 from .test_tables import scores
@@ -68,3 +68,11 @@ def test_metrics_are_json_without_nan():
 def test_every_source_has_words(source):
     arms = {"learned": {"accuracy": 90.0}}
     assert "%" in verdict(arms, {}, {**SETTING, "ood_source": source})
+
+
+def test_an_update_is_told_in_steps_of_fixmatch():
+    fixmatch = {"seconds": 6.0, "steps": 1000, "update_seconds": None}
+    learned = {"seconds": 8.0, "steps": 1000, "update_seconds": 0.06}
+    assert _update_in_steps({"fixmatch": fixmatch, "learned": learned}) == pytest.approx(10)
+    assert _update_in_steps({"learned": learned}) is None
+    assert _update_in_steps({"fixmatch": fixmatch, "learned": fixmatch}) is None

@@ -56,7 +56,9 @@ def test_truth_is_joined_by_image(shuffle):
 
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_scores_of_a_run_by_hand(shuffle):
-    runs = pd.DataFrame([{"arm": "learned", "seed": 7, "steps": 5, "seconds": 1.0}])
+    runs = pd.DataFrame(
+        [{"arm": "learned", "seed": 7, "steps": 5, "seconds": 1.0, "update_seconds": 0.5}]
+    )
     judgements = join_truth(predictions(shuffle), TRUTH, LABELS, ["id", "unseen", "noise"])
     (row,) = score_runs(runs, judgements).to_dict("records")
     assert row["accuracy"] == 50
@@ -90,7 +92,7 @@ def test_trace_gives_each_image_its_own_source():
 
 
 def scores(**accuracy):
-    extra = ("steps", "seconds", "ece", "nll", "auroc_weight", "auroc_confidence")
+    extra = ("steps", "seconds", "update_seconds", "ece", "nll", "auroc_weight", "auroc_confidence")
     extra += ("weight_id", "weight_ood", "mask_rate")
     return pd.DataFrame(
         [

@@ -20,7 +20,7 @@ def small_chunks(monkeypatch):
 def same(a, b):
     """Whether two nested checkpoints are equal, leaving out times."""
     if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if k != "seconds")
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a if "seconds" not in str(k))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -160,11 +160,20 @@ def render_report(
         metrics=metrics,
         rows=rows,
         learned=metrics["arms"].get("learned"),
+        update_in_steps=_update_in_steps(metrics["arms"]),
         study=_summarise_study(study),
         manifest=manifest,
         figures=encoded,
         sources=SOURCES,
     )
+
+
+def _update_in_steps(arms: Mapping[str, Mapping[str, Any]]) -> float | None:
+    """What one update of the learned weights takes, in steps of FixMatch; None: not both run."""
+    if LEARNED not in arms or BASELINE not in arms or arms[LEARNED]["update_seconds"] is None:
+        return None
+    step = arms[BASELINE]["seconds"] / arms[BASELINE]["steps"]
+    return float(arms[LEARNED]["update_seconds"] / step)
 
 
 def _format(value: Any, digits: int = 1, sign: bool = False) -> str:

@@ -64,7 +64,7 @@ def score_runs(runs: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
     """One row a run.
 
     Args:
-        runs: columns `arm`, `seed`, `steps`, `seconds`, `mask_rate`.
+        runs: columns `arm`, `seed`, `steps`, `seconds`, `update_seconds`, `mask_rate`.
         judgements: from `join_truth`.
 
     Returns:
@@ -149,8 +149,9 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns `arm`, `seeds`, `accuracy`, `accuracy_low`, `accuracy_high` (%), `steps`,
-        `seconds`, `ece`, `nll`, `auroc_weight`, `auroc_confidence`, `weight_id`, `weight_ood`,
-        `mask_rate`; against FixMatch `difference`, `difference_low`, `difference_high` (points),
+        `seconds`, `update_seconds` (one update of the weights), `ece`, `nll`, `auroc_weight`,
+        `auroc_confidence`, `weight_id`, `weight_ood`, `mask_rate`; against FixMatch
+        `difference`, `difference_low`, `difference_high` (points),
         `p_value`, `p_holm` (over the arms) and, where the oracle was run, `gap_closed`,
         `gap_closed_low`, `gap_closed_high`. NaN where not defined.
     """
@@ -170,6 +171,7 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
                 for name in (
                     "steps",
                     "seconds",
+                    "update_seconds",
                     "ece",
                     "nll",
                     "auroc_weight",

@@ -109,8 +109,9 @@ class Trainer:
 
         Returns:
             The final checkpoint: "classifier" (the EMA's state), "weighting", "history" (of the
-            pool's weights and confidences, (snapshots, N)), "seconds" spent training, "config" and
-            "metrics" (the lines of `metrics.jsonl`).
+            pool's weights and confidences, (snapshots, N)), "seconds" spent training,
+            "update_seconds" that one update of the weights took (NaN: there was none), "config"
+            and "metrics" (the lines of `metrics.jsonl`).
 
         Raises:
             FloatingPointError: if the loss is no longer finite.
@@ -205,6 +206,7 @@ class Run:
         )
         self.weighting = self._build_weighting()
         self.step, self.seconds = 0, 0.0
+        self.updates, self.update_seconds = 0, 0.0
         count = self.training.snapshots
         self._snapshots = {round((k + 1) * config.steps / count) for k in range(count)}
         self.history: dict[str, list[Any]] = {"step": [], "weights": [], "confidence": []}
@@ -342,7 +344,10 @@ class Run:
         entry["loss"] = loss.detach()
         if self._weighs() and self.step % self.training.weighing.interval == 0:
             self._require_finite(float(loss.detach()))
+            started = time.perf_counter()
             entry.update(self.weighting.update(self.classifier))
+            self.updates += 1
+            self.update_seconds += time.perf_counter() - started
         if self.step in self._snapshots:
             self._record_pool()
         return entry
@@ -420,6 +425,7 @@ class Run:
             "weighting": self.weighting.state_dict(),
             "history": stacked,
             "seconds": self.seconds,
+            "update_seconds": self.update_seconds / self.updates if self.updates else math.nan,
             "config": asdict(self.config),
             "metrics": [
                 json.loads(line)
@@ -434,6 +440,8 @@ class Run:
             "fingerprint": self.fingerprint,
             "step": self.step,
             "seconds": self.seconds,
+            "updates": self.updates,
+            "update_seconds": self.update_seconds,
             "classifier": self.classifier.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -461,6 +469,7 @@ class Run:
         self.streams.load_state_dict(state["streams"])
         self.history = state["history"]
         self.step, self.seconds = state["step"], state["seconds"]
+        self.updates, self.update_seconds = state["updates"], state["update_seconds"]
         lines = metrics.read_text().splitlines() if metrics.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.step]
         metrics.write_text("".join(line + "\n" for line in kept))

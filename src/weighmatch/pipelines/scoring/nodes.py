@@ -54,7 +54,8 @@ def collect_runs(
         mask_rate = float("nan")
         if history["step"]:
             mask_rate = float((history["confidence"][-1] >= training.threshold).float().mean())
-        runs.append({**row, "seconds": checkpoint["seconds"], "mask_rate": mask_rate})
+        times = {name: checkpoint[name] for name in ("seconds", "update_seconds")}
+        runs.append({**row, **times, "mask_rate": mask_rate})
         if config["arm"] != "oracle" and history["step"]:
             snapshots, images = history["weights"].shape
             histories.append(

@@ -1,0 +1,77 @@
+"""The parts of `python -m benchmarks` on tiny settings; what they print are times."""
+
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import __main__ as everything
+from benchmarks import augmentation, startup, steps
+from benchmarks.timing import by_turns
+
+
+def test_calls_take_turns_and_the_first_round_is_for_warming_up():
+    calls = []
+    times = by_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
+    assert "".join(calls) == "abababab"
+    assert [len(found) for found in times.values()] == [3, 3]
+
+
+@pytest.mark.parametrize("build", [augmentation.ours, augmentation.pillow])
+def test_both_augmentations_give_pairs_of_views(build):
+    images = augmentation.images_of(5)
+    weak, strong = build()(images)
+    for views in (weak, strong):
+        assert views.shape == (5, 3, 32, 32)
+        assert views.dtype == torch.float32
+        assert 0 <= float(views.min()) <= float(views.max()) <= 1
+    assert not torch.equal(weak, strong)
+
+
+def test_a_missing_package_is_left_out_with_a_word(monkeypatch):
+    monkeypatch.setitem(sys.modules, "kornia.augmentation", None)
+    monkeypatch.setitem(sys.modules, "torchvision.transforms.v2", None)
+    table = augmentation.beside_others(count=4, rounds=1)
+    assert [line.split(" | ")[0] for line in table[2:4]] == ["| weighmatch", "| Pillow"]
+    assert table[-1].startswith("Not installed: torchvision v2, one by one, torchvision v2, kornia")
+
+
+def test_scaling_has_a_column_a_batch():
+    table = augmentation.scaling([2, 4], rounds=1, device="cpu")
+    assert len(table) == 3
+    assert table[0].count("|") == 4
+
+
+def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp_path):
+    training = run_config(weighing={"interval": 4}).training
+    setting = steps.Setting("tiny CNN", training_set, training, steps=4)
+    times = steps.time_steps(setting, rounds=2, folder=tmp_path)
+    assert all(len(column) == 2 for column in dataclasses.astuple(times))
+    assert min(times.bare + times.fixmatch + times.learned) > 0
+    table = steps.step_table([setting], rounds=1, folder=tmp_path / "table")
+    assert len(table) == 3
+    assert len(steps.throughput_table([setting], rounds=1, folder=tmp_path / "rate")) == 4
+
+
+def test_the_share_of_an_update_counts_probes_once_in_ten():
+    times = steps.StepTimes([1.0], [2.0], [2.0], [10.0], [30.0])
+    config = dataclasses.replace(steps.WeighingConfig(), interval=20)
+    assert times.overheads(config) == [pytest.approx((2 + 12 / 20) / 2)]
+    assert times.updates_in_steps() == [5.0]
+
+
+def test_cpu_time_of_a_command_is_told_and_a_failing_one_named():
+    assert startup._spent(os.getpid()) > 0
+    with pytest.raises(RuntimeError, match="no_such_pipeline"):
+        startup._cpu_seconds(["--pipelines", "no_such_pipeline"], None)
+
+
+def test_unknown_sections_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--only", "steps,magic"])
+    with pytest.raises(SystemExit):
+        everything.main()
+    assert "magic is unknown; choose from augmentation" in capsys.readouterr().err
+    assert Path(everything.CONFIGURATION).is_file()
