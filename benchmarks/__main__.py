@@ -70,6 +70,10 @@ def training_steps(quick: bool, device: Device) -> None:
             peak = torch.cuda.max_memory_allocated() / 2**30
             print(f"\nPeak memory of the device: {peak:.2f} GiB.")
         if not quick:
+            show(
+                f"Options of training: {settings[0].name}",
+                steps.option_table(settings[0], rounds, Path(folder)),
+            )
             show("Images a second against the batch", scaling(default, device, Path(folder)))
 
 

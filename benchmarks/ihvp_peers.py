@@ -12,7 +12,7 @@ import os
 import statistics
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -28,6 +28,7 @@ from benchmarks.peers import (
     installed,
     left_out,
     mlp,
+    ours,
     quadratic,
     small_mlp,
     usable,
@@ -214,6 +215,22 @@ def memory(worker: Worker, hidden: Sequence[int], products: int) -> list[str]:
     return [*table, "", *memory_verdicts(multiples)]
 
 
+def growth(worker: Worker, hidden: Sequence[int], products: int, rounds: int) -> list[str]:
+    """Time of a solve by conjugate gradients on MLPs of several widths, batch 16."""
+    sizes, milliseconds, in_gradients = [], [], []
+    for width in hidden:
+        build = partial(mlp, (64, width, width, 10), batch=16)
+        # Damping that keeps every iteration going.
+        problem = replace(build(), damping=10.0)
+        worker.hold(build, problem)
+        found = [worker.call(time_solve, ours, "CG", products) for _ in range(rounds + 1)][1:]
+        sizes.append(f"P = {problem.rhs.numel():,}")
+        milliseconds.append(f"{1e3 * statistics.median(t.product for t in found):.3g}")
+        in_gradients.append(f"{statistics.median(t.product / t.gradient for t in found):.2f}")
+    rows = [["ms a product", *milliseconds], ["product in gradients", *in_gradients]]
+    return markdown([f"CG, k = {products}", *sizes], rows)
+
+
 def memory_verdicts(multiples: dict[str, list[float]]) -> list[str]:
     """Whether a solve takes O(P), for Nyström O(rank · P)."""
     growing = [
@@ -283,6 +300,7 @@ def tables(
         f"Largest difference over largest entry, errors against double precision; times: "
         f"{rounds} rounds in one process.",
     )
+    show("Time of a solve against P", growth(workers[0], hidden, products, rounds))
     # Last, as it takes gigabytes that the process then keeps.
     show(
         "Peak memory of a solve in parameter vectors",

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 
 from benchmarks.tables import markdown, spread
-from benchmarks.timing import by_turns
+from benchmarks.timing import by_turns, seconds_of
 from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
 from weighmatch.semisup.learned import PROBE_EVERY, Learned
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
@@ -186,3 +186,30 @@ def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list
         shares.append(f"{statistics.median(ratios):.2f}")
     header = ["labelled images in a step", *(str(s.training.batch_size) for s in settings)]
     return markdown(header, [["images a second", *rates], ["bare loop / FixMatch", *shares]])
+
+
+def option_table(setting: Setting, rounds: int, folder: Path) -> list[str]:
+    """FixMatch's step with each option of the configuration, over the step without any.
+
+    The first call, which `torch.compile` warms up in, is told apart.
+    """
+    plain = setting.training
+    options = {
+        "as it is": plain,
+        "channels_last": replace(plain, channels_last=True),
+        "bfloat16": replace(plain, precision="bfloat16"),
+        "compile": replace(plain, compile=True),
+    }
+    calls: dict[str, Callable[[], object]] = {}
+    first: dict[str, float] = {}
+    for name, training in options.items():
+        run = _run("fixmatch", replace(setting, training=training), folder / name)
+        calls[name] = partial(run.train_steps, setting.steps)
+        first[name] = seconds_of(calls[name])
+    times = by_turns(calls, rounds)
+    rows = []
+    for name, found in times.items():
+        ratios = [own / as_is for own, as_is in zip(found, times["as it is"], strict=True)]
+        warming = first[name] - statistics.median(found)
+        rows.append([name, spread(ratios), f"{warming:.1f}"])
+    return markdown(["option", "step / step as it is", "seconds of warming up"], rows)

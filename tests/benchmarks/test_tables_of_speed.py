@@ -56,6 +56,21 @@ def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp
     assert len(steps.throughput_table([setting], rounds=1, folder=tmp_path / "rate")) == 4
 
 
+def test_options_are_timed_beside_the_step_as_it_is(
+    run_config, training_set, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(torch, "compile", lambda module: module)
+    setting = steps.Setting("tiny CNN", training_set, run_config().training, steps=2)
+    table = steps.option_table(setting, rounds=1, folder=tmp_path)
+    assert [line.split(" | ")[0] for line in table[2:]] == [
+        "| as it is",
+        "| channels_last",
+        "| bfloat16",
+        "| compile",
+    ]
+    assert table[2].split(" | ")[1].startswith("1.00 (1.00")
+
+
 def test_the_share_of_an_update_counts_probes_once_in_ten():
     times = steps.StepTimes([1.0], [2.0], [2.0], [10.0], [30.0])
     config = dataclasses.replace(steps.WeighingConfig(), interval=20)
