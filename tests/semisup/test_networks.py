@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from weighmatch.semisup import ConfidenceNetwork, build_classifier
+from weighmatch.semisup.networks import _PoolTo2x2
 
 
 @pytest.mark.parametrize(("name", "side"), [("small_cnn", 8), ("wrn_28_2", 32)])
@@ -41,3 +43,10 @@ def test_the_confidence_network_takes_any_size(side):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match="choose from small_cnn, wrn_28_2"):
         build_classifier("resnet", 3, 10, seed=0)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (6, 8), (5, 4), (3, 7)])
+def test_maps_of_any_size_are_averaged_to_two_by_two(size):
+    maps = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = F.adaptive_avg_pool2d(maps, 2).flatten(1)
+    torch.testing.assert_close(_PoolTo2x2()(maps), expected)

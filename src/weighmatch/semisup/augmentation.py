@@ -88,8 +88,11 @@ def equalize(images: Tensor, _: Tensor) -> Tensor:
     """Equalise the histogram of each channel."""
     n, channels, height, width = images.shape
     flat = images.reshape(n * channels, height * width).long()
-    ones = torch.ones_like(flat)
-    histogram = flat.new_zeros(n * channels, 256).scatter_add_(1, flat, ones)
+    # In one dimension, where counting has a repeatable algorithm on a GPU.
+    row = torch.arange(n * channels, device=images.device).unsqueeze(1)
+    index = (flat + 256 * row).view(-1)
+    counts = flat.new_zeros(n * channels * 256).scatter_add_(0, index, torch.ones_like(index))
+    histogram = counts.view(n * channels, 256)
     last = flat.amax(dim=1, keepdim=True)
     step = (height * width - histogram.gather(1, last)) // 255
     below = histogram.cumsum(dim=1) - histogram

@@ -52,9 +52,14 @@ class _PoolTo2x2(nn.Module):
     """Average a map (B, C, H, W) to 2×2 and flatten it, (B, 4C)."""
 
     def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
         # On 8×8 images the map is 2×2 already, and pooling it would still take time.
-        pooled = x if x.shape[-2:] == (2, 2) else F.adaptive_avg_pool2d(x, 2)
-        return pooled.flatten(1)
+        if (height, width) != (2, 2):
+            if height % 2 or width % 2:
+                x = F.adaptive_avg_pool2d(x, 2)
+            else:  # the same, with a repeatable backward pass on a GPU
+                x = F.avg_pool2d(x, (height // 2, width // 2))
+        return x.flatten(1)
 
 
 def small_cnn_trunk(channels: int, width: int) -> nn.Sequential:

@@ -78,11 +78,12 @@ def confidence_weights(scores: Tensor, cut: float | None) -> Tensor:
 
 def otsu_cut(scores: Tensor) -> float:
     """The cut of scores (n,) into two groups that lie furthest apart (Otsu, 1979)."""
-    ordered = scores.sort().values.double()
+    # On the host: sums that build up have no repeatable algorithm on a GPU.
+    ordered = scores.cpu().sort().values.double()
     n = len(ordered)
     if n < 2:
         return float("-inf")
-    below = torch.arange(1, n, device=scores.device)
+    below = torch.arange(1, n)
     sums = ordered.cumsum(0)
     gap = sums[:-1] / below - (sums[-1] - sums[:-1]) / (n - below)
     best = int((below * (n - below) * gap.square()).argmax())
