@@ -5,7 +5,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
-from kedro.io import CatalogProtocol
+from kedro.io import CatalogProtocol, memory_dataset
 from kedro.pipeline import Pipeline
 
 Catalog = CatalogProtocol[Any, Any]
@@ -16,6 +16,29 @@ GROUPS = ("data", "training", "runs", "ihvp_analysis", "run_folder", "data_folde
 
 class RefusedError(ValueError):
     """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
+
+
+class LeanStart:
+    """Keeps Kedro from importing pandas for every parameter: half of a start's time.
+
+    Kedro asks pandas whether a value that it keeps in memory is a data frame. A value whose own
+    class does not come from one of these packages is none.
+    """
+
+    @hook_impl
+    def after_context_created(self, context: Any) -> None:
+        """Ask only where the answer can be yes."""
+        infer = getattr(memory_dataset, "_infer_copy_mode", None)
+        if infer is None or getattr(infer, "lean", False):
+            return
+
+        def lean(data: Any) -> Any:
+            package = type(data).__module__.partition(".")[0]
+            plain = package in ("builtins", "weighmatch", "pathlib", "omegaconf")
+            return "deepcopy" if plain else infer(data)
+
+        lean.lean = True  # type: ignore[attr-defined]
+        memory_dataset._infer_copy_mode = lean
 
 
 class ChecksBeforeWork:

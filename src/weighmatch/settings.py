@@ -1,8 +1,8 @@
 """Project settings: https://docs.kedro.org/en/stable/kedro_project_setup/settings.html."""
 
-from weighmatch.hooks import ChecksBeforeWork
+from weighmatch.hooks import ChecksBeforeWork, LeanStart
 
-HOOKS = (ChecksBeforeWork(),)
+HOOKS = (LeanStart(), ChecksBeforeWork())
 
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS = {
