@@ -64,7 +64,7 @@ def training_steps(quick: bool, device: Device) -> None:
             steps.step_table(settings, rounds, Path(folder)),
             f"Median (range) of {rounds} rounds, ratios within a round; the learned arm has the "
             f"default IHVP and interval ({default.weighing.interval} steps), once its weights are "
-            f"learned; they are from {default.weighing.warmup:.0%} of a run on.",
+            f"learned, which they are from {default.weighing.warmup:.0%} of a run on.",
         )
         if device != "cpu":
             peak = torch.cuda.max_memory_allocated() / 2**30

@@ -106,6 +106,10 @@ class StepTimes:
             found.append((own + mean / weighing.interval) / step)
         return found
 
+    def run_overheads(self, weighing: WeighingConfig) -> list[float]:
+        """The same over a whole run, of which the first `warmup` learns no weights."""
+        return [1 + (1 - weighing.warmup) * (o - 1) for o in self.overheads(weighing)]
+
     def updates_in_steps(self) -> list[float]:
         """One update over one step of FixMatch."""
         return [u / s for u, s in zip(self.update, self.fixmatch, strict=True)]
@@ -161,11 +165,12 @@ def step_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
                 spread([o / s for o, s in zip(times.learned, times.fixmatch, strict=True)]),
                 spread(times.updates_in_steps()),
                 spread(times.overheads(setting.training.weighing)),
+                spread(times.run_overheads(setting.training.weighing)),
             ]
         )
     header = ["problem", "ms a FixMatch step", "images a second", "bare loop / FixMatch"]
     header += ["learned step without update / FixMatch", "one update in steps"]
-    header += ["learned arm / FixMatch, updates included"]
+    header += ["learned arm / FixMatch, updates included", "over a run, warm-up included"]
     return markdown(header, rows)
 
 

@@ -76,12 +76,14 @@ def test_the_share_of_an_update_counts_probes_once_in_ten():
     config = dataclasses.replace(steps.WeighingConfig(), interval=20)
     assert times.overheads(config) == [pytest.approx((2 + 12 / 20) / 2)]
     assert times.updates_in_steps() == [5.0]
+    config = dataclasses.replace(config, warmup=0.5)
+    assert times.run_overheads(config) == [pytest.approx(1 + 0.5 * (1.3 - 1))]
 
 
 def test_cpu_time_of_a_command_is_told_and_a_failing_one_named():
     assert startup._spent(os.getpid()) > 0
     with pytest.raises(RuntimeError, match="no_such_pipeline"):
-        startup._cpu_seconds(["--pipelines", "no_such_pipeline"], None)
+        startup._cpu_seconds(startup._run_of(["--pipelines", "no_such_pipeline"]), None)
 
 
 def test_unknown_sections_are_refused(monkeypatch, capsys):

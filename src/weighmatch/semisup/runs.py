@@ -1,6 +1,7 @@
 """Many runs at once: one process a core, one thread each, resumed run by run."""
 
 import functools
+import logging
 import multiprocessing
 import os
 import queue
@@ -25,6 +26,8 @@ from weighmatch.semisup.trainer import (
     fingerprint,
     pick_device,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,15 @@ def train_all(
         return {}
     if workers == "auto":
         workers = default_workers(pick_device(jobs[0].config.training.device))
+    at_once = max(1, min(workers, len(jobs)))
+    log.info("training %d runs, %d at a time", len(jobs), at_once)
     total = sum(job.config.steps for job in jobs)
     description = f"training {len(jobs)} runs"
     with tqdm(total=total, desc=description, unit="step", mininterval=0.5) as bar:
-        if workers <= 1 or len(jobs) <= 1:
+        if at_once == 1:
             with one_thread():
                 return {job.name: _train(job, folder, bar.update) for job in jobs}
-        return _train_in_processes(jobs, folder, workers, bar)
+        return _train_in_processes(jobs, folder, at_once, bar)
 
 
 def _train(job: Job, folder: Path, progress: Any) -> dict[str, Any]:
