@@ -1,4 +1,4 @@
-"""What the defaults learn, on tuning seeds: `uv run pytest -m slow` (about a minute)."""
+"""What the defaults learn, on tuning seeds: `uv run pytest -m slow` (about two minutes)."""
 
 from pathlib import Path
 
@@ -22,39 +22,45 @@ def defaults(file, group):
     return yaml.safe_load((CONF / file).read_text())[group]
 
 
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory):
-    """Held-out images of seed 0, judged by each arm of the default settings."""
-    data = DataConfig(**{**defaults("parameters_data.yml", "data"), "seeds": [0]})
+SEEDS = (0, 1, 2)
+
+
+def judged(arm, seed, folder):
+    """Held-out images judged by an arm of the default settings, and which are in-distribution."""
+    data = DataConfig(**{**defaults("parameters_data.yml", "data"), "seeds": [seed]})
     training = TrainingConfig(**defaults("parameters_training.yml", "training"))
-    splits = make_splits(*load_digits(), load_photographs(), data, seed=0)
+    splits = make_splits(*load_digits(), load_photographs(), data, seed=seed)
+    pool = splits.pool.images
+    if arm == "oracle":
+        pool = pool[splits.pool.sources == 0]
+    trainer = Trainer(RunConfig(arm, seed, training.steps, 6, training))
+    checkpoint = trainer.fit(TrainingSet(splits.labelled_images, splits.labels, pool), folder)
+    result = score_images(checkpoint, splits.heldout.images)
     is_id = splits.heldout.sources == 0
-    results = {}
-    for arm in ("supervised", "fixmatch", "learned", "oracle"):
-        pool = splits.pool.images
-        if arm == "oracle":
-            pool = pool[splits.pool.sources == 0]
-        trainer = Trainer(RunConfig(arm, 0, training.steps, 6, training))
-        folder = tmp_path_factory.mktemp(arm)
-        checkpoint = trainer.fit(TrainingSet(splits.labelled_images, splits.labels, pool), folder)
-        result = score_images(checkpoint, splits.heldout.images)
-        right = result.probabilities.argmax(axis=1) == splits.heldout.classes
-        results[arm] = (100 * right[is_id].mean(), result)
-    return results, is_id
+    right = result.probabilities.argmax(axis=1) == splits.heldout.classes
+    return 100 * right[is_id].mean(), result, is_id
 
 
-def test_unlabelled_images_help_and_clean_ones_more(scored):
-    accuracy = {arm: value for arm, (value, _) in scored[0].items()}
+def test_unlabelled_images_help_and_clean_ones_more(tmp_path):
+    accuracy = {
+        arm: np.mean([judged(arm, seed, tmp_path / f"{arm}{seed}")[0] for seed in SEEDS])
+        for arm in ("supervised", "fixmatch", "oracle")
+    }
     assert accuracy["oracle"] > accuracy["fixmatch"] > 80
     assert accuracy["oracle"] > accuracy["supervised"] > 70
 
 
-def test_learned_scores_tell_new_intruders_apart(scored):
-    results, is_id = scored
-    _, learned = results["learned"]
-    assert roc_auc_score(is_id, learned.scores) > 0.7
-    assert learned.weights[is_id].mean() > 1.2
-    assert learned.weights[~is_id].mean() < 0.8
+def test_learned_scores_tell_new_intruders_apart(tmp_path):
+    aurocs, inside, outside = [], [], []
+    for seed in SEEDS:
+        _, learned, is_id = judged("learned", seed, tmp_path / str(seed))
+        aurocs.append(roc_auc_score(is_id, learned.scores))
+        inside.append(learned.weights[is_id].mean())
+        outside.append(learned.weights[~is_id].mean())
+    # One seed may fall below: what is claimed is claimed of means.
+    assert np.mean(aurocs) > 0.7
+    assert np.mean(inside) > 1.2
+    assert np.mean(outside) < 0.8
 
 
 def test_the_wide_resnet_trains_with_learned_weights(tmp_path):
