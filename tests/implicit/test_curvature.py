@@ -100,8 +100,12 @@ def test_an_operator_that_expects_many_products_gives_the_same(kind, name):
     assert op._tangent is None
     op.expect(3)
     convolutions = any(p.ndim > 2 for p in problem.params.values())
-    # torch 2.15 traces circular padding to a wrong product, which must not be taken.
-    if name != "many kinds of convolution":
+    # Traces that are wrong must not be taken: of circular padding in torch 2.15, and of group
+    # norm from the second call on in torch 2.11.
+    wrong = {"many kinds of convolution"}
+    if torch.__version__ < "2.15":
+        wrong.add("CNN with GroupNorm")
+    if name not in wrong:
         assert (op._tangent is not None) == (convolutions == (kind == "Hessian"))
     for vector, expected in zip(vectors, before, strict=True):
         torch.testing.assert_close(op @ vector, expected, rtol=1e-9, atol=1e-12)

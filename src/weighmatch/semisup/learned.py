@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from weighmatch.implicit import (
@@ -148,7 +148,7 @@ class Learned(InductiveWeighting):
     ) -> Tensor:
         """s_i over the norm of the last layer's gradient, (n,): a direction, not a loss's size."""
         network = WithFeatures(classifier)
-        params = {name: p.detach() for name, p in network.named_parameters()}
+        params = _parameters(network)
 
         def losses(params: Parameters) -> tuple[Tensor, tuple[Tensor, Tensor]]:
             logits, features = functional_call(network, params, (strong,))
@@ -213,5 +213,7 @@ class Learned(InductiveWeighting):
         self.evidence = state["evidence"].to(self.pool.device)
 
 
-def _parameters(classifier: Classifier) -> Parameters:
-    return {name: p.detach() for name, p in classifier.named_parameters()}
+def _parameters(network: nn.Module) -> Parameters:
+    # Contiguous whatever the layout of training: forward mode through group norm needs it in
+    # torch 2.11.
+    return {name: p.detach().contiguous() for name, p in network.named_parameters()}
