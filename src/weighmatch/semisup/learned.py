@@ -214,6 +214,9 @@ class Learned(InductiveWeighting):
 
 
 def _parameters(network: nn.Module) -> Parameters:
-    # Contiguous whatever the layout of training: forward mode through group norm needs it in
-    # torch 2.11.
-    return {name: p.detach().contiguous() for name, p in network.named_parameters()}
+    # In the plain layout whatever that of training is: forward mode through group norm needs it
+    # in torch 2.11. Cloned, since kernels of one channel pass for contiguous in either.
+    return {
+        name: p.detach().clone(memory_format=torch.contiguous_format)
+        for name, p in network.named_parameters()
+    }
