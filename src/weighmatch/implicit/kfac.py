@@ -20,6 +20,7 @@ from weighmatch.implicit.exact import solve_symmetric
 from weighmatch.implicit.flat import Parameters, flatten, unflatten
 from weighmatch.implicit.method import Iterate, Method, State
 from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.second_order import CONV2D
 
 Apply = Callable[[Tensor], Tensor]
 # Parameters outside of linear and convolution layers form one exact block up to this size.
@@ -220,8 +221,7 @@ class _Layers(nn.Module):
 
 
 def _call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    names = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    return {**dict(zip(CONV2D, args, strict=False)), **kwargs}
 
 
 class _Recorder(TorchFunctionMode):
