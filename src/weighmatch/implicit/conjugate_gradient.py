@@ -37,6 +37,9 @@ class ConjugateGradient(_IterativeMethod):
 
     preconditioner: Callable[[Tensor], Tensor] | Preconditioner | None = None
 
+    def _polynomial(self) -> bool:
+        return self.preconditioner is None
+
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         precondition = self._preconditioner(op, state)

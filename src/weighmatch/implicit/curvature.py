@@ -23,6 +23,7 @@ import sys
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.memory import keep_freed_memory
-from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.operators import LinearOperator, Restriction
+from weighmatch.implicit.row_space import Points, RowSpaces, restrict
 from weighmatch.implicit.second_order import CheapSecondOrder
 
 T = TypeVar("T")
@@ -56,6 +58,7 @@ class _ParameterOperator(LinearOperator):
         if self.device.type == "cpu":
             keep_freed_memory()
         self._tangent: Callable[[Parameters], Parameters | Tensor] | None = None
+        self._points = Points(tuple(self._leaves), {})
         # Batched convolutions with a batch of cotangents are slower than one after another.
         self._batches = not any(p.ndim > 2 for p in self._leaves)
 
@@ -82,6 +85,31 @@ class _ParameterOperator(LinearOperator):
             self._tangent = None
             self.linearize_from = sys.maxsize  # nor again
 
+    def _graph(
+        self, function: Callable[[Parameters], Tensor], cotangent: Callable[[Tensor], Tensor | None]
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, ...]]:
+        """Values of `function`, a cotangent for them, and its pullback with its graph.
+
+        Layers whose inputs are data are written in the row spaces of these where that can be.
+        """
+        spaces = RowSpaces(self._leaves)
+        try:
+            with spaces:
+                value = function(self.params)
+            self._points = spaces.points()
+            u = cotangent(value)
+            gradient = self._points.gradient(value, u)
+        except RuntimeError:  # a forward pass that is done again, without the mode, in the backward
+            if not spaces.points().found:
+                raise
+            value = function(self.params)
+            self._points = Points(tuple(self._leaves), {})
+            u = cotangent(value)
+            gradient = self._points.gradient(value, u)
+        if self._points.found:
+            self.linearize_from = sys.maxsize  # a trace would take all of the inputs again
+        return value, u, gradient
+
     def _cheaply(self, build: Callable[[], T], *, cotangent_only: bool = False) -> T:
         """What `build` gives, inside of `CheapSecondOrder` where that helps and can be."""
         if not self._batches:  # a batch of cotangents needs torch's own layers
@@ -92,14 +120,25 @@ class _ParameterOperator(LinearOperator):
 
     @abstractmethod
     def _apply(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
-        """The product, from and to tensors shaped as the parameters.
+        """The product, from and to tensors shaped as those of `_points`.
 
         With `batched`, all of them have a leading dimension of columns.
         """
 
+    def _apply_whole(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor]:
+        """The same from and to tensors shaped as the parameters."""
+        return self._points.out_of(self._apply(self._points.into(pieces), batched))
+
     def _product(self, vector: Tensor) -> Tensor:
-        product = self._apply(list(unflatten(vector, self.params).values()), batched=False)
+        product = self._apply_whole(list(unflatten(vector, self.params).values()), batched=False)
         return torch.cat([piece.reshape(-1) for piece in product])
+
+    def restricted(self, vector: Tensor) -> Restriction | None:
+        """In the row spaces of layers whose inputs are data; None where there are none."""
+        if not self._points.invariant:
+            return None
+        pieces = list(unflatten(vector, self.params).values())
+        return restrict(self, self._points, pieces, partial(self._apply, batched=False))
 
     def _block_product(self, block: Tensor) -> Tensor:
         if not self._batches or block.shape[1] < 2:
@@ -112,7 +151,7 @@ class _ParameterOperator(LinearOperator):
                 piece.T.reshape(count, *leaf.shape)
                 for piece, leaf in zip(chunk.split(sizes), self._leaves, strict=True)
             ]
-            columns.append(_rows(self._apply(pieces, batched=True), self._leaves, count).T)
+            columns.append(_rows(self._apply_whole(pieces, batched=True), self._leaves, count).T)
         return torch.cat(columns, dim=1)
 
 
@@ -133,9 +172,7 @@ class Hessian(_ParameterOperator):
         self._gradient = [g for _, g in kept]
 
     def _build(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(
-            self._loss(self.params), self._leaves, create_graph=True, materialize_grads=True
-        )
+        return self._graph(self._loss, lambda _: None)[2]
 
     def expect(self, products: int) -> None:
         if products >= self.linearize_from and not self._batches and self._tangent is None:
@@ -151,7 +188,7 @@ class Hessian(_ParameterOperator):
             return list(product.values())
         return torch.autograd.grad(
             self._gradient,
-            self._leaves,
+            self._points.tensors,
             [pieces[i] for i in self._kept],
             retain_graph=True,
             materialize_grads=True,
@@ -175,11 +212,10 @@ class _PulledBack(_ParameterOperator):
         self._kept = [i for i, g in enumerate(self._pullback) if g.requires_grad]
 
     def _build(self) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
-        outputs = self._outputs_of(self.params)
-        dummy = torch.zeros_like(outputs, requires_grad=True)
-        pullback = torch.autograd.grad(
-            outputs, self._leaves, dummy, create_graph=True, materialize_grads=True
+        outputs, dummy, pullback = self._graph(
+            self._outputs_of, lambda z: torch.zeros_like(z, requires_grad=True)
         )
+        assert dummy is not None
         return outputs, dummy, pullback
 
     @abstractmethod
@@ -196,11 +232,16 @@ class _PulledBack(_ParameterOperator):
         self.products += len(cotangents)
         if self._batches:
             rows = [
-                _rows(self._pull(chunk, batched=True), self._leaves, len(chunk))
+                _rows(
+                    self._points.out_of(self._pull(chunk, batched=True)), self._leaves, len(chunk)
+                )
                 for chunk in cotangents.split(BLOCK)
             ]
         else:
-            rows = [_rows(self._pull(row, batched=False), self._leaves, 1) for row in cotangents]
+            rows = [
+                _rows(self._points.out_of(self._pull(row, batched=False)), self._leaves, 1)
+                for row in cotangents
+            ]
         return torch.cat(rows)
 
     def _push(self, pieces: Sequence[Tensor], batched: bool) -> Tensor:
@@ -223,7 +264,7 @@ class _PulledBack(_ParameterOperator):
         """Jᵀ w."""
         return torch.autograd.grad(
             self._outputs,
-            self._leaves,
+            self._points.tensors,
             cotangent,
             retain_graph=True,
             materialize_grads=True,

@@ -111,14 +111,8 @@ class Method(ABC):
         self._announce(op)
         # Solving for g/‖g‖ keeps half- and single-precision dot products in range.
         unit = unit / length
-        iterate = self._iterate(op, unit, state)
-        value, status = iterate.value, iterate.status
-        if not bool(torch.isfinite(value).all()):
-            iterate = Iterate(torch.zeros_like(unit), status="diverged", measured=1.0)
-            value, status = iterate.value, iterate.status
-        residual = iterate.measured
-        if residual is None:
-            residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
+        iterate, value, residual = self._checked(op, unit, state)
+        status = iterate.status
         if not math.isfinite(residual):
             value, residual, status = torch.zeros_like(unit), 1.0, "diverged"
         scaled = value * norm
@@ -131,6 +125,27 @@ class Method(ABC):
             error_bound=self._error_bound(op, residual, value, iterate),
             status=status or self._judge(residual),
         )
+
+    def _checked(
+        self, op: LinearOperator, unit: Tensor, state: State | None
+    ) -> tuple[Iterate, Tensor, float]:
+        """What the method gives, a finite value, (P,), and the norm of its residual."""
+        restriction = op.restricted(unit) if self._polynomial() else None
+        if restriction is not None:
+            op, unit = restriction.operator, restriction.vector
+        iterate = self._iterate(op, unit, state)
+        if not bool(torch.isfinite(iterate.value).all()):
+            iterate = Iterate(torch.zeros_like(unit), status="diverged", measured=1.0)
+        value, residual = iterate.value, iterate.measured
+        if residual is None:
+            residual = float(torch.linalg.vector_norm(self._damped(op, value) - unit))
+        return iterate, value if restriction is None else restriction.lift(value), residual
+
+    def _polynomial(self) -> bool:
+        """Whether every iterate is a polynomial of C times g, so that it stays in any space that
+        holds g and that C maps to itself.
+        """
+        return False
 
     @abstractmethod
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
@@ -185,6 +200,9 @@ class _IterativeMethod(Method):
 
     def _announce(self, op: LinearOperator) -> None:
         op.expect(self.max_products)
+
+    def _polynomial(self) -> bool:
+        return True
 
     def _judge(self, residual: float) -> Status:
         # The recomputed residual may differ from the recursion's by rounding.

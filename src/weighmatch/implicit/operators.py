@@ -4,6 +4,8 @@ Every operator is symmetric and acts on flat vectors (P,) or blocks (P, k).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -50,6 +52,13 @@ class LinearOperator(ABC):
 
         An operator that knows a way to multiply that pays only for many prepares it here.
         """
+
+    def restricted(self, vector: Tensor) -> "Restriction | None":
+        """This operator on a smaller space that holds `vector`, (P,), and that C maps to itself.
+
+        None where none is known.
+        """
+        return None
 
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """Multiply a vector (P,) or the columns of a block (P, k).
@@ -98,6 +107,21 @@ class LinearOperator(ABC):
         identity = torch.eye(size, dtype=self.dtype, device=self.device)
         matrix = torch.cat([self @ block for block in identity.split(block_size, dim=1)], dim=1)
         return (matrix + matrix.T) / 2
+
+
+@dataclass(frozen=True)
+class Restriction:
+    """An operator on a space that it maps to itself.
+
+    Attributes:
+        operator: in an orthonormal basis of the space, (R, R); counts for the whole one too.
+        vector: the coordinates of the vector that the space was made for, (R,).
+        lift: from coordinates, (R,), to vectors, (P,).
+    """
+
+    operator: LinearOperator
+    vector: Tensor
+    lift: Callable[[Tensor], Tensor]
 
 
 class Dense(LinearOperator):
