@@ -204,7 +204,7 @@ def memory(worker: Worker, hidden: Sequence[int], products: int) -> list[str]:
     sizes = []
     multiples: dict[str, list[float]] = {name: [] for name in methods}
     for width in hidden:
-        build = partial(mlp, (64, width, width, 10), batch=16)
+        build = partial(mlp, (64, width, width, 10), batch=64)
         problem = build()
         worker.hold(build, problem)
         sizes.append(f"P = {problem.rhs.numel():,}")
@@ -216,10 +216,10 @@ def memory(worker: Worker, hidden: Sequence[int], products: int) -> list[str]:
 
 
 def growth(worker: Worker, hidden: Sequence[int], products: int, rounds: int) -> list[str]:
-    """Time of a solve by conjugate gradients on MLPs of several widths, batch 16."""
+    """Time of a solve by conjugate gradients on MLPs of several widths, batch 64."""
     sizes, milliseconds, in_gradients = [], [], []
     for width in hidden:
-        build = partial(mlp, (64, width, width, 10), batch=16)
+        build = partial(mlp, (64, width, width, 10), batch=64)
         # Damping that keeps every iteration going.
         problem = replace(build(), damping=10.0)
         worker.hold(build, problem)
@@ -305,7 +305,7 @@ def tables(
     show(
         "Peak memory of a solve in parameter vectors",
         memory(workers[0], hidden, products),
-        "Of torch's tensors, by its profiler; MLPs with tanh in single precision, batch 16, "
+        "Of torch's tensors, by its profiler; MLPs with tanh in single precision, batch 64, "
         "the Hessian's graph included.",
     )
     for worker in workers:

@@ -44,13 +44,13 @@ class StudyConfig:
         workers: processes; "auto": one a core.
     """
 
-    networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
+    networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4", "mlp-256")
     seeds: tuple[int, ...] = (0, 1)
     inner: int = 100
     outer: int = 300
     label_noise: float = 0.2
     steps: int = 300
-    stages: tuple[float, ...] = (0.0, 0.1, 0.5, 1.0)
+    stages: tuple[float, ...] = (0.0, 0.5, 1.0)
     indefinite: bool = True
     l2: tuple[float, ...] = (1e-2, 1e-3)
     dampings: tuple[float, ...] = (0.01, 0.0, 0.1)

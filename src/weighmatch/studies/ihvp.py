@@ -243,7 +243,9 @@ def _solve_cell(
     if smallest > 0 and plain:
         # What a certificate needs is known here; in practice it comes from `lower_bound`.
         op.smallest_eigenvalue = reference.smallest
-    measure_memory = plain and seed == config.seeds[0] and point.stage == 1.0
+    # It depends on method and budget alone.
+    bases = (config.seeds[0], 1.0, config.l2[0], config.dampings[0])
+    measure_memory = plain and (seed, point.stage, problem.l2, cell.damping_ratio) == bases
     rows = []
     for method, budget, call in _attempts(problem, cell, op, rhs, params, damping, largest):
         attempt, seconds = _timed(call)

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weighmatch.implicit import (
+    ConjugateGradient,
     EmpiricalFisher,
     GaussNewton,
     Hessian,
     Parameters,
     extreme_eigenvalues,
     flatten,
+    unflatten,
 )
 from weighmatch.semisup.networks import small_cnn_trunk
 from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
@@ -28,6 +30,7 @@ from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
 CLASSES = 10
 # The end of Adam's steps, which the last stage goes on from.
 _ADAMS_END = 0.9999
+_AT_A_MINIMUM = 1e-9  # largest entry of the gradient
 # Snapshots among which the most indefinite one is looked for, as fractions of the training.
 _SEARCHED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 
@@ -172,17 +175,26 @@ class WeighingProblem:
             optimizer.step()
         return points
 
-    def _minimise(self, params: Parameters, iterations: int = 2000) -> Parameters:
+    def _minimise(self, params: Parameters, rounds: int = 7) -> Parameters:
+        """L-BFGS until Newton's method converges from where it has come to."""
+        weights = torch.ones(len(self.labels), dtype=torch.float64)
+        for _ in range(rounds):
+            params = self._newton(self._descend(params, weights), weights)
+            slope = gradient(lambda theta: self.inner(theta, weights), params)
+            if float(slope.abs().max()) <= _AT_A_MINIMUM:
+                break
+        return params
+
+    def _descend(self, params: Parameters, weights: Tensor, iterations: int = 300) -> Parameters:
         theta = {name: p.clone().requires_grad_() for name, p in params.items()}
         optimizer = torch.optim.LBFGS(
             theta.values(),
             max_iter=iterations,
             history_size=100,
-            tolerance_grad=1e-9,
+            tolerance_grad=_AT_A_MINIMUM,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
-        weights = torch.ones(len(self.labels), dtype=torch.float64)
 
         def closure() -> float:
             optimizer.zero_grad()
@@ -192,6 +204,25 @@ class WeighingProblem:
 
         optimizer.step(closure)
         return {name: p.detach() for name, p in theta.items()}
+
+    def _newton(self, params: Parameters, weights: Tensor, steps: int = 30) -> Parameters:
+        """The last digits, which L-BFGS takes thousands of iterations for."""
+        solver = ConjugateGradient(max_products=300, rtol=1e-4)
+
+        def loss(theta: Parameters) -> Tensor:
+            return self.inner(theta, weights)
+
+        slope = gradient(loss, params)
+        for _ in range(steps):
+            if float(slope.abs().max()) <= _AT_A_MINIMUM:
+                break
+            step = solver.solve(Hessian(loss, params), slope).value
+            moved = unflatten(flatten(params) - step, params)
+            slope_there = gradient(loss, moved)
+            if not slope_there.norm() < slope.norm():
+                break
+            params, slope = moved, slope_there
+        return params
 
 
 def build(
