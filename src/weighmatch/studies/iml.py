@@ -1,0 +1,467 @@
+"""Implicit meta-learning (IML): inner training, a hypergradient, a step of φ, and again.
+
+Online, T inner steps go on from where the last ones ended (warm start, Lorraine, Vicol & Duvenaud,
+2020, algorithm 1); to convergence, θ is minimised anew for every φ (cold start).
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weighmatch.implicit import (
+    KFAC,
+    Chebyshev,
+    ConjugateGradient,
+    Dense,
+    Diagonal,
+    Exact,
+    Identity,
+    LinearOperator,
+    Method,
+    MinRes,
+    Neumann,
+    Nystrom,
+    Parameters,
+    State,
+    Woodbury,
+    darts_gradient,
+    extreme_eigenvalues,
+    flatten,
+    implicit_gradient,
+    sama_gradient,
+    unrolled_gradient,
+)
+from weighmatch.studies.problems import BilevelProblem, minimise
+
+# Costs in gradients of the inner loss, as measured on an MLP by `benchmarks.ihvp_peers`: the same
+# on every machine, so that two runs give the same table.
+PRODUCT = 1.2
+BUILD = 1.5  # of an operator's graph
+MIXED = 3.0  # gradient, its graph, and one pass back through it
+UNROLLED = 4.0  # a step forward, with its graph, and back
+PROBE = 6  # products that λ_max is found with
+# Inner losses, and outer ones, beyond which a run counts as diverged.
+DIVERGED = 50.0
+
+# Methods of `weighmatch.implicit` by name; each gets a damping and a budget.
+IHVPS: dict[str, Callable[[float, int], Method]] = {
+    "identity": lambda d, _: Identity(damping=d),
+    "neumann": lambda d, k: Neumann(damping=d, max_products=k, extrapolate=False),
+    "chebyshev": lambda d, k: Chebyshev(damping=d, max_products=k),
+    "conjugate_gradient": lambda d, k: ConjugateGradient(damping=d, max_products=k),
+    "minres": lambda d, k: MinRes(damping=d, max_products=k),
+    "nystrom": lambda d, k: Nystrom(damping=d, rank=max(1, k - 3)),
+    "nystrom_cg": lambda d, k: ConjugateGradient(
+        damping=d, max_products=k, preconditioner=Nystrom(rank=max(1, k // 2))
+    ),
+    "diagonal": lambda d, k: Diagonal(damping=d, probes=max(1, k - 1)),
+    "woodbury_fisher": lambda d, _: Woodbury(damping=d),
+    "kfac": lambda d, _: KFAC(damping=d),
+    "exact": lambda d, _: Exact(damping=d),
+}
+# Hypergradients that are not an IHVP; "none" leaves φ as it is.
+OTHERS = ("unrolled", "darts", "sama", "none")
+# They see the data term alone, not L2.
+_OF_THE_DATA_TERM = ("woodbury_fisher", "kfac")
+
+
+@dataclass(frozen=True)
+class Training:
+    """One IML training.
+
+    Attributes:
+        method: a key of `IHVPS` or one of `OTHERS`.
+        budget: products of an iterative method, unrolled steps.
+        curvature: which matrix it inverts.
+        damping: δ/λ_max on top of what L2 adds.
+        outer_steps: updates of φ.
+        inner_steps: T.
+        converge: minimise the inner loss anew for every φ instead of T steps.
+        step: α·λ_max of inner gradient descent, with λ_max at the start.
+        automatic_step: λ_max is measured again before every T steps, and α·λ_max kept at 1 where
+            `step` is larger.
+        neumann_step: α of the Neumann series as that of inner training (True) or automatic.
+        momentum: of inner training.
+        batch: inner images of a mini-batch; None: all.
+        shared_batch: the curvature and the mixed derivative are of one mini-batch.
+        frozen_statistics: batch normalisation in eval mode while the hypergradient is computed.
+        outer_rule: how φ moves.
+        outer_rate: learning rate of φ; None: the problem's own (for Adam).
+        clip: largest norm of a hypergradient; 0: no limit.
+        normalise: divide every hypergradient by its norm.
+        average: weight of the past in a running mean of hypergradients; 0: none.
+        renew: outer steps after which λ_max and sketches are computed anew.
+        dtype: of parameters and images.
+        diagnose: outer steps between comparisons with the exact hypergradient; 0: none.
+    """
+
+    method: str = "conjugate_gradient"
+    budget: int = 20
+    curvature: Literal["hessian", "gauss_newton"] = "hessian"
+    damping: float = 0.01
+    outer_steps: int = 40
+    inner_steps: int = 20
+    converge: bool = False
+    step: float = 1.0
+    automatic_step: bool = True
+    neumann_step: bool = False
+    momentum: float = 0.0
+    batch: int | None = None
+    shared_batch: bool = True
+    frozen_statistics: bool = True
+    outer_rule: Literal["adam", "sgd"] = "adam"
+    outer_rate: float | None = None
+    clip: float = 0.0
+    normalise: bool = False
+    average: float = 0.0
+    renew: int = 1
+    dtype: Literal["float64", "float32", "bfloat16"] = "float64"
+    diagnose: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in IHVPS and self.method not in OTHERS:
+            raise ValueError(
+                f"method {self.method!r} is unknown; choose from {', '.join([*IHVPS, *OTHERS])}"
+            )
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A hypergradient, like φ; its cost in inner gradients; the solver's residual, if any."""
+
+    gradient: Parameters
+    cost: float
+    residual: float = math.nan
+    status: str = ""
+
+
+@dataclass
+class _Inner:
+    """Where inner training is: θ, its momentum, and the last T steps."""
+
+    params: Parameters
+    velocity: Parameters
+    history: list[tuple[Parameters, Tensor | None]] = field(default_factory=list)
+
+
+def train(problem: BilevelProblem, training: Training, seed: int) -> list[dict[str, Any]]:
+    """Train, and say before every outer step where it is.
+
+    Args:
+        problem: which one.
+        training: how.
+        seed: of mini-batches.
+
+    Returns:
+        A row an outer step and one for the end: `outer_step`, `cost` (inner gradients spent
+        so far), `inner_loss`, `outer_loss`, `test_accuracy`, `inner_gradient` (norm),
+        `step_sharpness` (α·λ_max, where λ_max was measured), `residual`, `status`, `diverged`,
+        and, where it was diagnosed, `cosine` and `error` (of the hypergradient against the exact
+        one on all examples, without damping), `low_share` (of ‖H⁻¹g‖² in eigendirections below
+        λ_max/20), `smallest_eigenvalue`, `largest_eigenvalue` (of H, L2 included) and
+        `retrained_accuracy` (of θ*(φ) from the initial parameters, on test images). A
+        diverged run ends early; its last row has `diverged` and no numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hyper = problem.hyperparameters()
+    inner = _Inner(problem.initial, {k: torch.zeros_like(p) for k, p in problem.initial.items()})
+    start = dict(problem.initial)
+    update = _outer_rule(problem, training, hyper)
+    state: dict[str, Any] = {}
+    rate = training.step / _largest(problem, start, hyper)
+    cost, rows = float(PROBE * PRODUCT), []
+    mean: Parameters | None = None
+    for outer_step in range(training.outer_steps + 1):
+        if training.automatic_step and not training.converge:
+            largest = _largest(problem, inner.params, hyper)
+            rate = min(training.step, 1.0) / largest
+            cost += PROBE * PRODUCT
+        else:
+            largest = math.nan
+        if training.converge:
+            inner.params = minimise(problem, hyper, start)
+            inner.history = [(inner.params, None)] * training.budget
+        else:
+            inner = _descend(problem, training, hyper, inner, rate, generator)
+            cost += training.inner_steps * (training.batch or problem.examples) / problem.examples
+        row = {"outer_step": outer_step, "cost": cost, **_where(problem, inner.params, hyper)}
+        row["step_sharpness"] = rate * largest
+        rows.append(row)
+        if row["diverged"] or outer_step == training.outer_steps:
+            break
+        if training.method == "none":
+            continue
+        if training.renew > 0 and outer_step % training.renew == 0:
+            state.clear()
+        with _mode(problem, training):
+            found = estimate(problem, training, hyper, inner, rate, generator, state)
+        cost += found.cost
+        row.update(residual=found.residual, status=found.status)
+        if training.diagnose and outer_step % training.diagnose == 0:
+            row.update(diagnose(problem, inner.params, hyper, found.gradient))
+            retrained = minimise(problem, hyper, start)
+            row["retrained_accuracy"] = problem.test_accuracy(retrained)
+        gradient = _conditioned(found.gradient, training)
+        if training.average:
+            past = gradient if mean is None else mean
+            weight = training.average
+            mean = {k: weight * past[k] + (1 - weight) * g for k, g in gradient.items()}
+            gradient = mean
+        hyper = update(gradient)
+    return rows
+
+
+def estimate(
+    problem: BilevelProblem,
+    training: Training,
+    hyper: Parameters,
+    inner: _Inner,
+    rate: float,
+    generator: torch.Generator,
+    state: State | None = None,
+) -> Estimate:
+    """The hypergradient that the method gives at the end of the last T steps."""
+    params = inner.params
+    rows = _batch(problem, training, generator)
+    others = rows if training.shared_batch else _batch(problem, training, generator)
+    share = 1.0 if rows is None else len(rows) / problem.examples
+
+    def loss(p: Parameters, h: Parameters) -> Tensor:
+        return problem.inner(p, h, rows)
+
+    if training.method == "unrolled":
+        steps = min(training.budget, len(inner.history))
+        past = inner.history[-steps:]
+
+        def step(p: Parameters, h: Parameters, t: int) -> Parameters:
+            value = problem.inner(p, h, past[t][1])
+            slopes = torch.autograd.grad(value, list(p.values()), create_graph=True)
+            return {k: q - rate * s for (k, q), s in zip(p.items(), slopes, strict=True)}
+
+        found = unrolled_gradient(step, past[0][0], hyper, problem.outer, steps)
+        return Estimate(found, 1 + UNROLLED * steps * share)
+    if training.method == "darts":
+        found = darts_gradient(loss, problem.outer, params, hyper, learning_rate=rate)
+        return Estimate(found, 1 + 2 * share)
+    if training.method == "sama":
+        slopes = torch.autograd.grad(*_fresh(loss, params, hyper))
+        moment = {k: s.square() for k, s in zip(params, slopes, strict=True)}
+        found = sama_gradient(
+            loss, problem.outer, params, hyper, learning_rate=rate, second_moment=moment
+        )
+        return Estimate(found, 1 + 3 * share)
+
+    operator = _operator(problem, training, params, hyper, others)
+    spent = operator.products
+    damping, solver = _solver(problem, training, operator, hyper, rate, state)
+    found, solution = implicit_gradient(
+        loss, problem.outer, params, hyper, solver, lambda *_: operator, state
+    )
+    cost = 1 + share * (BUILD + MIXED + PRODUCT * (operator.products - spent))
+    if damping and training.damping:
+        cost += share * PRODUCT * PROBE
+    return Estimate(found, cost, solution.residual, solution.status)
+
+
+def diagnose(
+    problem: BilevelProblem, params: Parameters, hyper: Parameters, gradient: Parameters
+) -> dict[str, float]:
+    """A hypergradient beside the exact one, and the spectrum that tells them apart."""
+    matrix = problem.hessian(params, hyper).dense().double()
+    exact, solution = implicit_gradient(
+        problem.inner, problem.outer, params, hyper, Exact(), lambda *_: Dense(matrix)
+    )
+    eigenvalues, vectors = torch.linalg.eigh(matrix)
+    coordinates = (vectors.T @ solution.value).square()
+    low = eigenvalues.abs() < eigenvalues[-1] / 20
+    ours, reference = flatten(gradient).double(), flatten(exact)
+    return {
+        "cosine": float(F.cosine_similarity(ours, reference, dim=0)),
+        "error": float((ours - reference).norm() / reference.norm()),
+        "low_share": float(coordinates[low].sum() / coordinates.sum()),
+        "smallest_eigenvalue": float(eigenvalues[0]),
+        "largest_eigenvalue": float(eigenvalues[-1]),
+    }
+
+
+def _operator(
+    problem: BilevelProblem,
+    training: Training,
+    params: Parameters,
+    hyper: Parameters,
+    rows: Tensor | None,
+) -> LinearOperator:
+    if training.method == "woodbury_fisher":
+        return problem.fisher(params, hyper, rows)
+    if training.method == "kfac":
+        return problem.layers(params, hyper, rows)
+    if training.curvature == "gauss_newton":
+        return problem.gauss_newton(params, hyper, rows)
+    return problem.hessian(params, hyper, rows)
+
+
+def _solver(
+    problem: BilevelProblem,
+    training: Training,
+    operator: LinearOperator,
+    hyper: Parameters,
+    rate: float,
+    state: State | None,
+) -> tuple[float, Method]:
+    """δ and the method with it."""
+    damping = 0.0
+    if training.damping:
+        known = None if state is None else state.get("scale")
+        largest = _top(operator) if known is None else known
+        if state is not None:
+            state["scale"] = largest
+        damping = training.damping * max(largest, 0.0)
+    if training.method in _OF_THE_DATA_TERM:
+        damping += problem.mean_decay(hyper)
+    if training.method == "neumann" and training.neumann_step:
+        return damping, Neumann(
+            damping=damping, max_products=training.budget, step=rate, extrapolate=False
+        )
+    return damping, IHVPS[training.method](damping, training.budget)
+
+
+def _top(operator: LinearOperator) -> float:
+    return extreme_eigenvalues(operator, products=PROBE)[1]
+
+
+def _largest(problem: BilevelProblem, params: Parameters, hyper: Parameters) -> float:
+    """λ_max of the inner loss on all examples; NaN at a point that is not finite."""
+    with _statistics_of_the_batch(problem):
+        largest = _top(problem.hessian(params, hyper))
+    return max(largest, 1e-3) if math.isfinite(largest) else math.nan
+
+
+def _descend(
+    problem: BilevelProblem,
+    training: Training,
+    hyper: Parameters,
+    inner: _Inner,
+    rate: float,
+    generator: torch.Generator,
+) -> _Inner:
+    """T steps of gradient descent with momentum."""
+    problem.network.train()
+    params, velocity = dict(inner.params), dict(inner.velocity)
+    history = []
+    for _ in range(training.inner_steps):
+        rows = _batch(problem, training, generator)
+        history.append((params, rows))
+        theta = {k: p.detach().requires_grad_() for k, p in params.items()}
+        slopes = torch.autograd.grad(problem.inner(theta, hyper, rows), list(theta.values()))
+        velocity = {
+            k: training.momentum * velocity[k] + s for k, s in zip(params, slopes, strict=True)
+        }
+        params = {k: p - rate * velocity[k] for k, p in params.items()}
+    problem.network.eval()
+    return _Inner(params, velocity, history)
+
+
+def _where(problem: BilevelProblem, params: Parameters, hyper: Parameters) -> dict[str, Any]:
+    """Losses and accuracy at θ."""
+    problem.network.eval()
+    loss, leaves = _fresh(problem.inner, params, hyper)
+    slope = torch.cat([s.reshape(-1) for s in torch.autograd.grad(loss, leaves)])
+    with torch.no_grad():
+        outer_loss = float(problem.outer(params))
+    inner_loss = float(loss.detach())
+    diverged = not (inner_loss < DIVERGED and outer_loss < DIVERGED)
+    if diverged:
+        return {"diverged": True}
+    return {
+        "inner_loss": inner_loss,
+        "outer_loss": outer_loss,
+        "test_accuracy": problem.test_accuracy(params),
+        "inner_gradient": float(slope.norm()),
+        "diverged": False,
+    }
+
+
+def _fresh(
+    loss: Callable[[Parameters, Parameters], Tensor], params: Parameters, hyper: Parameters
+) -> tuple[Tensor, list[Tensor]]:
+    theta = {k: p.detach().requires_grad_() for k, p in params.items()}
+    return loss(theta, hyper), list(theta.values())
+
+
+def _batch(
+    problem: BilevelProblem, training: Training, generator: torch.Generator
+) -> Tensor | None:
+    if training.batch is None or training.batch >= problem.examples:
+        return None
+    return torch.randperm(problem.examples, generator=generator)[: training.batch]
+
+
+def _conditioned(gradient: Parameters, training: Training) -> Parameters:
+    """Without NaN, clipped or normalised as asked."""
+    norm = float(flatten(gradient).double().norm())
+    if not math.isfinite(norm):
+        # One hypergradient that overflowed must not end the run where clipping is asked for.
+        scale = 0.0 if training.clip or training.normalise else 1.0
+        kept = {k: torch.nan_to_num(g) if scale == 0.0 else g for k, g in gradient.items()}
+        return {k: scale * g for k, g in kept.items()}
+    scale = 1.0
+    if training.normalise and norm > 0:
+        scale = 1 / norm
+    if training.clip and norm * scale > training.clip:
+        scale = training.clip / norm
+    return {k: scale * g for k, g in gradient.items()}
+
+
+def _outer_rule(
+    problem: BilevelProblem, training: Training, hyper: Parameters
+) -> Callable[[Parameters], Parameters]:
+    rate = problem.outer_rate if training.outer_rate is None else training.outer_rate
+    leaves = {k: h.clone().requires_grad_() for k, h in hyper.items()}
+    # Single steps on a few numbers: the plain loops are the fastest.
+    optimizer: torch.optim.Optimizer
+    if training.outer_rule == "adam":
+        optimizer = torch.optim.Adam(leaves.values(), lr=rate, betas=(0.9, 0.99), foreach=False)
+    else:
+        optimizer = torch.optim.SGD(leaves.values(), lr=rate, foreach=False)
+
+    def update(gradient: Mapping[str, Tensor]) -> Parameters:
+        for k, leaf in leaves.items():
+            leaf.grad = gradient[k].to(leaf.dtype)
+        optimizer.step()
+        return {k: leaf.detach().clone() for k, leaf in leaves.items()}
+
+    return update
+
+
+@contextmanager
+def _mode(problem: BilevelProblem, training: Training) -> Iterator[None]:
+    """Batch normalisation as asked while the hypergradient is computed."""
+    problem.network.train(not training.frozen_statistics)
+    yield
+    problem.network.eval()
+
+
+@contextmanager
+def _statistics_of_the_batch(problem: BilevelProblem) -> Iterator[None]:
+    """λ_max of what inner training sees, with running statistics left as they were."""
+    kept = {k: b.clone() for k, b in problem.network.named_buffers()}
+    problem.network.train()
+    yield
+    problem.network.eval()
+    for k, b in problem.network.named_buffers():
+        b.copy_(kept[k])
+
+
+def with_dtype(problem: BilevelProblem, dtype: torch.dtype) -> BilevelProblem:
+    """The same problem in another precision."""
+    digits = problem.digits
+    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(digits).items()}
+    other = type(problem)(replace(digits, **cast), problem.size, seed=0)
+    other.initial = {k: p.to(dtype) for k, p in problem.initial.items()}
+    return other

@@ -1,0 +1,304 @@
+"""The contract of a bilevel problem: what an implicit meta-learning (IML) run needs to know of it.
+
+    min over φ of outer(θ*(φ)),   θ*(φ) = argmin over θ of
+    inner(θ, φ) = data_loss(logits(θ, φ), φ) + ½ Σ_p decay_p(φ) θ_p²
+
+A new problem is one module of this package with one subclass of `BilevelProblem`: the studies, the
+configuration and the tests find it by its `name`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from weighmatch.implicit import (
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Parameters,
+    flatten,
+)
+
+CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images (n, 64) in [−0.5, 0.5], double precision, and labels (n,), drawn for one seed.
+
+    Attributes:
+        inner: images of the inner problem.
+        inner_labels: theirs, as given, some of them wrong.
+        wrong: which are wrong, (n,); for figures only.
+        outer: images of the outer problem.
+        outer_labels: theirs.
+        test: images that neither problem sees.
+        test_labels: theirs.
+    """
+
+    inner: Tensor
+    inner_labels: Tensor
+    wrong: Tensor
+    outer: Tensor
+    outer_labels: Tensor
+    test: Tensor
+    test_labels: Tensor
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a problem is drawn.
+
+    Attributes:
+        inner: number of inner images.
+        outer: number of outer images.
+        test: number of test images.
+        label_noise: share of wrong inner labels.
+        hidden: width of the hidden layer; 0: softmax regression.
+        l2: λ, where the problem does not learn it.
+        normalised: batch normalisation before the activation.
+    """
+
+    inner: int = 100
+    outer: int = 100
+    test: int = 500
+    label_noise: float = 0.4
+    hidden: int = 8
+    l2: float = 0.01
+    normalised: bool = False
+
+
+class BilevelProblem(ABC):
+    """A bilevel problem on digits.
+
+    Args:
+        digits: the images.
+        size: network and regularisation.
+        seed: of the initial parameters.
+
+    Attributes:
+        name: of the problem, in configuration and tables.
+        noisy: whether inner labels are wrong by `Size.label_noise`.
+        outer_rate: learning rate of Adam on φ that suits it.
+        initial: θ at the start of a training.
+    """
+
+    name: ClassVar[str]
+    noisy: ClassVar[bool] = False
+    outer_rate: ClassVar[float] = 0.1
+    registry: ClassVar[dict[str, type["BilevelProblem"]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        BilevelProblem.registry[cls.name] = cls
+
+    def __init__(self, digits: Digits, size: Size, seed: int) -> None:
+        self.digits = digits
+        self.size = size
+        self.network = _network(size, seed).to(digits.inner.dtype)
+        self.initial: Parameters = {
+            name: p.detach().clone() for name, p in self.network.named_parameters()
+        }
+
+    @property
+    def examples(self) -> int:
+        """Number of examples that mini-batches of the inner problem are drawn from."""
+        return len(self.digits.inner_labels)
+
+    @classmethod
+    def draw(
+        cls, images: NDArray[np.uint8], labels: NDArray[np.int64], size: Size, seed: int
+    ) -> Digits:
+        """Inner, outer and test images for one seed, and which inner labels are wrong.
+
+        Args:
+            images: (N, 1, 8, 8).
+            labels: 0 to 9, (N,).
+            size: how many.
+            seed: of everything drawn.
+
+        Raises:
+            ValueError: if there are not enough images.
+        """
+        rng = np.random.default_rng([seed, 6021])
+        order = rng.permutation(len(images))
+        needed = size.inner + size.outer + size.test
+        require_images(cls.name, size, needed, len(order))
+        inner, outer, test = np.split(order[:needed], [size.inner, size.inner + size.outer])
+        wrong = torch.zeros(size.inner, dtype=torch.bool)
+        if cls.noisy:
+            picked = rng.permutation(size.inner)[: round(size.label_noise * size.inner)]
+            wrong[torch.from_numpy(picked)] = True
+        digits = scaled(images, labels, inner, wrong, outer, test)
+        shift = torch.from_numpy(rng.integers(1, CLASSES, size.inner))
+        given = torch.where(wrong, (digits.inner_labels + shift) % CLASSES, digits.inner_labels)
+        return replace(digits, inner_labels=given)
+
+    @abstractmethod
+    def hyperparameters(self) -> Parameters:
+        """φ at the start, names to tensors."""
+
+    @abstractmethod
+    def example_losses(
+        self, logits: Tensor, hyper: Parameters, rows: Tensor | None = None
+    ) -> Tensor:
+        """Losses of the examples in `rows` (None: all), (B,); their mean is `data_loss`."""
+
+    def inputs(self, hyper: Parameters, rows: Tensor | None = None) -> Tensor:
+        """Of the network, (B, 64)."""
+        return self.digits.inner if rows is None else self.digits.inner[rows]
+
+    def decay(self, hyper: Parameters) -> Parameters:
+        """Coefficients of L2, shaped as θ or broadcast to it."""
+        return {name: p.new_tensor(self.size.l2) for name, p in self.initial.items()}
+
+    def forward(self, params: Parameters, inputs: Tensor) -> Tensor:
+        """Logits, (B, 10)."""
+        z: Tensor = functional_call(self.network, params, (inputs,))
+        return z
+
+    def logits(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Tensor:
+        return self.forward(params, self.inputs(hyper, rows))
+
+    def inner(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Tensor:
+        losses = self.example_losses(self.logits(params, hyper, rows), hyper, rows)
+        decay = self.decay(hyper)
+        penalty = torch.stack([(decay[name] * p.square()).sum() for name, p in params.items()])
+        return losses.mean() + penalty.sum() / 2
+
+    def outer(self, params: Parameters) -> Tensor:
+        return F.cross_entropy(self.forward(params, self.digits.outer), self.digits.outer_labels)
+
+    def test_accuracy(self, params: Parameters) -> float:
+        with torch.no_grad():
+            predicted = self.forward(params, self.digits.test).argmax(1)
+        return float((predicted == self.digits.test_labels).double().mean())
+
+    def hessian(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Hessian:
+        """Of the inner loss, L2 included."""
+        return Hessian(lambda p: self.inner(p, hyper, rows), params)
+
+    def gauss_newton(
+        self, params: Parameters, hyper: Parameters, rows: Tensor | None = None
+    ) -> GaussNewton:
+        """Of the inner loss; L2 is a squared output √d_p θ_p of its own, so that it is exact."""
+        roots = self._root_decay(hyper)
+        count = len(self.inputs(hyper, rows))
+
+        def outputs(p: Parameters) -> Tensor:
+            z = self.logits(p, hyper, rows)
+            return torch.cat([z.reshape(-1), roots * flatten(p)])
+
+        def output_loss(both: Tensor) -> Tensor:
+            z = both[: count * CLASSES].view(count, CLASSES)
+            squares = both[count * CLASSES :].square().sum()
+            return self.example_losses(z, hyper, rows).mean() + squares / 2
+
+        return GaussNewton(outputs, output_loss, params)
+
+    def layers(
+        self, params: Parameters, hyper: Parameters, rows: Tensor | None = None
+    ) -> GaussNewton:
+        """Of the data term alone, from logits (B, 10): what K-FAC looks into."""
+        return GaussNewton(
+            lambda p: self.logits(p, hyper, rows),
+            lambda z: self.example_losses(z, hyper, rows).mean(),
+            params,
+        )
+
+    def fisher(
+        self, params: Parameters, hyper: Parameters, rows: Tensor | None = None
+    ) -> EmpiricalFisher:
+        """Of the data term."""
+        return EmpiricalFisher(
+            lambda p: self.example_losses(self.logits(p, hyper, rows), hyper, rows), params
+        )
+
+    def mean_decay(self, hyper: Parameters) -> float:
+        """What methods that see the data term alone add to their damping."""
+        return float(self._root_decay(hyper).square().mean())
+
+    def _root_decay(self, hyper: Parameters) -> Tensor:
+        decay = self.decay(hyper)
+        whole = {name: decay[name].detach().expand_as(p) for name, p in self.initial.items()}
+        return flatten(whole).sqrt()
+
+
+def scaled(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    inner: NDArray[np.int64],
+    wrong: Tensor,
+    outer: NDArray[np.int64],
+    test: NDArray[np.int64],
+) -> Digits:
+    """The images with these numbers, with their true labels."""
+    x = torch.from_numpy(images.reshape(len(images), -1)).double() / 255 - 0.5
+    y = torch.from_numpy(labels)
+    return Digits(x[inner], y[inner], wrong, x[outer], y[outer], x[test], y[test])
+
+
+def require_images(name: str, size: Size, needed: int, there: int) -> None:
+    """Raise a ValueError where a problem asks for more images than there are."""
+    if needed > there:
+        raise ValueError(
+            f"{name} with inner {size.inner}, outer {size.outer} and test {size.test} needs "
+            f"{needed} images of its classes, and there are {there}; make one of them smaller"
+        )
+
+
+def minimise(
+    problem: BilevelProblem,
+    hyper: Parameters,
+    start: Parameters,
+    iterations: int = 150,
+    tolerance: float = 1e-7,
+) -> Parameters:
+    """θ*(φ) from `start`, by L-BFGS on all examples.
+
+    Args:
+        problem: whose inner loss.
+        hyper: φ.
+        start: where to start.
+        iterations: at most so many.
+        tolerance: largest entry of the gradient at which it stops.
+    """
+    theta = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
+    leaves = list(theta.values())
+    optimizer = torch.optim.LBFGS(
+        leaves,
+        max_iter=iterations,
+        history_size=30,
+        tolerance_grad=tolerance,
+        tolerance_change=0.0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def closure() -> float:
+        loss = problem.inner(theta, hyper)
+        for leaf, slope in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+            leaf.grad = slope
+        return float(loss.detach())
+
+    optimizer.step(closure)
+    found = {name: p.detach() for name, p in theta.items()}
+    finite = all(bool(torch.isfinite(p).all()) for p in found.values())
+    return found if finite else {name: p.detach().clone() for name, p in start.items()}
+
+
+def _network(size: Size, seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if not size.hidden:
+            return nn.Sequential(nn.Linear(64, CLASSES))
+        layers: list[nn.Module] = [nn.Linear(64, size.hidden), nn.Tanh()]
+        if size.normalised:
+            layers.insert(1, nn.BatchNorm1d(size.hidden))
+        return nn.Sequential(*layers, nn.Linear(size.hidden, CLASSES))
