@@ -250,7 +250,7 @@ def estimate(
         found = darts_gradient(loss, problem.outer, params, hyper, learning_rate=rate)
         return Estimate(found, 1 + 2 * share)
     if training.method == "sama":
-        slopes = torch.autograd.grad(*_fresh(loss, params, hyper))
+        _, slopes = problem.inner_gradient(params, hyper, rows)
         moment = {k: s.square() for k, s in zip(params, slopes, strict=True)}
         found = sama_gradient(
             loss, problem.outer, params, hyper, learning_rate=rate, second_moment=moment
@@ -357,8 +357,7 @@ def _descend(
     for _ in range(training.inner_steps):
         rows = _batch(problem, training, generator)
         history.append((params, rows))
-        theta = {k: p.detach().requires_grad_() for k, p in params.items()}
-        slopes = torch.autograd.grad(problem.inner(theta, hyper, rows), list(theta.values()))
+        _, slopes = problem.inner_gradient(params, hyper, rows)
         velocity = {
             k: training.momentum * velocity[k] + s for k, s in zip(params, slopes, strict=True)
         }
@@ -370,11 +369,11 @@ def _descend(
 def _where(problem: BilevelProblem, params: Parameters, hyper: Parameters) -> dict[str, Any]:
     """Losses and accuracy at θ."""
     problem.network.eval()
-    loss, leaves = _fresh(problem.inner, params, hyper)
-    slope = torch.cat([s.reshape(-1) for s in torch.autograd.grad(loss, leaves)])
+    loss, slopes = problem.inner_gradient(params, hyper)
+    slope = torch.cat([s.reshape(-1) for s in slopes])
     with torch.no_grad():
         outer_loss = float(problem.outer(params))
-    inner_loss = float(loss.detach())
+    inner_loss = float(loss)
     diverged = not (inner_loss < DIVERGED and outer_loss < DIVERGED)
     if diverged:
         return {"diverged": True}
@@ -385,13 +384,6 @@ def _where(problem: BilevelProblem, params: Parameters, hyper: Parameters) -> di
         "inner_gradient": float(slope.norm()),
         "diverged": False,
     }
-
-
-def _fresh(
-    loss: Callable[[Parameters, Parameters], Tensor], params: Parameters, hyper: Parameters
-) -> tuple[Tensor, list[Tensor]]:
-    theta = {k: p.detach().requires_grad_() for k, p in params.items()}
-    return loss(theta, hyper), list(theta.values())
 
 
 def _batch(

@@ -106,6 +106,8 @@ class BilevelProblem(ABC):
         self.initial: Parameters = {
             name: p.detach().clone() for name, p in self.network.named_parameters()
         }
+        names = list(self.initial)
+        self._layers = list(zip(names[::2], names[1::2], strict=True))
 
     @property
     def examples(self) -> int:
@@ -161,17 +163,42 @@ class BilevelProblem(ABC):
 
     def forward(self, params: Parameters, inputs: Tensor) -> Tensor:
         """Logits, (B, 10)."""
-        z: Tensor = functional_call(self.network, params, (inputs,))
-        return z
+        if self.size.normalised:
+            z: Tensor = functional_call(self.network, params, (inputs,))
+            return z
+        # Spelled out: `functional_call` takes longer than the arithmetic of so small a network.
+        *hidden, last = self._layers
+        for weight, bias in hidden:
+            inputs = torch.tanh(F.linear(inputs, params[weight], params[bias]))
+        return F.linear(inputs, params[last[0]], params[last[1]])
 
     def logits(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Tensor:
         return self.forward(params, self.inputs(hyper, rows))
 
+    def data_loss(
+        self, params: Parameters, hyper: Parameters, rows: Tensor | None = None
+    ) -> Tensor:
+        """The inner loss without L2."""
+        return self.example_losses(self.logits(params, hyper, rows), hyper, rows).mean()
+
     def inner(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Tensor:
-        losses = self.example_losses(self.logits(params, hyper, rows), hyper, rows)
         decay = self.decay(hyper)
         penalty = torch.stack([(decay[name] * p.square()).sum() for name, p in params.items()])
-        return losses.mean() + penalty.sum() / 2
+        return self.data_loss(params, hyper, rows) + penalty.sum() / 2
+
+    def inner_gradient(
+        self, params: Parameters, hyper: Parameters, rows: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The inner loss and its gradient in each parameter; L2's in closed form."""
+        theta = {name: p.detach().requires_grad_() for name, p in params.items()}
+        loss = self.data_loss(theta, hyper, rows)
+        slopes = torch.autograd.grad(loss, list(theta.values()))
+        decay = self.decay(hyper)
+        with torch.no_grad():
+            pulls = [decay[name] * p for name, p in params.items()]
+            penalty = sum((q * p).sum() for q, p in zip(pulls, params.values(), strict=True))
+            whole = [s + q for s, q in zip(slopes, pulls, strict=True)]
+        return loss.detach() + penalty / 2, whole
 
     def outer(self, params: Parameters) -> Tensor:
         return F.cross_entropy(self.forward(params, self.digits.outer), self.digits.outer_labels)
@@ -282,10 +309,10 @@ def minimise(
     )
 
     def closure() -> float:
-        loss = problem.inner(theta, hyper)
-        for leaf, slope in zip(leaves, torch.autograd.grad(loss, leaves), strict=True):
+        loss, slopes = problem.inner_gradient(theta, hyper)
+        for leaf, slope in zip(leaves, slopes, strict=True):
             leaf.grad = slope
-        return float(loss.detach())
+        return float(loss)
 
     optimizer.step(closure)
     found = {name: p.detach() for name, p in theta.items()}
