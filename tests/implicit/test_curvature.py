@@ -287,3 +287,15 @@ def test_keeping_memory_can_be_asked_for_again():
     first = keep_freed_memory()
     assert isinstance(first, bool)
     assert keep_freed_memory() is first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("confidence", [10.0, 20.0, 40.0])
+def test_a_confident_classifier_has_blocks_still(dtype, confidence):
+    z = torch.randn(4, 10, generator=torch.Generator().manual_seed(0)).to(dtype)
+    z[:, 0] += confidence
+    labels = torch.zeros(4, dtype=torch.long)
+    op = GaussNewton(lambda p: p["z"], lambda o: F.cross_entropy(o, labels), {"z": z})
+    p = z.double().softmax(1)
+    expected = (torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)) / 4
+    torch.testing.assert_close(op.output_curvature().double(), expected, rtol=1e-3, atol=1e-7)

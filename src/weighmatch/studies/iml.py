@@ -7,7 +7,8 @@ Online, T inner steps go on from where the last ones ended (warm start, Lorraine
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ from weighmatch.implicit import (
     sama_gradient,
     unrolled_gradient,
 )
+from weighmatch.studies.memory import peak_memory
 from weighmatch.studies.problems import BilevelProblem, minimise
 
 # Costs in gradients of the inner loss, as measured on an MLP by `benchmarks.ihvp_peers`: the same
@@ -96,6 +98,7 @@ class Training:
         clip: largest norm of a hypergradient; 0: no limit.
         normalise: divide every hypergradient by its norm.
         average: weight of the past in a running mean of hypergradients; 0: none.
+        bound: how far an entry of φ may go from where it started; 0: anywhere.
         renew: outer steps after which λ_max and sketches are computed anew.
         dtype: of parameters and images.
         diagnose: outer steps between comparisons with the exact hypergradient; 0: none.
@@ -120,6 +123,7 @@ class Training:
     clip: float = 0.0
     normalise: bool = False
     average: float = 0.0
+    bound: float = 0.0
     renew: int = 1
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     diagnose: int = 0
@@ -150,23 +154,30 @@ class _Inner:
     history: list[tuple[Parameters, Tensor | None]] = field(default_factory=list)
 
 
-def train(problem: BilevelProblem, training: Training, seed: int) -> list[dict[str, Any]]:
+def train(
+    problem: BilevelProblem,
+    training: Training,
+    seed: int,
+    reference: BilevelProblem | None = None,
+) -> list[dict[str, Any]]:
     """Train, and say before every outer step where it is.
 
     Args:
         problem: which one.
         training: how.
         seed: of mini-batches.
+        reference: the same problem in double precision, for `diagnose`; None: `problem`.
 
     Returns:
         A row an outer step and one for the end: `outer_step`, `cost` (inner gradients spent
-        so far), `inner_loss`, `outer_loss`, `test_accuracy`, `inner_gradient` (norm),
-        `step_sharpness` (α·λ_max, where λ_max was measured), `residual`, `status`, `diverged`,
-        and, where it was diagnosed, `cosine` and `error` (of the hypergradient against the exact
-        one on all examples, without damping), `low_share` (of ‖H⁻¹g‖² in eigendirections below
-        λ_max/20), `smallest_eigenvalue`, `largest_eigenvalue` (of H, L2 included) and
-        `retrained_accuracy` (of θ*(φ) from the initial parameters, on test images). A
-        diverged run ends early; its last row has `diverged` and no numbers.
+        so far), `inner_loss`, `outer_loss`, `outer_accuracy`, `test_accuracy`,
+        `inner_gradient` (norm), `step_sharpness` (α·λ_max, where λ_max was measured),
+        `residual`, `status`, `diverged`, and, where it was diagnosed, `cosine` and `error` (of
+        the hypergradient against the exact one on all examples, without damping), `low_share`
+        (of ‖H⁻¹g‖² in eigendirections below λ_max/20), `smallest_eigenvalue`,
+        `largest_eigenvalue` (of H, L2 included) and `retrained_accuracy` (of θ*(φ) from the
+        initial parameters, on test images). A diverged run ends early; its last row has
+        `diverged` and no numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     hyper = problem.hyperparameters()
@@ -204,9 +215,11 @@ def train(problem: BilevelProblem, training: Training, seed: int) -> list[dict[s
         cost += found.cost
         row.update(residual=found.residual, status=found.status)
         if training.diagnose and outer_step % training.diagnose == 0:
-            row.update(diagnose(problem, inner.params, hyper, found.gradient))
-            retrained = minimise(problem, hyper, start)
-            row["retrained_accuracy"] = problem.test_accuracy(retrained)
+            exact = reference or problem
+            wide = _double(hyper)
+            row.update(diagnose(exact, _double(inner.params), wide, found.gradient))
+            retrained = minimise(exact, wide, _double(start))
+            row["retrained_accuracy"] = exact.test_accuracy(retrained)
         gradient = _conditioned(found.gradient, training)
         if training.average:
             past = gradient if mean is None else mean
@@ -273,7 +286,7 @@ def diagnose(
     problem: BilevelProblem, params: Parameters, hyper: Parameters, gradient: Parameters
 ) -> dict[str, float]:
     """A hypergradient beside the exact one, and the spectrum that tells them apart."""
-    matrix = problem.hessian(params, hyper).dense().double()
+    matrix = problem.hessian(params, hyper).dense()
     exact, solution = implicit_gradient(
         problem.inner, problem.outer, params, hyper, Exact(), lambda *_: Dense(matrix)
     )
@@ -288,6 +301,10 @@ def diagnose(
         "smallest_eigenvalue": float(eigenvalues[0]),
         "largest_eigenvalue": float(eigenvalues[-1]),
     }
+
+
+def _double(tree: Parameters) -> Parameters:
+    return {name: leaf.double() for name, leaf in tree.items()}
 
 
 def _operator(
@@ -380,6 +397,7 @@ def _where(problem: BilevelProblem, params: Parameters, hyper: Parameters) -> di
     return {
         "inner_loss": inner_loss,
         "outer_loss": outer_loss,
+        "outer_accuracy": problem.outer_accuracy(params),
         "test_accuracy": problem.test_accuracy(params),
         "inner_gradient": float(slope.norm()),
         "diverged": False,
@@ -426,6 +444,10 @@ def _outer_rule(
         for k, leaf in leaves.items():
             leaf.grad = gradient[k].to(leaf.dtype)
         optimizer.step()
+        if training.bound:
+            with torch.no_grad():
+                for k, leaf in leaves.items():
+                    leaf.clamp_(hyper[k] - training.bound, hyper[k] + training.bound)
         return {k: leaf.detach().clone() for k, leaf in leaves.items()}
 
     return update
@@ -450,10 +472,11 @@ def _statistics_of_the_batch(problem: BilevelProblem) -> Iterator[None]:
         b.copy_(kept[k])
 
 
-def with_dtype(problem: BilevelProblem, dtype: torch.dtype) -> BilevelProblem:
-    """The same problem in another precision."""
-    digits = problem.digits
-    cast = {k: v.to(dtype) if v.is_floating_point() else v for k, v in vars(digits).items()}
-    other = type(problem)(replace(digits, **cast), problem.size, seed=0)
-    other.initial = {k: p.to(dtype) for k, p in problem.initial.items()}
-    return other
+def gradient_memory(problem: BilevelProblem, training: Training) -> int:
+    """Peak of the bytes that one hypergradient takes, at the initial parameters."""
+    hyper, generator = problem.hyperparameters(), torch.Generator().manual_seed(0)
+    velocity = {k: torch.zeros_like(p) for k, p in problem.initial.items()}
+    inner = _Inner(problem.initial, velocity, [(problem.initial, None)] * training.budget)
+    call = partial(estimate, problem, training, hyper, inner, 1e-3, generator)
+    call()  # what torch allocates once and keeps is not the method's
+    return peak_memory(call)

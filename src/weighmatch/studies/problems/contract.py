@@ -51,6 +51,11 @@ class Digits:
     test: Tensor
     test_labels: Tensor
 
+    def to(self, dtype: torch.dtype) -> "Digits":
+        """With images in another precision."""
+        cast = {name: getattr(self, name).to(dtype) for name in ("inner", "outer", "test")}
+        return replace(self, **cast)
+
 
 @dataclass(frozen=True)
 class Size:
@@ -203,10 +208,16 @@ class BilevelProblem(ABC):
     def outer(self, params: Parameters) -> Tensor:
         return F.cross_entropy(self.forward(params, self.digits.outer), self.digits.outer_labels)
 
+    def outer_accuracy(self, params: Parameters) -> float:
+        return self._accuracy(params, self.digits.outer, self.digits.outer_labels)
+
     def test_accuracy(self, params: Parameters) -> float:
+        return self._accuracy(params, self.digits.test, self.digits.test_labels)
+
+    def _accuracy(self, params: Parameters, images: Tensor, labels: Tensor) -> float:
         with torch.no_grad():
-            predicted = self.forward(params, self.digits.test).argmax(1)
-        return float((predicted == self.digits.test_labels).double().mean())
+            predicted = self.forward(params, images).argmax(1)
+        return float((predicted == labels).double().mean())
 
     def hessian(self, params: Parameters, hyper: Parameters, rows: Tensor | None = None) -> Hessian:
         """Of the inner loss, L2 included."""

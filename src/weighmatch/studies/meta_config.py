@@ -1,0 +1,130 @@
+"""Parameters of the meta-learning study (`params:meta_learning_analysis`)."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from weighmatch.checks import (
+    require_choice,
+    require_group,
+    require_integer,
+    require_number,
+    require_seeds,
+)
+from weighmatch.studies.config import listed
+from weighmatch.studies.iml import IHVPS, OTHERS
+from weighmatch.studies.problems import PROBLEMS
+from weighmatch.studies.snapshots import SnapshotConfig
+
+GROUP = "meta_learning_analysis"
+METHODS = (*IHVPS, *OTHERS)
+
+
+@dataclass(frozen=True)
+class MetaLearningConfig:
+    """What is run, and how long.
+
+    Attributes:
+        seeds: of the study of generalisation; everything else takes the first so many.
+        problems: names of `weighmatch.studies.problems`.
+        methods: of the widest comparison, on the first problem.
+        core_methods: of all other comparisons.
+        exact_everywhere: the exact hypergradient among the core methods of every problem.
+        converged_problems: those that are also trained to convergence for every φ.
+        inner: inner images (the contaminated pool has 24 labelled ones besides).
+        outer: outer images, save where they are varied.
+        outer_images: numbers of outer images in the map of generalisation.
+        dampings: δ/λ_max in that map.
+        inner_steps: T in that map; the first is T everywhere else.
+        label_noise: share of wrong labels.
+        hidden: width of the MLP.
+        outer_steps: updates of φ.
+        budget: products.
+        forgetting_seeds: number of seeds of that study.
+        forgetting_steps: updates of φ there.
+        steps: α·λ_max in the map of instability.
+        instability_seeds: number of seeds of that map.
+        widths: of the MLPs of the study of efficiency; P is 75 times the width.
+        budgets: products there.
+        efficiency_seeds: number of seeds there; one for networks of more than 200,000 parameters.
+        snapshots: of the study of influence in FixMatch.
+        workers: processes; "auto": one a core.
+    """
+
+    seeds: tuple[int, ...] = tuple(range(10))
+    problems: tuple[str, ...] = (
+        "example_weights",
+        "weight_decay",
+        "weighing_network",
+        "distillation",
+        "contaminated_pool",
+    )
+    methods: tuple[str, ...] = METHODS
+    core_methods: tuple[str, ...] = ("none", "identity", "conjugate_gradient", "unrolled")
+    exact_everywhere: bool = False
+    converged_problems: tuple[str, ...] = ("example_weights", "weight_decay")
+    inner: int = 100
+    outer: int = 100
+    outer_images: tuple[int, ...] = (25, 100, 400)
+    dampings: tuple[float, ...] = (0.0, 0.1, 1.0)
+    inner_steps: tuple[int, ...] = (20, 5)
+    label_noise: float = 0.4
+    hidden: int = 8
+    outer_steps: int = 30
+    budget: int = 20
+    forgetting_seeds: int = 6
+    forgetting_steps: int = 60
+    steps: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5)
+    instability_seeds: int = 3
+    widths: tuple[int, ...] = (13, 133, 1333, 13333)
+    budgets: tuple[int, ...] = (5, 20)
+    efficiency_seeds: int = 2
+    snapshots: SnapshotConfig = field(default_factory=SnapshotConfig)
+    workers: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
+        for name, choices in (
+            ("problems", tuple(PROBLEMS)),
+            ("converged_problems", tuple(PROBLEMS)),
+            ("methods", METHODS),
+            ("core_methods", METHODS),
+        ):
+            self._list(name, lambda v, n=name, c=choices: require_choice(f"{GROUP}.{n}", v, c))
+        for name, low in (
+            ("outer_images", 1),
+            ("inner_steps", 1),
+            ("widths", 1),
+            ("budgets", 4),
+        ):
+            self._list(name, lambda v, n=name, m=low: require_integer(f"{GROUP}.{n}", v, m))
+        self._list("dampings", lambda v: require_number(f"{GROUP}.dampings", v, 0, 100))
+        self._list("steps", lambda v: require_number(f"{GROUP}.steps", v, 0, 10, above=True))
+        require_number(f"{GROUP}.label_noise", self.label_noise, 0, 1, below=False)
+        for name, low in (
+            ("inner", 1),
+            ("outer", 1),
+            ("hidden", 0),
+            ("outer_steps", 1),
+            ("budget", 4),
+            ("forgetting_seeds", 1),
+            ("forgetting_steps", 4),
+            ("instability_seeds", 1),
+            ("efficiency_seeds", 1),
+        ):
+            require_integer(f"{GROUP}.{name}", getattr(self, name), low)
+        for name in ("forgetting_seeds", "instability_seeds", "efficiency_seeds"):
+            if getattr(self, name) > len(self.seeds):
+                raise ValueError(
+                    f"{GROUP}.{name} must be at most the number of {GROUP}.seeds "
+                    f"({len(self.seeds)}), got {getattr(self, name)}"
+                )
+        if self.workers != "auto":
+            require_integer(f"{GROUP}.workers", self.workers, 1)
+        group = require_group(f"{GROUP}.snapshots", self.snapshots, SnapshotConfig)
+        object.__setattr__(self, "snapshots", group)
+
+    def _list(self, name: str, check: Any) -> None:
+        values = listed(f"{GROUP}.{name}", getattr(self, name))
+        for value in values:
+            check(value)
+        object.__setattr__(self, name, values)

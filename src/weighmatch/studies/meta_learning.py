@@ -1,0 +1,346 @@
+"""The study of implicit meta-learning: generalisation, forgetting, instability, efficiency.
+
+Every experiment is a list of runs of `weighmatch.studies.iml.train`; one table holds them all.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+
+from weighmatch.studies.iml import Training, gradient_memory, train
+from weighmatch.studies.meta_config import MetaLearningConfig
+from weighmatch.studies.problems import PROBLEMS, Size
+from weighmatch.studies.problems.contaminated_pool import LABELLED
+from weighmatch.studies.runs import in_parallel
+from weighmatch.studies.snapshots import influence_quality
+
+# A classifier that has overflowed guesses.
+CHANCE = 0.1
+# Exact curvature of more parameters than this is out of reach of a study.
+LARGEST_EXACT = 1500
+# More than these and one seed has to do.
+LARGE = 200_000
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the study.
+
+    Attributes:
+        experiment: "generalisation", "map", "forgetting", "instability" or "efficiency".
+        case: what the experiment varies, in words.
+        problem: name.
+        size: of the problem.
+        training: how.
+        seed: of data, initial parameters and mini-batches.
+        memory: measure the peak memory of one hypergradient too.
+    """
+
+    experiment: str
+    case: str
+    problem: str
+    size: Size
+    training: Training
+    seed: int
+    memory: bool = False
+
+
+def generalisation(config: MetaLearningConfig) -> Iterator[Run]:
+    """All methods on the first problem, the core ones on the others, online and converged."""
+    steps = config.inner_steps[0]
+    online = Training(
+        outer_steps=config.outer_steps,
+        inner_steps=steps,
+        budget=config.budget,
+        curvature="gauss_newton",
+    )
+    # As far as online training moves φ, in a third of the steps.
+    converged = replace(online, converge=True, outer_steps=max(1, config.outer_steps // 3))
+    exact = ("exact",) if config.exact_everywhere else ()
+    for number, problem in enumerate(config.problems):
+        methods = config.methods if number == 0 else (*config.core_methods, *exact)
+        for method in dict.fromkeys(methods):
+            for seed in config.seeds:
+                training = replace(online, method=method)
+                yield Run(
+                    "generalisation", "online", problem, _size(config, problem), training, seed
+                )
+        if problem not in config.converged_problems:
+            continue
+        rate = 3 * PROBLEMS[problem].outer_rate
+        for method in dict.fromkeys(
+            (*(m for m in config.core_methods if m not in ("none", "unrolled")), *exact)
+        ):
+            for seed in config.seeds:
+                training = replace(converged, method=method, outer_rate=rate)
+                size = _size(config, problem)
+                yield Run("generalisation", "converged", problem, size, training, seed)
+
+
+def overfitting(config: MetaLearningConfig) -> Iterator[Run]:
+    """Number of outer images × damping × T, conjugate gradients on the first problem."""
+    problem = config.problems[0]
+    for images in config.outer_images:
+        for damping in config.dampings:
+            for steps in config.inner_steps:
+                training = Training(
+                    outer_steps=config.outer_steps,
+                    inner_steps=steps,
+                    budget=config.budget,
+                    curvature="gauss_newton",
+                    damping=damping,
+                )
+                size = replace(_size(config, problem), outer=images)
+                for seed in config.seeds:
+                    yield Run("map", f"T = {steps}", problem, size, training, seed)
+
+
+def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
+    """A weight decay for every parameter, with the confounders taken away one by one.
+
+    "as usual": a step of inner descent that suits the start, and the same α in Neumann's series.
+    "stable step": α follows λ_max. "large outer set": four times the images besides. "converged":
+    θ is minimised for every φ, so that there is neither a step to be too long nor a point that is
+    not stationary.
+    """
+    size = replace(_size(config, "weight_decay"), l2=1e-3)
+    online = Training(
+        outer_steps=config.forgetting_steps,
+        inner_steps=config.inner_steps[0],
+        budget=config.budget,
+        damping=0.0,
+        diagnose=max(1, config.forgetting_steps // 4),
+    )
+    usual = replace(online, automatic_step=False, neumann_step=True)
+    third = max(1, config.forgetting_steps // 3)
+    rate = 3 * PROBLEMS["weight_decay"].outer_rate
+    converged = replace(
+        online, converge=True, outer_steps=third, outer_rate=rate, diagnose=max(1, third // 4)
+    )
+    cases = (
+        ("as usual", size, usual, ("identity", "neumann", "conjugate_gradient")),
+        ("stable step", size, online, ("identity", "neumann", "conjugate_gradient", "exact")),
+        (
+            "large outer set",
+            replace(size, outer=4 * size.outer),
+            online,
+            ("identity", "conjugate_gradient"),
+        ),
+        ("converged", size, converged, ("identity", "conjugate_gradient")),
+    )
+    for case, drawn, training, methods in cases:
+        for method in methods:
+            for seed in config.seeds[: config.forgetting_seeds]:
+                chosen = replace(training, method=method)
+                yield Run("forgetting", case, "weight_decay", drawn, chosen, seed)
+
+
+# What is done to a training that would be sound without it.
+SOURCES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "momentum .9": {"momentum": 0.9},
+    "batch of 20": {"batch": 20},
+    "other batch for the curvature": {"batch": 20, "shared_batch": False},
+    "BatchNorm in train mode": {"batch": 20, "frozen_statistics": False},
+    "bfloat16": {"dtype": "bfloat16"},
+    "outer rate × 4": {"outer_rate": 1.32},
+    "negative curvature (T = 1)": {"inner_steps": 1},
+    "stale λ_max": {"renew": 1000},
+}
+REMEDIES: dict[str, dict[str, Any]] = {
+    "automatic step": {"automatic_step": True, "neumann_step": False},
+    "damping": {"damping": 0.1},
+    "Gauss-Newton": {"curvature": "gauss_newton"},
+    "frozen statistics": {"frozen_statistics": True},
+    "shared batch": {"shared_batch": True},
+    "clipping": {"clip": 1.0},
+    "averaging": {"average": 0.9},
+    "bounded decay": {"bound": 3.0},
+}
+
+
+def instability(config: MetaLearningConfig) -> Iterator[Run]:
+    """Sources of instability × α·λ_max, without and with remedies."""
+    short = Training(
+        method="neumann",
+        budget=max(4, config.budget // 2),
+        damping=0.0,
+        outer_steps=config.outer_steps,
+        # In thirty steps a decay can grow to where α·λ_max is 2, at a step that suits the start.
+        outer_rate=0.33,
+        inner_steps=max(2, config.inner_steps[0] // 2),
+        automatic_step=False,
+        neumann_step=True,
+        diagnose=max(1, config.outer_steps // 2),
+    )
+    every: dict[str, Any] = {}
+    for settings in REMEDIES.values():
+        every |= settings
+    middle = config.steps[len(config.steps) // 2]
+    cures: dict[str, dict[str, Any]] = {"without": {}, **REMEDIES, "all": every}
+    for source, harm in SOURCES.items():
+        size = replace(_size(config, "weight_decay"), l2=1e-3, normalised="BatchNorm" in source)
+        for remedy, cure in cures.items():
+            steps = config.steps if remedy in ("without", "all") else (middle,)
+            for step in steps:
+                training = replace(short, step=step, **(harm | cure))
+                for seed in config.seeds[: config.instability_seeds]:
+                    case = f"{source} | {remedy}"
+                    yield Run("instability", case, "weight_decay", size, training, seed)
+
+
+def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
+    """Accuracy against gradients and memory, from small networks to large ones."""
+    problem = config.problems[0]
+    iterative = ("neumann", "conjugate_gradient", "nystrom", "unrolled")
+    for width in config.widths:
+        parameters = 75 * width
+        seeds = config.seeds[: 1 if parameters > LARGE else config.efficiency_seeds]
+        size = replace(_size(config, problem), hidden=width)
+        choices = [("none", 4), ("identity", 4), ("darts", 4)]
+        choices += [(method, budget) for method in iterative for budget in config.budgets]
+        if parameters <= LARGEST_EXACT:
+            choices.append(("exact", 4))
+        for method, budget in choices:
+            training = Training(
+                method=method,
+                budget=budget,
+                curvature="gauss_newton",
+                damping=0.1,
+                outer_steps=max(1, config.outer_steps // 3),
+                inner_steps=max(1, config.inner_steps[0] // 2),
+                dtype="float32",
+                outer_rate=2 * PROBLEMS[problem].outer_rate,
+            )
+            for seed in seeds:
+                yield Run(
+                    "efficiency",
+                    f"P = {parameters + 10}",
+                    problem,
+                    size,
+                    training,
+                    seed,
+                    memory=seed == seeds[0] and method != "none",
+                )
+
+
+def run_all(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], config: MetaLearningConfig
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Every training of the study, and the influence in FixMatch's snapshots.
+
+    Args:
+        images: digits, (N, 1, 8, 8).
+        labels: theirs, (N,).
+        config: of the study.
+
+    Returns:
+        A row an outer step of every training: `experiment`, `case`, `problem`, `parameters`,
+        `outer_images`, the fields of `Training`, `seed`, `memory` (peak bytes of one
+        hypergradient, where measured), and the columns of `iml.train`.
+        And the table of `influence_quality`.
+    """
+    runs = [
+        *efficiency(config),
+        *forgetting(config),
+        *generalisation(config),
+        *overfitting(config),
+        *instability(config),
+    ]
+    # The dearest first, so that no core waits at the end.
+    order = sorted(range(len(runs)), key=lambda i: -_weight(runs[i]))
+    jobs = [(images, labels, runs[i]) for i in order]
+    found = in_parallel(perform, jobs, config.workers, "IML trainings")
+    tables = [table for _, table in sorted(zip(order, found, strict=True), key=lambda p: p[0])]
+    seeds = [(images, labels, config.snapshots, seed) for seed in config.snapshots.seeds]
+    quality = in_parallel(influence_quality, seeds, config.workers, "FixMatch snapshots")
+    return pd.concat(tables, ignore_index=True), pd.concat(quality, ignore_index=True)
+
+
+def perform(images: NDArray[np.uint8], labels: NDArray[np.int64], run: Run) -> pd.DataFrame:
+    """The rows of one training."""
+    kind = PROBLEMS[run.problem]
+    dtype: torch.dtype = getattr(torch, run.training.dtype)
+    digits = kind.draw(images, labels, run.size, run.seed)
+    problem = kind(digits.to(dtype), run.size, run.seed)
+    reference = kind(digits, run.size, run.seed)
+    # Mini-batches of different problems have nothing to do with one another.
+    seed = run.seed + zlib.crc32(run.problem.encode()) % 10_000
+    rows = train(problem, run.training, seed, reference)
+    table = pd.DataFrame(rows)
+    common = {
+        "experiment": run.experiment,
+        "case": run.case,
+        "problem": run.problem,
+        "parameters": sum(p.numel() for p in problem.initial.values()),
+        "outer_images": run.size.outer,
+        **asdict(run.training),
+        "seed": run.seed,
+        "memory": gradient_memory(problem, run.training) if run.memory else np.nan,
+    }
+    if common["batch"] is None:
+        common["batch"] = problem.examples
+    return table.assign(**common)[[*common, *table.columns]]
+
+
+def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
+    """A row a run.
+
+    A run that diverged ends at chance.
+
+    Args:
+        table: rows of `run_all`.
+        by: columns that tell the runs apart.
+
+    Returns:
+        `by`, and `final` and `best` (test accuracy), `drop` (best − final), `outer_loss` and
+        `outer_accuracy` (at the end), `cost`, `diverged`, `worst_residual`, `cosine` (mean over
+        diagnosed steps).
+    """
+    rows = []
+    for key, run in table.groupby(list(by), sort=False, dropna=False):
+        accuracy = run["test_accuracy"].dropna()
+        diverged = bool(run["diverged"].iloc[-1])
+        final = CHANCE if diverged else float(accuracy.iloc[-1])
+        best = float(accuracy.max()) if len(accuracy) else CHANCE
+        rows.append(
+            {
+                **dict(zip(by, key, strict=True)),
+                "final": final,
+                "best": best,
+                "drop": best - final,
+                "outer_loss": np.nan if diverged else float(run["outer_loss"].iloc[-1]),
+                "outer_accuracy": np.nan if diverged else float(run["outer_accuracy"].iloc[-1]),
+                "cost": float(run["cost"].iloc[-1]),
+                "diverged": diverged,
+                "worst_residual": float(run["residual"].max()) if "residual" in run else np.nan,
+                "cosine": float(run["cosine"].mean()) if "cosine" in run else np.nan,
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def _size(config: MetaLearningConfig, problem: str) -> Size:
+    more = LABELLED if problem == "contaminated_pool" else 0
+    return Size(
+        inner=config.inner + more,
+        outer=config.outer,
+        label_noise=config.label_noise,
+        hidden=config.hidden,
+    )
+
+
+def _weight(run: Run) -> float:
+    """About how long a run takes, in inner gradients of a small network."""
+    training = run.training
+    a_step = 300 if training.converge else training.inner_steps
+    a_step += 100 if training.method == "exact" else 2 * training.budget
+    if training.diagnose:
+        a_step += 200 // training.diagnose
+    return training.outer_steps * a_step * max(1.0, 75 * run.size.hidden / 10_000)

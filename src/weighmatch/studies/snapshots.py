@@ -1,0 +1,418 @@
+"""How well does the influence signal tell ID from OOD images at frozen points of a training?
+
+Plain FixMatch is trained on a contaminated pool, and its classifier is copied on the way. On each
+copy the learned arm's influence of every pool image is computed,
+
+    s_i = ⟨∇_θ m_i CE_i, v⟩,   v = (C + δI)⁻¹ ∇_θ L_outer,
+
+for dampings δ from the weight decay alone to no curvature at all, with v exact and by a few
+iterations of conjugate gradients. Nothing is learned from it, so that what the signal is worth
+is not mixed up with what a Confidence Network or a training makes of it.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.func import functional_call
+
+from weighmatch.checks import require_integer, require_multiple, require_number, require_seeds
+from weighmatch.data.config import DataConfig
+from weighmatch.data.splits import make_splits
+from weighmatch.implicit import ConjugateGradient, GaussNewton, Parameters, weight_gradient
+from weighmatch.semisup.augmentation import Augmentation
+from weighmatch.semisup.config import AugmentationConfig, TrainingConfig
+from weighmatch.semisup.losses import (
+    PseudoLabels,
+    consistency_losses,
+    fixmatch_loss,
+    pseudo_label,
+)
+from weighmatch.semisup.networks import Classifier
+from weighmatch.semisup.runs import one_thread
+from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, TrainingSet
+
+_GROUP = "meta_learning_analysis.snapshots"
+RATIO = 0.75
+# As in conf/base: grey levels carry the class of a digit, and no operation inverts them.
+OPERATIONS = (
+    "identity",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "brightness",
+    "contrast",
+    "sharpness",
+)
+# Images whose Jacobians are taken in one pass: more would leave the cache.
+JACOBIANS = 32
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    """What is trained, where it is frozen and how influence is computed there.
+
+    Attributes:
+        seeds: of splits, training and every draw.
+        labels_per_class: labelled images of each seen class.
+        pool_size: unlabelled images, three quarters of them of unseen classes.
+        steps: of FixMatch.
+        stages: where the classifier is copied, as fractions of `steps`.
+        dampings: δ as multiples of the curvature's largest eigenvalue, on top of the weight
+            decay; the weight decay alone and no curvature at all are always added.
+        products: `max_products` of conjugate gradients.
+        copies: strong views of each labelled image in the outer loss.
+        draws: of the augmentation, that an image's influence is averaged over.
+        curvature_batch: labelled views in the curvature, and as many unlabelled ones.
+        width: first-layer channels of the classifier.
+        threshold: τ of FixMatch.
+    """
+
+    seeds: tuple[int, ...] = tuple(range(10))
+    labels_per_class: int = 2
+    pool_size: int = 600
+    steps: int = 1000
+    stages: tuple[float, ...] = (0.1, 0.4, 1.0)
+    dampings: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001)
+    products: int = 10
+    copies: int = 32
+    draws: int = 4
+    curvature_batch: int = 32
+    width: int = 16
+    threshold: float = 0.95
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", require_seeds(f"{_GROUP}.seeds", self.seeds))
+        counts = ("labels_per_class", "pool_size", "steps", "copies", "draws", "curvature_batch")
+        for name in counts:
+            require_integer(f"{_GROUP}.{name}", getattr(self, name), 1)
+        require_integer(f"{_GROUP}.products", self.products, 2)
+        require_multiple(f"{_GROUP}.width", self.width, 4, "GroupNorm has 4 groups")
+        require_number(f"{_GROUP}.threshold", self.threshold, 0, 1, above=True)
+        for name, high in (("stages", 1), ("dampings", 1e6)):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{_GROUP}.{name} must be a list of different values, got {values!r}"
+                )
+            for value in values:
+                require_number(f"{_GROUP}.{name}", value, 0, high, above=True, below=False)
+            object.__setattr__(self, name, tuple(values))
+        try:
+            self.data(self.seeds[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{_GROUP}.labels_per_class or {_GROUP}.pool_size does not fit the digits: {error}"
+            ) from error
+
+    def data(self, seed: int) -> DataConfig:
+        """The splits of one seed."""
+        return DataConfig((seed,), self.labels_per_class, ratio=RATIO, pool_size=self.pool_size)
+
+    def training(self) -> TrainingConfig:
+        """FixMatch, on the CPU."""
+        return TrainingConfig(
+            width=self.width,
+            steps=self.steps,
+            threshold=self.threshold,
+            snapshots=1,
+            checkpoint_every=self.steps,
+            device="cpu",
+            augmentation=AugmentationConfig(operations=OPERATIONS),
+        )
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The classifier (itself, not its average, as the learned arm takes it) after `step` steps."""
+
+    stage: float
+    step: int
+    classifier: Classifier
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One v and where it comes from.
+
+    Attributes:
+        damping_ratio: δ/λ_max without the weight decay; 0: that alone, inf: no curvature.
+        solver: "exact", "cg" with its budget, or "identity".
+        value: v, (P,), of any positive scale.
+        cosine_to_exact: cosine with the exact v of the same damping.
+    """
+
+    damping_ratio: float
+    solver: str
+    value: Tensor
+    cosine_to_exact: float
+
+
+@dataclass(frozen=True)
+class PoolScores:
+    """What N pool images get along k directions, means over the draws of the augmentation.
+
+    Attributes:
+        dot: the influence, (k, N); 0 in a draw where the image is not confident enough to count.
+        cosine: the same over the norm of the last layer's gradient, (k, N).
+        confidence: of the pseudo-label, (N,).
+        counted: whether the image counts in any of the draws, (N,).
+    """
+
+    dot: Tensor
+    cosine: Tensor
+    confidence: Tensor
+    counted: Tensor
+
+
+def influence_quality(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], config: SnapshotConfig, seed: int
+) -> pd.DataFrame:
+    """Train with one seed and judge the influence on each snapshot.
+
+    Args:
+        images: digits, (N, 1, 8, 8).
+        labels: theirs, (N,).
+        config: what is done.
+        seed: of everything drawn; of `config.seeds` or any other.
+
+    Returns:
+        A row a snapshot, damping, solver and score: `seed`, `stage`, `step`, `damping_ratio`
+        (δ/λ_max without the weight decay; 0: the weight decay alone, inf: no curvature), `solver`
+        ("exact", "cg10" for ten products, "identity"), `score` ("dot": the influence; "cosine":
+        over the norm of the last layer's gradient), `auroc` (chance that the score of an ID pool
+        image is above that of an OOD one), `cosine_to_exact` (of the directions v),
+        `accuracy_test_seen` (%), `outer_loss` (nats), `auroc_counted` (`auroc` among the images
+        that are confident enough to count in some draw; NaN without two kinds of them) and
+        `auroc_confidence` (of the pseudo-label's confidence, for comparison).
+
+    Raises:
+        FloatingPointError: if the training diverges.
+    """
+    data_config = config.data(seed)
+    no_photographs = np.zeros((1, 3, 64, 64), np.uint8)  # nothing is cut from them
+    splits = make_splits(images, labels, no_photographs, data_config, seed)
+    data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
+    is_id = splits.pool.sources == 0
+    rows: list[dict[str, Any]] = []
+    with one_thread():
+        for snapshot in train(data, config, len(data_config.seen_classes), seed):
+            problem = SnapshotProblem(snapshot.classifier, data, config, seed)
+            directions = problem.directions()
+            scores = problem.scores([direction.value for direction in directions])
+            shared = {
+                "accuracy_test_seen": _accuracy(
+                    snapshot.classifier, splits.test_images, splits.test_labels
+                ),
+                "outer_loss": problem.outer_loss,
+            }
+            confidence = _auroc(is_id, scores.confidence)
+            counted = scores.counted.numpy()
+            for name in ("dot", "cosine"):
+                for direction, values in zip(directions, getattr(scores, name), strict=True):
+                    rows.append(
+                        {
+                            "seed": seed,
+                            "stage": snapshot.stage,
+                            "step": snapshot.step,
+                            "damping_ratio": direction.damping_ratio,
+                            "solver": direction.solver,
+                            "score": name,
+                            "auroc": _auroc(is_id, values),
+                            "cosine_to_exact": direction.cosine_to_exact,
+                            **shared,
+                            "auroc_counted": _auroc(is_id[counted], values[counted]),
+                            "auroc_confidence": confidence,
+                        }
+                    )
+    return pd.DataFrame(rows)
+
+
+def _auroc(is_id: NDArray[np.bool_], scores: Tensor) -> float:
+    if is_id.all() or not is_id.any():
+        return math.nan
+    return float(roc_auc_score(is_id, scores.numpy()))
+
+
+def _accuracy(
+    classifier: Classifier, images: NDArray[np.uint8], labels: NDArray[np.int64]
+) -> float:
+    """In %."""
+    with torch.no_grad():
+        predicted = classifier(torch.from_numpy(images).float() / 255).argmax(dim=1)
+    return 100 * float((predicted.numpy() == labels).mean())
+
+
+def train(data: TrainingSet, config: SnapshotConfig, classes: int, seed: int) -> Iterator[Snapshot]:
+    """The snapshots of one FixMatch training, in the order of their steps."""
+    run_config = RunConfig("fixmatch", seed, config.steps, classes, config.training())
+    with TemporaryDirectory() as folder:
+        run = Run(run_config, data, Path(folder))
+        for stage in sorted(config.stages):
+            step = max(1, round(stage * config.steps))
+            while run.step < step:
+                run.train_steps(min(CHUNK, step - run.step))
+            yield Snapshot(stage, step, copy.deepcopy(run.classifier))
+
+
+class SnapshotProblem:
+    """Influence at one frozen classifier, from what a training may see.
+
+    What is drawn depends on the seed alone, so that the snapshots of a seed are compared on the
+    same views.
+
+    Args:
+        classifier: f_θ, in single precision.
+        data: what it was trained on.
+        config: of the study.
+        seed: of every draw.
+
+    Attributes:
+        outer_loss: L_outer(θ), in nats.
+        rhs: ∇_θ L_outer, (P,), in double precision, as all that belongs to the systems.
+        curvature: C, the Gauss-Newton matrix of FixMatch's loss on one batch.
+        factor: F with F Fᵀ = C, (P, k).
+    """
+
+    def __init__(
+        self, classifier: Classifier, data: TrainingSet, config: SnapshotConfig, seed: int
+    ) -> None:
+        self.config, self.training, self.seed = config, config.training(), seed
+        self.classifier = classifier
+        self.labelled = torch.from_numpy(data.labelled_images)
+        self.labels = torch.from_numpy(data.labels)
+        self.pool = torch.from_numpy(data.unlabelled_images)
+        self.augmentation = Augmentation(self.training.augmentation)
+        self._wide = copy.deepcopy(classifier).double()
+        self._params: Parameters = {name: p.detach() for name, p in self._wide.named_parameters()}
+        self.outer_loss, self.rhs = self._outer()
+        self.curvature, self.factor = self._curvature()
+
+    def _noise(self, purpose: str) -> torch.Generator:
+        return Streams(self.seed)[f"snapshots: {purpose}"]
+
+    def _outer(self) -> tuple[float, Tensor]:
+        """L_outer and its gradient (P,)."""
+        repeated = self.labelled.repeat(self.config.copies, 1, 1, 1)
+        views = self.augmentation.strong(repeated, self._noise("outer loss")).double()
+        loss = F.cross_entropy(self._wide(views), self.labels.repeat(self.config.copies))
+        gradients = torch.autograd.grad(loss, list(self._wide.parameters()))
+        return float(loss.detach()), torch.cat([g.reshape(-1) for g in gradients])
+
+    def _curvature(self) -> tuple[GaussNewton, Tensor]:
+        """C as the learned arm builds it, and F."""
+        n, noise = self.config.curvature_batch, self._noise("curvature")
+        drawn = torch.randint(len(self.labelled), (n,), generator=noise)
+        labelled, labels = self.augmentation.weak(self.labelled[drawn], noise), self.labels[drawn]
+        chosen = self.pool[torch.randint(len(self.pool), (n,), generator=noise)]
+        pseudo = self._pseudo_label(self.augmentation.weak(chosen, noise))
+        pseudo = replace(pseudo, mask=pseudo.mask.double())
+        views = torch.cat([labelled, self.augmentation.strong(chosen, noise)]).double()
+        weight = self.training.unlabelled_weight
+        curvature = GaussNewton(
+            lambda params: functional_call(self._wide, params, (views,)),
+            lambda logits: fixmatch_loss(logits, labels, pseudo, None, weight),
+            self._params,
+        )
+        scales = torch.cat([pseudo.mask.new_ones(n), weight * pseudo.mask]) / n
+        counted = scales > 0
+        return curvature, self._factor_of(views[counted], scales[counted])
+
+    def _factor_of(self, views: Tensor, scales: Tensor) -> Tensor:
+        """Jᵀ H^½, (P, n·classes), for views (n, C, H, W) whose losses count `scales`, (n,).
+
+        One example at a time under vmap: `GaussNewton.factor` takes all of them through every
+        backward pass.
+        """
+
+        def rooted(params: Parameters, view: Tensor, scale: Tensor) -> Tensor:
+            logits = functional_call(self._wide, params, (view.unsqueeze(0),)).squeeze(0)
+            # The Hessian of cross-entropy in the logits is R Rᵀ with R = diag(√p) − p √pᵀ.
+            p = logits.detach().softmax(dim=0)
+            rooted_logits: Tensor = scale.sqrt() * p.sqrt() * (logits - p @ logits)
+            return rooted_logits
+
+        jacobians = torch.func.vmap(torch.func.jacrev(rooted), (None, 0, 0))
+        rows = []
+        for part, scale in zip(views.split(JACOBIANS), scales.split(JACOBIANS), strict=True):
+            pieces = jacobians(self._params, part, scale)
+            rows.append(torch.cat([pieces[name].flatten(2) for name in self._params], dim=2))
+        return torch.cat(rows).flatten(0, 1).T
+
+    def _pseudo_label(self, weak: Tensor) -> PseudoLabels:
+        with torch.no_grad():
+            return pseudo_label(self.classifier(weak), self.config.threshold)
+
+    def directions(self) -> list[Direction]:
+        """For every damping, ascending, v by both solvers; then v without curvature."""
+        config, factor = self.config, self.factor
+        # (F Fᵀ + δI)⁻¹ g = (g − F (FᵀF + δI)⁻¹ Fᵀ g)/δ. FᵀF has the square of F's condition,
+        # which does no harm here: λ_max/δ is far from the 10¹⁶ of double precision.
+        eigenvalues, rotation = torch.linalg.eigh(factor.T @ factor)
+        coordinates = rotation.T @ (factor.T @ self.rhs)
+        found = []
+        for ratio in (0.0, *sorted(config.dampings)):
+            damping = self.training.weight_decay + ratio * float(eigenvalues[-1])
+            inside = factor @ (rotation @ (coordinates / (eigenvalues + damping)))
+            exact = (self.rhs - inside) / damping
+            found.append(Direction(ratio, "exact", exact, 1.0))
+            # The budget alone ends it.
+            solver = ConjugateGradient(damping=damping, max_products=config.products, rtol=0.0)
+            near = solver.solve(self.curvature, self.rhs).value
+            cosine = float(F.cosine_similarity(near, exact, dim=0))
+            found.append(Direction(ratio, f"cg{config.products}", near, cosine))
+        return [*found, Direction(math.inf, "identity", self.rhs, 1.0)]
+
+    def scores(self, directions: list[Tensor]) -> PoolScores:
+        """Scores of the pool along k directions (P,), each scaled to norm 1."""
+        params: Parameters = {name: p.detach() for name, p in self.classifier.named_parameters()}
+        block = torch.stack([v / v.norm() for v in directions]).float()
+        noise = self._noise("influence")
+        draws = []
+        for _ in range(self.config.draws):
+            pseudo = self._pseudo_label(self.augmentation.weak(self.pool, noise))
+            strong = self.augmentation.strong(self.pool, noise)
+            dot = self._influences(params, strong, pseudo, block)
+            cosine = dot / self._last_layer_norms(strong, pseudo)
+            draws.append((dot, cosine, pseudo.confidence, pseudo.mask))
+        dot, cosine, confidence, mask = (
+            torch.stack(column).mean(dim=0) for column in zip(*draws, strict=True)
+        )
+        return PoolScores(dot, cosine, confidence, mask > 0)
+
+    def _influences(
+        self, params: Parameters, strong: Tensor, pseudo: PseudoLabels, directions: Tensor
+    ) -> Tensor:
+        """s_i along each of (k, P), (k, N): one forward-mode pass with a batch of tangents."""
+
+        def losses(theta: Parameters) -> Tensor:
+            return consistency_losses(functional_call(self.classifier, theta, (strong,)), pseudo)
+
+        gradients: Tensor = torch.func.vmap(lambda v: weight_gradient(losses, params, v))(
+            directions
+        )
+        # Of the outer loss in the weights: where it is negative, the image helps.
+        return -gradients
+
+    def _last_layer_norms(self, strong: Tensor, pseudo: PseudoLabels) -> Tensor:
+        """Norms (N,) of the gradients of CE_i in the weights of the head, as the learned arm's."""
+        with torch.no_grad():
+            features = self.classifier.features(strong)
+            probabilities = self.classifier.head(features).softmax(dim=1)
+        error = probabilities - F.one_hot(pseudo.labels, probabilities.shape[1])
+        norms: Tensor = error.norm(dim=1) * features.norm(dim=1)
+        return norms.clamp(min=1e-6)
