@@ -135,6 +135,30 @@ class Training:
             )
 
 
+# What is done to a training that would be sound without it.
+SOURCES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "momentum .9": {"momentum": 0.9},
+    "batch of 20": {"batch": 20},
+    "other batch for the curvature": {"batch": 20, "shared_batch": False},
+    "BatchNorm in train mode": {"batch": 20, "frozen_statistics": False},
+    "bfloat16": {"dtype": "bfloat16"},
+    "outer rate × 4": {"outer_rate": 1.32},
+    "negative curvature (T = 1)": {"inner_steps": 1},
+    "stale λ_max": {"renew": 1000},
+}
+REMEDIES: dict[str, dict[str, Any]] = {
+    "automatic step": {"automatic_step": True, "neumann_step": False},
+    "damping": {"damping": 0.1},
+    "Gauss-Newton": {"curvature": "gauss_newton"},
+    "frozen statistics": {"frozen_statistics": True},
+    "shared batch": {"shared_batch": True},
+    "clipping": {"clip": 1.0},
+    "averaging": {"average": 0.9},
+    "bounded decay": {"bound": 3.0},
+}
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A hypergradient, like φ; its cost in inner gradients; the solver's residual, if any."""

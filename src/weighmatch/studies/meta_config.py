@@ -11,7 +11,7 @@ from weighmatch.checks import (
     require_seeds,
 )
 from weighmatch.studies.config import listed
-from weighmatch.studies.iml import IHVPS, OTHERS
+from weighmatch.studies.iml import IHVPS, OTHERS, REMEDIES, SOURCES
 from weighmatch.studies.problems import PROBLEMS
 from weighmatch.studies.snapshots import SnapshotConfig
 
@@ -42,6 +42,8 @@ class MetaLearningConfig:
         forgetting_seeds: number of seeds of that study.
         forgetting_steps: updates of φ there.
         steps: α·λ_max in the map of instability.
+        sources: of instability, names of `iml.SOURCES`.
+        remedies: names of `iml.REMEDIES`; "all" are together whatever is listed here.
         instability_seeds: number of seeds of that map.
         widths: of the MLPs of the study of efficiency; P is 75 times the width.
         budgets: products there.
@@ -74,6 +76,8 @@ class MetaLearningConfig:
     forgetting_seeds: int = 6
     forgetting_steps: int = 60
     steps: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5)
+    sources: tuple[str, ...] = tuple(SOURCES)
+    remedies: tuple[str, ...] = tuple(REMEDIES)
     instability_seeds: int = 3
     widths: tuple[int, ...] = (13, 133, 1333, 13333)
     budgets: tuple[int, ...] = (5, 20)
@@ -88,6 +92,8 @@ class MetaLearningConfig:
             ("converged_problems", tuple(PROBLEMS)),
             ("methods", METHODS),
             ("core_methods", METHODS),
+            ("sources", tuple(SOURCES)),
+            ("remedies", tuple(REMEDIES)),
         ):
             self._list(name, lambda v, n=name, c=choices: require_choice(f"{GROUP}.{n}", v, c))
         for name, low in (

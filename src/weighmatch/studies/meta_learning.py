@@ -4,7 +4,7 @@ Every experiment is a list of runs of `weighmatch.studies.iml.train`; one table 
 """
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,15 +13,13 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from weighmatch.studies.iml import Training, gradient_memory, train
+from weighmatch.studies.iml import REMEDIES, SOURCES, Training, gradient_memory, train
 from weighmatch.studies.meta_config import MetaLearningConfig
 from weighmatch.studies.problems import PROBLEMS, Size
 from weighmatch.studies.problems.contaminated_pool import LABELLED
 from weighmatch.studies.runs import in_parallel
 from weighmatch.studies.snapshots import influence_quality
 
-# A classifier that has overflowed guesses.
-CHANCE = 0.1
 # Exact curvature of more parameters than this is out of reach of a study.
 LARGEST_EXACT = 1500
 # More than these and one seed has to do.
@@ -141,30 +139,6 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
                 yield Run("forgetting", case, "weight_decay", drawn, chosen, seed)
 
 
-# What is done to a training that would be sound without it.
-SOURCES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "momentum .9": {"momentum": 0.9},
-    "batch of 20": {"batch": 20},
-    "other batch for the curvature": {"batch": 20, "shared_batch": False},
-    "BatchNorm in train mode": {"batch": 20, "frozen_statistics": False},
-    "bfloat16": {"dtype": "bfloat16"},
-    "outer rate × 4": {"outer_rate": 1.32},
-    "negative curvature (T = 1)": {"inner_steps": 1},
-    "stale λ_max": {"renew": 1000},
-}
-REMEDIES: dict[str, dict[str, Any]] = {
-    "automatic step": {"automatic_step": True, "neumann_step": False},
-    "damping": {"damping": 0.1},
-    "Gauss-Newton": {"curvature": "gauss_newton"},
-    "frozen statistics": {"frozen_statistics": True},
-    "shared batch": {"shared_batch": True},
-    "clipping": {"clip": 1.0},
-    "averaging": {"average": 0.9},
-    "bounded decay": {"bound": 3.0},
-}
-
-
 def instability(config: MetaLearningConfig) -> Iterator[Run]:
     """Sources of instability × α·λ_max, without and with remedies."""
     short = Training(
@@ -183,8 +157,10 @@ def instability(config: MetaLearningConfig) -> Iterator[Run]:
     for settings in REMEDIES.values():
         every |= settings
     middle = config.steps[len(config.steps) // 2]
-    cures: dict[str, dict[str, Any]] = {"without": {}, **REMEDIES, "all": every}
-    for source, harm in SOURCES.items():
+    alone = {remedy: REMEDIES[remedy] for remedy in config.remedies}
+    cures: dict[str, dict[str, Any]] = {"without": {}, **alone, "all": every}
+    for source in config.sources:
+        harm = SOURCES[source]
         size = replace(_size(config, "weight_decay"), l2=1e-3, normalised="BatchNorm" in source)
         for remedy, cure in cures.items():
             steps = config.steps if remedy in ("without", "all") else (middle,)
@@ -287,43 +263,6 @@ def perform(images: NDArray[np.uint8], labels: NDArray[np.int64], run: Run) -> p
     if common["batch"] is None:
         common["batch"] = problem.examples
     return table.assign(**common)[[*common, *table.columns]]
-
-
-def summarise(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:
-    """A row a run.
-
-    A run that diverged ends at chance.
-
-    Args:
-        table: rows of `run_all`.
-        by: columns that tell the runs apart.
-
-    Returns:
-        `by`, and `final` and `best` (test accuracy), `drop` (best − final), `outer_loss` and
-        `outer_accuracy` (at the end), `cost`, `diverged`, `worst_residual`, `cosine` (mean over
-        diagnosed steps).
-    """
-    rows = []
-    for key, run in table.groupby(list(by), sort=False, dropna=False):
-        accuracy = run["test_accuracy"].dropna()
-        diverged = bool(run["diverged"].iloc[-1])
-        final = CHANCE if diverged else float(accuracy.iloc[-1])
-        best = float(accuracy.max()) if len(accuracy) else CHANCE
-        rows.append(
-            {
-                **dict(zip(by, key, strict=True)),
-                "final": final,
-                "best": best,
-                "drop": best - final,
-                "outer_loss": np.nan if diverged else float(run["outer_loss"].iloc[-1]),
-                "outer_accuracy": np.nan if diverged else float(run["outer_accuracy"].iloc[-1]),
-                "cost": float(run["cost"].iloc[-1]),
-                "diverged": diverged,
-                "worst_residual": float(run["residual"].max()) if "residual" in run else np.nan,
-                "cosine": float(run["cosine"].mean()) if "cosine" in run else np.nan,
-            }
-        )
-    return pd.DataFrame(rows)
 
 
 def _size(config: MetaLearningConfig, problem: str) -> Size:

@@ -1,0 +1,297 @@
+"""Figures of the meta-learning study: generalisation, forgetting, instability, efficiency."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from weighmatch.evaluation.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+)
+from weighmatch.evaluation.meta_tables import CHANCE, means, pareto
+
+# Name, colour and marker.
+METHODS = {
+    "none": ("no outer learning", GREY, "x"),
+    "identity": ("identity (no curvature)", ORANGE, "s"),
+    "darts": ("DARTS (finite difference)", BLACK, "s"),
+    "sama": ("SAMA-like", RED, "s"),
+    "diagonal": ("diagonal (Hutchinson)", GREY, "o"),
+    "woodbury_fisher": ("empirical Fisher (Woodbury)", ORANGE, "D"),
+    "kfac": ("K-FAC", GREEN, "D"),
+    "neumann": ("Neumann series", PINK, "o"),
+    "chebyshev": ("Chebyshev", GREEN, "o"),
+    "nystrom": ("Nyström", SKY, "o"),
+    "nystrom_cg": ("CG, Nyström preconditioner", BLACK, "o"),
+    "minres": ("MINRES", SKY, "^"),
+    "conjugate_gradient": ("conjugate gradients", BLUE, "o"),
+    "unrolled": ("unrolled differentiation", GREEN, "^"),
+    "exact": ("exact", RED, "*"),
+}
+PROBLEM_NAMES = {
+    "example_weights": "example weights",
+    "weight_decay": "weight decay",
+    "weighing_network": "weighing network",
+    "distillation": "distillation",
+    "contaminated_pool": "contaminated pool",
+}
+
+
+def draw_generalisation(runs: pd.DataFrame) -> Figure:
+    """Accuracy on outer and on test images by method; and on test images by damping."""
+    rows = runs[runs["experiment"] == "generalisation"]
+    figure = Figure(figsize=(15, 8.2), layout="constrained")
+    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1.0, 1.25]))
+    widest = rows[(rows["problem"] == rows["problem"].iloc[0]) & (rows["case"] == "online")]
+    axes = left.subplots()
+    _plain(axes)
+    _draw_gap(axes, widest)
+    grid = right.subplots(2, 1)
+    for lower in grid:
+        _plain(lower)
+    _draw_problems(grid[0], rows)
+    _draw_map(grid[1], runs[runs["experiment"] == "map"])
+    figure.suptitle(f"What the solution is worth on images that nobody optimised{_over(rows)}")
+    return figure
+
+
+def _draw_gap(axes: Axes, rows: pd.DataFrame) -> None:
+    test = means(rows, ["method"], "final").sort_values("mean")
+    outer = means(rows, ["method"], "outer_accuracy").set_index("method")
+    for place, row in enumerate(test.to_dict("records")):
+        colour = METHODS[row["method"]][1]
+        axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
+        label = "test images" if not place else None
+        axes.plot(row["mean"], place, "o", color=colour, label=label)
+        if row["method"] in outer.index:
+            axes.plot(
+                outer.loc[row["method"], "mean"],
+                place,
+                "|",
+                markersize=12,
+                markeredgewidth=2,
+                color=colour,
+                label="outer images (optimised)" if not place else None,
+            )
+    axes.set_yticks(range(len(test)), [METHODS[m][0] for m in test["method"]])
+    axes.set_xlabel("accuracy at the end (mean and 95 % interval)")
+    axes.set_title(
+        f"{PROBLEM_NAMES.get(rows['problem'].iloc[0], '')}, online: the gap by method", loc="left"
+    )
+    axes.legend(loc="lower right", frameon=False)
+
+
+def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
+    core = [m for m in METHODS if m in set(rows.loc[rows["case"] == "converged", "method"])]
+    core = ["none", *[m for m in METHODS if m in core or m == "unrolled"]]
+    core = [m for m in dict.fromkeys(core) if m in set(rows["method"])]
+    cells = [tuple(c) for c in rows[["problem", "case"]].drop_duplicates().to_numpy()]
+    for number, method in enumerate(core):
+        name, colour, marker = METHODS[method]
+        shown = means(rows[rows["method"] == method], ["problem", "case"], "final")
+        for row in shown.to_dict("records"):
+            cell = cells.index((row["problem"], row["case"]))
+            x = cell + 0.14 * (number - (len(core) - 1) / 2)
+            axes.plot([x, x], [row["low"], row["high"]], color=colour, linewidth=1.5)
+            axes.plot(x, row["mean"], marker, color=colour, markersize=6)
+        axes.plot([], [], marker, color=colour, label=name)
+    names = [f"{PROBLEM_NAMES.get(p, p)}\n{c}" for p, c in cells]
+    axes.set_xticks(range(len(cells)), names, fontsize=8)
+    axes.set_ylabel("test accuracy")
+    axes.set_title("every problem, core methods", loc="left")
+    axes.legend(loc="lower right", frameon=False, fontsize=8)
+
+
+def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
+    colours = (RED, BLUE, GREEN, PINK, ORANGE)
+    dampings = sorted(rows["damping"].unique())
+    steps = list(dict.fromkeys(rows["inner_steps"]))
+    for colour, images in zip(colours, sorted(rows["outer_images"].unique()), strict=False):
+        for style, count in zip(("-", "--", ":"), steps, strict=False):
+            mine = rows[(rows["outer_images"] == images) & (rows["inner_steps"] == count)]
+            line = means(mine, ["damping"], "final").sort_values("damping")
+            x = [dampings.index(d) for d in line["damping"]]
+            axes.errorbar(
+                x,
+                line["mean"],
+                yerr=[line["mean"] - line["low"], line["high"] - line["mean"]],
+                linestyle=style,
+                marker="o",
+                markersize=4,
+                color=colour,
+                capsize=2,
+                label=f"{images} outer images, T = {count}",
+            )
+    axes.set_xticks(range(len(dampings)), [f"{d:g}" for d in dampings])
+    axes.set_xlabel("damping δ/λ_max")
+    axes.set_ylabel("test accuracy")
+    axes.set_title("example weights by CG: outer images × damping × inner steps T", loc="left")
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
+
+
+def draw_forgetting(steps: pd.DataFrame) -> Figure:
+    """Test accuracy, and the cosine with the exact hypergradient, over outer steps by case."""
+    rows = steps[steps["experiment"] == "forgetting"]
+    cases = list(dict.fromkeys(rows["case"]))
+    figure = Figure(figsize=(3.9 * len(cases) + 1.6, 9.0), layout="constrained")
+    grid = figure.subplots(3, len(cases), squeeze=False, sharex="col", sharey="row")
+    for column, case in enumerate(cases):
+        mine = rows[rows["case"] == case]
+        last = int(mine["outer_step"].max())
+        for method in [m for m in METHODS if m in set(mine["method"])]:
+            name, colour, _ = METHODS[method]
+            chosen = mine[mine["method"] == method]
+            accuracy = _ended_at_chance(chosen, last)
+            for axes, table in (
+                (grid[0, column], accuracy),
+                (grid[1, column], _wide(chosen, "cosine")),
+                (grid[2, column], _wide(chosen, "largest_eigenvalue")),
+            ):
+                axes.plot(table.index, table.median(axis=1), color=colour, label=name)
+                axes.fill_between(
+                    table.index,
+                    table.min(axis=1),
+                    table.max(axis=1),
+                    color=colour,
+                    alpha=0.15,
+                    linewidth=0,
+                )
+        grid[0, column].set_title(case, loc="left")
+        grid[2, column].set_yscale("log")
+        grid[2, column].set_xlabel("outer step")
+        for axes in grid[:, column]:
+            _plain(axes)
+    grid[0, 0].set_ylabel("test accuracy\n(a diverged run: chance)")
+    grid[1, 0].set_ylabel("cosine with the\nexact hypergradient")
+    grid[2, 0].set_ylabel("largest eigenvalue\nof the inner Hessian")
+    figure.legend(**_shared_legend(grid[0]), loc="outside lower center", ncols=5)
+    figure.suptitle(
+        f"A weight decay for every parameter: what is forgotten, and what of it the remedies "
+        f"keep (median and range{_over(rows)})"
+    )
+    return figure
+
+
+def _wide(rows: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Outer steps × seeds, where the column was measured."""
+    known = rows.dropna(subset=[column])
+    wide: pd.DataFrame = known.pivot(index="outer_step", columns="seed", values=column)
+    return wide
+
+
+def _ended_at_chance(rows: pd.DataFrame, last: int) -> pd.DataFrame:
+    wide = rows.pivot(index="outer_step", columns="seed", values="test_accuracy")
+    full: pd.DataFrame = wide.reindex(range(last + 1)).fillna(CHANCE)
+    return full
+
+
+def draw_instability(runs: pd.DataFrame) -> Figure:
+    """Share of diverged runs by source and step, without and with remedies; and one by one."""
+    rows = runs[runs["experiment"] == "instability"].copy()
+    parts = rows["case"].str.split(" | ", regex=False, expand=True)
+    rows["source"], rows["remedy"] = parts[0], parts[1]
+    sources = list(dict.fromkeys(rows["source"]))
+    remedies = [r for r in dict.fromkeys(rows["remedy"]) if r not in ("without", "all")]
+    figure = Figure(figsize=(15, 5.8), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=[1, 1, 1.7], sharey=True)
+    for axes, remedy, title in (
+        (panels[0], "without", "without remedies"),
+        (panels[1], "all", "with all remedies"),
+    ):
+        table = rows[rows["remedy"] == remedy].pivot_table(
+            index="source", columns="step", values="diverged", aggfunc="mean"
+        )
+        _heat(axes, table.loc[sources])
+        axes.set_title(title, loc="left")
+        axes.set_xlabel("step α·λ_max at the start")
+        axes.set_xticks(range(table.shape[1]), [f"{s:g}" for s in table.columns])
+    middle = rows.loc[rows["remedy"].isin(remedies), "step"].iloc[0]
+    alone = rows[rows["remedy"].isin(remedies)].pivot_table(
+        index="source", columns="remedy", values="diverged", aggfunc="mean"
+    )
+    _heat(panels[2], alone.loc[sources, remedies])
+    panels[2].set_title(f"one remedy at a time, α·λ_max = {middle:g} at the start", loc="left")
+    panels[2].set_xticks(range(len(remedies)), remedies, rotation=30, ha="right")
+    panels[0].set_yticks(range(len(sources)), sources)
+    panels[0].set_ylabel("source of instability")
+    figure.suptitle(f"Share of runs that diverge{_over(rows)}")
+    return figure
+
+
+def _heat(axes: Axes, table: pd.DataFrame) -> None:
+    axes.imshow(table, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    for (row, column), share in np.ndenumerate(table.to_numpy()):
+        colour = "black" if share > 0.5 else "white"
+        axes.text(column, row, f"{share:.2g}", ha="center", va="center", color=colour, fontsize=9)
+
+
+def draw_efficiency(runs: pd.DataFrame) -> Figure:
+    """Test accuracy against cost, and against memory, with the Pareto front, a column a P."""
+    rows = runs[runs["experiment"] == "efficiency"]
+    sizes = sorted(rows["parameters"].unique())
+    figure = Figure(figsize=(3.8 * len(sizes) + 2.4, 7.2), layout="constrained")
+    grid = figure.subplots(2, len(sizes), squeeze=False, sharey="col")
+    for column, size in enumerate(sizes):
+        mine = rows[rows["parameters"] == size]
+        groups = mine.groupby(["method", "budget"], sort=False)
+        table = groups[["final", "cost", "memory"]].mean().reset_index()
+        table["vectors"] = table["memory"] / (4 * size)
+        for axes, measure in ((grid[0, column], "cost"), (grid[1, column], "vectors")):
+            known = table.dropna(subset=[measure])
+            for row in known.to_dict("records"):
+                name, colour, marker = METHODS[row["method"]]
+                at = (row[measure], row["final"])
+                axes.plot(*at, marker, color=colour, markersize=8, label=name)
+                if row["method"] in ("neumann", "conjugate_gradient", "nystrom", "unrolled"):
+                    axes.annotate(f" {row['budget']}", at, fontsize=7)
+            front = pareto(known[measure].tolist(), known["final"].tolist())
+            axes.step(
+                known[measure].iloc[front],
+                known["final"].iloc[front],
+                where="post",
+                color=BLACK,
+                linewidth=0.8,
+                linestyle=":",
+            )
+            axes.set_xscale("log")
+            _plain(axes)
+        grid[0, column].set_title(f"P = {size:,}", loc="left")
+        grid[0, column].set_xlabel("cost, in inner gradients")
+        grid[1, column].set_xlabel("peak memory of a hypergradient,\nin parameter vectors")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("test accuracy at the end")
+    figure.legend(**_shared_legend(grid[0]), loc="outside right center", frameon=False)
+    figure.suptitle(
+        "What accuracy costs at equal outer steps (numbers: products or unrolled steps; dotted: "
+        "Pareto front)"
+    )
+    return figure
+
+
+def _shared_legend(panels: Iterable[Axes]) -> dict[str, Any]:
+    """One entry a label, whichever panel it is in."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    return {"handles": list(found.values()), "labels": list(found)}
+
+
+def _plain(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def _over(rows: pd.DataFrame) -> str:
+    count = rows["seed"].nunique()
+    return f", {count} seeds" if count > 1 else ", 1 seed"

@@ -1,0 +1,109 @@
+"""Tables of the meta-learning study: a row a training, and means over seeds."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from weighmatch.evaluation.statistics import mean_interval
+
+# A classifier that has overflowed guesses.
+CHANCE = 0.1
+RUN = (
+    "experiment",
+    "case",
+    "problem",
+    "parameters",
+    "outer_images",
+    "method",
+    "budget",
+    "damping",
+    "inner_steps",
+    "step",
+    "seed",
+)
+
+
+def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
+    """A row a training.
+
+    Args:
+        steps: of `weighmatch.studies.meta_learning.run_all`, a row an outer step.
+
+    Returns:
+        The columns `RUN`; `final`, `best` and `drop` (best − final), test accuracies, where a
+        run that diverged ends at chance; `outer_loss`, `outer_accuracy` and `gap` (outer less
+        test accuracy) at the end, NaN where it diverged; `retrained_drop` (the same of θ*(φ)
+        retrained from scratch, where diagnosed); `cost` (inner gradients), `memory` (bytes of one
+        hypergradient), `diverged`, `worst_residual`, `cosine`, `low_share`, `sharpness` (largest
+        α·λ_max that was measured).
+    """
+    rows = []
+    for key, run in steps.groupby(list(RUN), sort=False):
+        accuracy = run["test_accuracy"].dropna()
+        retrained = run["retrained_accuracy"].dropna()
+        last = run.iloc[-1]
+        diverged = bool(last["diverged"])
+        final = CHANCE if diverged else float(accuracy.iloc[-1])
+        best = float(accuracy.max()) if len(accuracy) else CHANCE
+        rows.append(
+            {
+                **dict(zip(RUN, key, strict=True)),
+                "final": final,
+                "best": best,
+                "drop": best - final,
+                "outer_loss": float(last["outer_loss"]),
+                "outer_accuracy": float(last["outer_accuracy"]),
+                "gap": float(last["outer_accuracy"]) - (np.nan if diverged else final),
+                "retrained_drop": float(retrained.max() - retrained.iloc[-1])
+                if len(retrained)
+                else np.nan,
+                "cost": float(last["cost"]),
+                "memory": float(last["memory"]),
+                "diverged": diverged,
+                "worst_residual": float(run["residual"].max()),
+                "cosine": float(run["cosine"].mean()),
+                "low_share": float(run["low_share"].mean()),
+                "sharpness": float(run["step_sharpness"].max()),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def means(runs: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """Mean of a column with its 95 % t interval over seeds.
+
+    Args:
+        runs: a row a training.
+        by: columns that tell the groups apart.
+        column: whose mean.
+
+    Returns:
+        `by`, `mean`, `low`, `high`, `count`, in the order in which the groups come.
+    """
+    rows = []
+    for key, group in runs.groupby(list(by), sort=False):
+        values = group[column].dropna().to_numpy(np.float64)
+        if len(values) == 0:
+            continue
+        low, high = mean_interval(values)
+        mean = float(values.mean())
+        # One seed has no interval: a dot is drawn.
+        found = {
+            "mean": mean,
+            "low": mean if low is None else low,
+            "high": mean if high is None else high,
+            "count": len(values),
+        }
+        rows.append({**dict(zip(by, key, strict=True)), **found})
+    return pd.DataFrame(rows)
+
+
+def pareto(cost: Sequence[float], value: Sequence[float]) -> list[int]:
+    """Numbers of the points that no other one beats at no more cost, in the order of cost."""
+    best, found = -np.inf, []
+    for i in sorted(range(len(cost)), key=lambda i: (cost[i], -value[i])):
+        if value[i] > best:
+            best = value[i]
+            found.append(i)
+    return found

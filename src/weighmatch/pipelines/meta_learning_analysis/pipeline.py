@@ -1,0 +1,37 @@
+"""Graph of `meta_learning_analysis`."""
+
+from kedro.pipeline import Node, Pipeline
+
+from weighmatch.pipelines.meta_learning_analysis import nodes
+
+
+def create_pipeline() -> Pipeline:
+    """From the digits to the trainings of the study, their summary and figures."""
+    return Pipeline(
+        [
+            Node(
+                nodes.run_meta_learning,
+                "params:meta_learning_analysis",
+                ["meta_learning_steps", "influence_quality"],
+                name="run_meta_learning",
+            ),
+            Node(
+                nodes.summarise_meta_learning,
+                "meta_learning_steps",
+                "meta_learning_runs",
+                name="summarise_meta_learning",
+            ),
+            Node(
+                nodes.draw_meta_learning,
+                ["meta_learning_steps", "meta_learning_runs", "influence_quality"],
+                [
+                    "generalisation_figure",
+                    "forgetting_figure",
+                    "influence_figure",
+                    "instability_figure",
+                    "efficiency_figure",
+                ],
+                name="draw_meta_learning",
+            ),
+        ]
+    )
