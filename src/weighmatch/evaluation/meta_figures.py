@@ -51,7 +51,7 @@ def draw_generalisation(runs: pd.DataFrame) -> Figure:
     """Accuracy on outer and on test images by method; and on test images by damping."""
     rows = runs[runs["experiment"] == "generalisation"]
     figure = Figure(figsize=(15, 8.2), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=[1.0, 1.25]))
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.25])[0]
     widest = rows[(rows["problem"] == rows["problem"].iloc[0]) & (rows["case"] == "online")]
     axes = left.subplots()
     _plain(axes)

@@ -1,0 +1,118 @@
+"""The study as a whole, in a small setting."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+
+from weighmatch.data.sources import load_digits
+from weighmatch.evaluation.meta_tables import RUN, summarise_runs
+from weighmatch.studies import meta_learning
+from weighmatch.studies.iml import REMEDIES, SOURCES
+from weighmatch.studies.meta_config import METHODS, MetaLearningConfig
+from weighmatch.studies.snapshots import SnapshotConfig
+
+SMALL = MetaLearningConfig(
+    seeds=(0, 1),
+    problems=("example_weights", "distillation"),
+    methods=("none", "conjugate_gradient"),
+    core_methods=("identity",),
+    converged_problems=("distillation",),
+    inner=30,
+    outer=30,
+    outer_images=(20,),
+    dampings=(0.1,),
+    inner_steps=(2,),
+    hidden=3,
+    outer_steps=2,
+    budget=5,
+    forgetting_seeds=1,
+    forgetting_steps=4,
+    steps=(1.0,),
+    sources=("none", "bfloat16"),
+    remedies=("damping",),
+    instability_seeds=1,
+    widths=(4,),
+    budgets=(5,),
+    efficiency_seeds=1,
+    snapshots=SnapshotConfig(
+        seeds=(0,),
+        pool_size=80,
+        steps=20,
+        stages=(1.0,),
+        dampings=(0.1,),
+        copies=2,
+        draws=1,
+        curvature_batch=8,
+        width=8,
+        threshold=0.5,
+    ),
+    workers=1,
+)
+
+
+@pytest.fixture(scope="module")
+def study():
+    return meta_learning.run_all(*load_digits(), SMALL)
+
+
+def test_reruns_give_the_same_numbers(study):
+    again = meta_learning.run_all(*load_digits(), replace(SMALL, workers=2))
+    for first, second in zip(study, again, strict=True):
+        pd.testing.assert_frame_equal(first, second, check_exact=True)
+
+
+def test_every_experiment_is_there_and_a_run_is_a_row(study):
+    steps, quality = study
+    experiments = {"generalisation", "map", "forgetting", "instability", "efficiency"}
+    assert set(steps["experiment"]) == experiments
+    runs = summarise_runs(steps)
+    assert not runs.duplicated(list(RUN)).any()
+    assert len(runs) == steps.groupby(list(RUN)).ngroups
+    assert (runs["drop"] >= 0).all()
+    assert runs.loc[runs["experiment"] == "efficiency", "memory"].notna().any()
+    assert set(runs.loc[runs["experiment"] == "instability", "case"]) == {
+        f"{source} | {remedy}"
+        for source in ("none", "bfloat16")
+        for remedy in ("without", "damping", "all")
+    }
+    assert quality["auroc"].between(0, 1).all()
+
+
+def test_the_default_study_covers_what_the_library_has():
+    config = MetaLearningConfig()
+    first = [r for r in meta_learning.generalisation(config) if r.case == "online"]
+    assert {r.training.method for r in first} == set(METHODS)
+    assert {r.seed for r in first} == set(range(10))
+    grid = list(meta_learning.instability(config))
+    assert {r.case.split(" | ")[0] for r in grid} == set(SOURCES)
+    assert {r.case.split(" | ")[1] for r in grid} == {"without", "all", *REMEDIES}
+    forgetting = list(meta_learning.forgetting(config))
+    assert {r.case for r in forgetting} == {
+        "as usual",
+        "stable step",
+        "large outer set",
+        "converged",
+    }
+    # Only "as usual" may leave the stability region.
+    assert all(
+        r.training.automatic_step or r.training.converge for r in forgetting if r.case != "as usual"
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"problems": ("weights",)}, "meta_learning_analysis.problems 'weights' is unknown"),
+        ({"methods": ("newton",)}, "meta_learning_analysis.methods 'newton' is unknown"),
+        ({"dampings": (-1.0,)}, "meta_learning_analysis.dampings must be a number at least 0"),
+        ({"forgetting_seeds": 11}, "forgetting_seeds must be at most the number"),
+        ({"sources": ("weather",)}, "meta_learning_analysis.sources 'weather' is unknown"),
+        ({"snapshots": {"step": 3}}, "meta_learning_analysis.snapshots has no parameter step"),
+        ({"outer_images": ()}, "meta_learning_analysis.outer_images must be a list"),
+        ({"workers": 0}, "meta_learning_analysis.workers must be an integer"),
+    ],
+)
+def test_a_wrong_parameter_is_named(wrong, words):
+    with pytest.raises(ValueError, match=words):
+        MetaLearningConfig(**wrong)
