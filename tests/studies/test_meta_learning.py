@@ -93,6 +93,7 @@ def test_the_default_study_covers_what_the_library_has():
         "stable step",
         "large outer set",
         "converged",
+        "converged, large outer set",
     }
     # Only "as usual" may leave the stability region.
     assert all(

@@ -122,7 +122,7 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
         online, converge=True, outer_steps=third, outer_rate=rate, diagnose=max(1, third // 4)
     )
     cases = (
-        ("as usual", size, usual, ("identity", "neumann", "conjugate_gradient")),
+        ("as usual", size, usual, ("identity", "neumann", "conjugate_gradient", "exact")),
         ("stable step", size, online, ("identity", "neumann", "conjugate_gradient", "exact")),
         (
             "large outer set",
@@ -131,6 +131,12 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
             ("identity", "conjugate_gradient"),
         ),
         ("converged", size, converged, ("identity", "conjugate_gradient")),
+        (
+            "converged, large outer set",
+            replace(size, outer=4 * size.outer),
+            converged,
+            ("identity", "conjugate_gradient"),
+        ),
     )
     for case, drawn, training, methods in cases:
         for method in methods:
