@@ -62,6 +62,22 @@ def test_the_whole_graph_runs_and_reports(outputs):
     assert "https://" not in page
 
 
+def test_the_longest_study_runs_by_name_and_only_so(outputs, graph, tmp_path):
+    assert not any("meta_learning" in node.name for node in graph.nodes)
+    assert not list(outputs.rglob("meta_learning*"))
+    run_project(tmp_path, names=["meta_learning_analysis"])
+    runs = pd.read_parquet(tmp_path / "08_reporting" / "meta_learning_runs.parquet")
+    assert set(runs["problem"]) == {
+        "example_weights",
+        "weight_decay",
+        "weighing_network",
+        "distillation",
+        "contaminated_pool",
+    }
+    for name in ("generalisation", "forgetting", "influence", "instability", "efficiency"):
+        assert (tmp_path / "08_reporting" / f"{name}.png").stat().st_size > 10_000
+
+
 def test_every_output_is_where_the_catalog_says(outputs, graph):
     made = {str(p.relative_to(outputs)) for p in outputs.rglob("*") if p.is_file()}
     for name in (
