@@ -63,6 +63,7 @@ def test_at_convergence_good_methods_agree_with_the_exact_one(method, least):
         outer_steps=1,
         budget=60,
         diagnose=1,
+        retrain=True,
         automatic_step=False,
     )
     first = train(make(size=convex), training, 0)[0]

@@ -22,8 +22,12 @@ from weighmatch.studies.snapshots import influence_quality
 
 # Exact curvature of more parameters than this is out of reach of a study.
 LARGEST_EXACT = 1500
-# More than these and one seed has to do.
+# Columns of `iml.train` that a run has where it measures them.
+SOMETIMES = ("retrained_accuracy", "residual", "cosine", "low_share", "largest_eigenvalue")
+# More than these and one seed and fewer methods have to do.
 LARGE = 200_000
+# How far Adam can move the logarithm of a weight decay where instability is mapped.
+TRAVEL = 9.9
 
 
 @dataclass(frozen=True)
@@ -114,12 +118,15 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
         budget=config.budget,
         damping=0.0,
         diagnose=max(1, config.forgetting_steps // 4),
+        retrain=True,
+        # Fast enough to see in these steps what slower learning sees later.
+        outer_rate=1.5 * PROBLEMS["weight_decay"].outer_rate,
     )
     usual = replace(online, automatic_step=False, neumann_step=True)
     third = max(1, config.forgetting_steps // 3)
-    rate = 3 * PROBLEMS["weight_decay"].outer_rate
+    rate = 4.5 * PROBLEMS["weight_decay"].outer_rate
     converged = replace(
-        online, converge=True, outer_steps=third, outer_rate=rate, diagnose=max(1, third // 4)
+        online, converge=True, outer_steps=third, outer_rate=rate, diagnose=max(1, third // 3)
     )
     cases = (
         ("as usual", size, usual, ("identity", "neumann", "conjugate_gradient", "exact")),
@@ -152,8 +159,8 @@ def instability(config: MetaLearningConfig) -> Iterator[Run]:
         budget=max(4, config.budget // 2),
         damping=0.0,
         outer_steps=config.outer_steps,
-        # In thirty steps a decay can grow to where α·λ_max is 2, at a step that suits the start.
-        outer_rate=0.33,
+        # Far enough for a decay to grow to where α·λ_max is 2, at a step that suits the start.
+        outer_rate=TRAVEL / config.outer_steps,
         inner_steps=max(2, config.inner_steps[0] // 2),
         automatic_step=False,
         neumann_step=True,
@@ -180,9 +187,11 @@ def instability(config: MetaLearningConfig) -> Iterator[Run]:
 def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
     """Accuracy against gradients and memory, from small networks to large ones."""
     problem = config.problems[0]
-    iterative = ("neumann", "conjugate_gradient", "nystrom", "unrolled")
     for width in config.widths:
         parameters = 75 * width
+        iterative: tuple[str, ...] = ("conjugate_gradient", "unrolled")
+        if parameters <= LARGE:
+            iterative = (*iterative, "neumann", "nystrom")
         seeds = config.seeds[: 1 if parameters > LARGE else config.efficiency_seeds]
         size = replace(_size(config, problem), hidden=width)
         choices = [("none", 4), ("identity", 4), ("darts", 4)]
@@ -242,7 +251,13 @@ def run_all(
     tables = [table for _, table in sorted(zip(order, found, strict=True), key=lambda p: p[0])]
     seeds = [(images, labels, config.snapshots, seed) for seed in config.snapshots.seeds]
     quality = in_parallel(influence_quality, seeds, config.workers, "FixMatch snapshots")
-    return pd.concat(tables, ignore_index=True), pd.concat(quality, ignore_index=True)
+    return _stacked(tables), pd.concat(quality, ignore_index=True)
+
+
+def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    """One table with the columns of all; those that no run has are empty."""
+    steps = pd.concat(tables, ignore_index=True)
+    return steps.reindex(columns=[*steps, *(c for c in SOMETIMES if c not in steps)])
 
 
 def perform(images: NDArray[np.uint8], labels: NDArray[np.int64], run: Run) -> pd.DataFrame:
