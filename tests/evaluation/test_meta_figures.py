@@ -99,6 +99,21 @@ def test_a_run_that_diverged_ends_at_chance():
     assert math.isnan(lost["gap"])
 
 
+def test_equal_cost_is_that_of_the_cheapest_run_that_learns():
+    cheap = run([0.5, 0.6], method="identity")
+    dear = run([0.5, 0.7, 0.9], method="conjugate_gradient")
+    idle = run([0.4], method="none")
+    for row in dear:
+        row["cost"] *= 2
+    found = summarise_runs(pd.DataFrame(cheap + dear + idle)).set_index("method")
+    assert set(found["equal_cost"]) == {10.0}
+    assert found["at_equal_cost"].to_dict() == {
+        "identity": 0.6,
+        "conjugate_gradient": 0.5,
+        "none": 0.4,
+    }
+
+
 def test_means_over_seeds_have_an_interval_and_one_seed_none():
     table = pd.DataFrame({"group": ["a", "a", "b"], "x": [1.0, 3.0, 5.0]})
     two, one = means(table, ["group"], "x").to_dict("records")

@@ -68,11 +68,22 @@ def draw_generalisation(runs: pd.DataFrame) -> Figure:
 def _draw_gap(axes: Axes, rows: pd.DataFrame) -> None:
     test = means(rows, ["method"], "final").sort_values("mean")
     outer = means(rows, ["method"], "outer_accuracy").set_index("method")
+    # The exact hypergradient cannot afford one step of the others' cost.
+    equal = means(rows, ["method"], "at_equal_cost").set_index("method")
     for place, row in enumerate(test.to_dict("records")):
         colour = METHODS[row["method"]][1]
         axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
-        label = "test images" if not place else None
+        label = "test images, at equal outer steps" if not place else None
         axes.plot(row["mean"], place, "o", color=colour, label=label)
+        if row["method"] in equal.index:
+            axes.plot(
+                equal.loc[row["method"], "mean"],
+                place,
+                "o",
+                color=colour,
+                markerfacecolor="white",
+                label="test images, at equal cost" if not place else None,
+            )
         if row["method"] in outer.index:
             axes.plot(
                 outer.loc[row["method"], "mean"],

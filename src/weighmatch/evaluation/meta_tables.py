@@ -23,6 +23,9 @@ RUN = (
     "seed",
 )
 
+# What runs have in common whose costs can be compared.
+PROBLEM = ("experiment", "case", "problem", "parameters", "outer_images")
+
 
 def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
     """A row a training.
@@ -34,10 +37,15 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
         The columns `RUN`; `final`, `best` and `drop` (best − final), test accuracies, where a
         run that diverged ends at chance; `outer_loss`, `outer_accuracy` and `gap` (outer less
         test accuracy) at the end, NaN where it diverged; `retrained_drop` (the same of θ*(φ)
-        retrained from scratch, where diagnosed); `cost` (inner gradients), `memory` (bytes of one
+        retrained from scratch, where diagnosed); `cost` (inner gradients), `equal_cost` (that of
+        the cheapest run that learns φ on the same problem) and `at_equal_cost` (test accuracy at
+        the last outer step that is within it, NaN where none is), `memory` (bytes of one
         hypergradient), `diverged`, `worst_residual`, `cosine`, `low_share`, `sharpness` (largest
         α·λ_max that was measured).
     """
+    learns = steps[steps["method"] != "none"]
+    ends = learns.groupby(list(RUN), sort=False)["cost"].max().reset_index()
+    budgets = ends.groupby(list(PROBLEM))["cost"].min()
     rows = []
     for key, run in steps.groupby(list(RUN), sort=False):
         accuracy = run["test_accuracy"].dropna()
@@ -46,9 +54,12 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
         diverged = bool(last["diverged"])
         final = CHANCE if diverged else float(accuracy.iloc[-1])
         best = float(accuracy.max()) if len(accuracy) else CHANCE
+        values = dict(zip(RUN, key, strict=True))
+        budget = float(budgets.get(tuple(values[name] for name in PROBLEM), np.nan))
+        affordable = run.loc[run["cost"] <= budget, "test_accuracy"].dropna()
         rows.append(
             {
-                **dict(zip(RUN, key, strict=True)),
+                **values,
                 "final": final,
                 "best": best,
                 "drop": best - final,
@@ -59,6 +70,8 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
                 if len(retrained)
                 else np.nan,
                 "cost": float(last["cost"]),
+                "equal_cost": budget,
+                "at_equal_cost": float(affordable.iloc[-1]) if len(affordable) else np.nan,
                 "memory": float(last["memory"]),
                 "diverged": diverged,
                 "worst_residual": float(run["residual"].max()),

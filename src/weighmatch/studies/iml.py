@@ -102,7 +102,8 @@ class Training:
         bound: how far an entry of φ may go from where it started; 0: anywhere.
         renew: outer steps after which λ_max and sketches are computed anew.
         dtype: of parameters and images.
-        diagnose: outer steps between comparisons with the exact hypergradient; 0: none.
+        diagnose: every how many outer steps the hypergradient is compared with the exact one;
+            0: never.
         retrain: θ*(φ) from the initial parameters at these steps as well.
     """
 
@@ -242,7 +243,7 @@ def train(
             found = estimate(problem, training, hyper, inner, rate, generator, state)
         cost += found.cost
         row.update(residual=found.residual, status=found.status)
-        if training.diagnose and outer_step % training.diagnose == 0:
+        if training.diagnose and (outer_step + 1) % training.diagnose == 0:
             exact = reference or problem
             wide = _double(hyper)
             row.update(diagnose(exact, _double(inner.params), wide, found.gradient))

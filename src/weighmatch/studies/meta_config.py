@@ -47,7 +47,7 @@ class MetaLearningConfig:
         instability_seeds: number of seeds of that map.
         widths: of the MLPs of the study of efficiency; P is 75 times the width.
         budgets: products there.
-        efficiency_seeds: number of seeds there; one for networks of more than 200,000 parameters.
+        efficiency_seeds: number of seeds there; one for networks of more than 50,000 parameters.
         snapshots: of the study of influence in FixMatch.
         workers: processes; "auto": one a core.
     """
