@@ -8,7 +8,13 @@ import pandas as pd
 import pytest
 
 from weighmatch.evaluation import meta_figures as figures
-from weighmatch.evaluation.meta_tables import CHANCE, means, pareto, summarise_runs
+from weighmatch.evaluation.meta_tables import (
+    CHANCE,
+    compare_to,
+    means,
+    pareto,
+    summarise_runs,
+)
 
 BASE = {
     "experiment": "generalisation",
@@ -45,6 +51,7 @@ def run(accuracies, diverged=False, seed=0, **settings):
                 "low_share": 0.2,
                 "largest_eigenvalue": 3.0,
                 "step_sharpness": 1.0 + number,
+                "status": "diverged" if number == 0 else "budget",
                 "diverged": ended,
             }
         )
@@ -94,6 +101,7 @@ def test_a_run_that_diverged_ends_at_chance():
     assert kept["gap"] == pytest.approx(0.1)
     assert kept["retrained_drop"] == 0.0
     assert kept["sharpness"] == 3.0
+    assert kept["solver_diverged"] == pytest.approx(1 / 3)
     assert kept["worst_residual"] == pytest.approx(0.2)
     assert (lost["final"], lost["best"], lost["diverged"]) == (CHANCE, 0.9, True)
     assert math.isnan(lost["gap"])
@@ -112,6 +120,20 @@ def test_equal_cost_is_that_of_the_cheapest_run_that_learns():
         "conjugate_gradient": 0.5,
         "none": 0.4,
     }
+
+
+def test_methods_are_compared_seed_by_seed():
+    rows = []
+    for seed, level in enumerate((0.3, 0.6)):
+        rows += run([level], seed=seed, method="conjugate_gradient", damping=0.0)
+        rows += run([level + 0.2], seed=seed, method="conjugate_gradient", damping=1.0)
+        rows += run([level + 0.1], seed=seed, method="identity")
+    found = compare_to(summarise_runs(pd.DataFrame(rows))).set_index(["method", "damping"])
+    assert set(found.index) == {("conjugate_gradient", 1.0), ("identity", 0.1)}
+    row = found.loc[("identity", 0.1)]
+    assert (row["final"], row["seeds"]) == (pytest.approx(0.1), 2)
+    # The seeds differ by .3, the pairs not at all.
+    assert row["final_high"] - row["final_low"] < 1e-9
 
 
 def test_means_over_seeds_have_an_interval_and_one_seed_none():
@@ -138,7 +160,7 @@ def test_generalisation_shows_the_gap_of_every_method(runs):
     ]
     assert "3 seeds" in figure.get_suptitle()
     _, lower = figure.subfigs[1].axes
-    assert [t.get_text() for t in lower.get_xticklabels()] == ["0", "0.1"]
+    assert [t.get_text() for t in lower.get_xticklabels()] == ["exact", "0", "0.1"]
 
 
 def test_forgetting_falls_to_chance_where_a_run_diverged(steps):

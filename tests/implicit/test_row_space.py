@@ -75,6 +75,14 @@ def recomputed(params: Parameters) -> Tensor:
     return F.cross_entropy(z, LABELS)
 
 
+def of_gradients(params: Parameters) -> Tensor:
+    value = loss(params)
+    slopes = torch.autograd.grad(
+        value, list(params.values()), create_graph=True, materialize_grads=True
+    )
+    return value + torch.stack([s.square().sum() for s in slopes]).sum()
+
+
 def of_duplicates(params: Parameters) -> Tensor:
     return F.cross_entropy(outputs(params, X[[0, 0, 1, 1, 1, 2]]), LABELS)
 
@@ -107,7 +115,9 @@ def test_there_is_a_smaller_space_that_the_hessian_maps_to_itself(
     torch.testing.assert_close(restriction.lift(small @ (small @ vector)), dense(function) @ image)
 
 
-@pytest.mark.parametrize("function", [regularised, used_twice, vectorised, recomputed])
+@pytest.mark.parametrize(
+    "function", [regularised, used_twice, vectorised, recomputed, of_gradients]
+)
 def test_where_the_layer_is_used_otherwise_there_is_none(
     function: Callable[[Parameters], Tensor],
 ) -> None:

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from weighmatch.data.sources import load_digits
-from weighmatch.evaluation.meta_tables import RUN, summarise_runs
+from weighmatch.evaluation.meta_tables import RUN, compare_to, summarise_runs
 from weighmatch.studies import meta_learning
 from weighmatch.studies.iml import REMEDIES, SOURCES
 from weighmatch.studies.meta_config import METHODS, MetaLearningConfig
@@ -22,7 +22,7 @@ SMALL = MetaLearningConfig(
     outer=30,
     outer_images=(20,),
     dampings=(0.1,),
-    inner_steps=(2,),
+    inner_steps=(5,),
     hidden=3,
     outer_steps=2,
     budget=5,
@@ -76,6 +76,9 @@ def test_every_experiment_is_there_and_a_run_is_a_row(study):
         for source in ("none", "bfloat16")
         for remedy in ("without", "damping", "all")
     }
+    compared = compare_to(runs)
+    assert len(compared)
+    assert compared["final"].notna().all()
     assert quality["auroc"].between(0, 1).all()
 
 
@@ -111,6 +114,9 @@ def test_the_default_study_covers_what_the_library_has():
         ({"sources": ("weather",)}, "meta_learning_analysis.sources 'weather' is unknown"),
         ({"snapshots": {"step": 3}}, "meta_learning_analysis.snapshots has no parameter step"),
         ({"outer_images": ()}, "meta_learning_analysis.outer_images must be a list"),
+        ({"outer": 300}, "meta_learning_analysis needs 1800 digits"),
+        ({"budget": 21}, "meta_learning_analysis.budget must be at most the first"),
+        ({"exact_everywhere": 1}, "meta_learning_analysis.exact_everywhere must be true or false"),
         ({"workers": 0}, "meta_learning_analysis.workers must be an integer"),
     ],
 )

@@ -67,7 +67,7 @@ def test_the_hypergradient_is_that_of_retraining(name):
     start = problem.initial
 
     def retrained(h):
-        return minimise(problem, h, start, iterations=3000, tolerance=1e-11)
+        return minimise(problem, h, start, iterations=3000, tolerance=1e-11)[0]
 
     found, solution = implicit_gradient(
         problem.inner, problem.outer, retrained(hyper), hyper, Exact()

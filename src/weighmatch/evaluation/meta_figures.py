@@ -130,6 +130,10 @@ def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
     for colour, images in zip(colours, sorted(rows["outer_images"].unique()), strict=False):
         for style, count in zip(("-", "--", ":"), steps, strict=False):
             mine = rows[(rows["outer_images"] == images) & (rows["inner_steps"] == count)]
+            exact = means(mine[mine["method"] == "exact"], ["damping"], "final")
+            for row in exact.to_dict("records"):
+                axes.plot(-0.5, row["mean"], "*", color=colour, markersize=9, clip_on=False)
+            mine = mine[mine["method"] != "exact"]
             line = means(mine, ["damping"], "final").sort_values("damping")
             x = [dampings.index(d) for d in line["damping"]]
             axes.errorbar(
@@ -143,10 +147,11 @@ def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
                 capsize=2,
                 label=f"{images} outer images, T = {count}",
             )
-    axes.set_xticks(range(len(dampings)), [f"{d:g}" for d in dampings])
+    axes.set_xticks([-0.5, *range(len(dampings))], ["exact", *(f"{d:g}" for d in dampings)])
     axes.set_xlabel("damping δ/λ_max")
     axes.set_ylabel("test accuracy")
-    axes.set_title("example weights by CG: outer images × damping × inner steps T", loc="left")
+    name = PROBLEM_NAMES.get(rows["problem"].iloc[0], "")
+    axes.set_title(f"{name}, softmax regression: outer images × damping of CG × T", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
 
@@ -154,8 +159,8 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
     """Test accuracy, and the cosine with the exact hypergradient, over outer steps by case."""
     rows = steps[steps["experiment"] == "forgetting"]
     cases = list(dict.fromkeys(rows["case"]))
-    figure = Figure(figsize=(3.9 * len(cases) + 1.6, 9.0), layout="constrained")
-    grid = figure.subplots(3, len(cases), squeeze=False, sharex="col", sharey="row")
+    figure = Figure(figsize=(3.6 * len(cases) + 1.6, 11.5), layout="constrained")
+    grid = figure.subplots(4, len(cases), squeeze=False, sharex="col", sharey="row")
     for column, case in enumerate(cases):
         mine = rows[rows["case"] == case]
         last = int(mine["outer_step"].max())
@@ -166,7 +171,8 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
             for axes, table in (
                 (grid[0, column], accuracy),
                 (grid[1, column], _wide(chosen, "cosine")),
-                (grid[2, column], _wide(chosen, "largest_eigenvalue")),
+                (grid[2, column], _wide(chosen, "low_share")),
+                (grid[3, column], _wide(chosen, "largest_eigenvalue")),
             ):
                 axes.plot(table.index, table.median(axis=1), color=colour, label=name)
                 axes.fill_between(
@@ -178,19 +184,31 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
                     linewidth=0,
                 )
         grid[0, column].set_title(case, loc="left")
-        grid[2, column].set_yscale("log")
-        grid[2, column].set_xlabel("outer step")
+        grid[3, column].set_yscale("log")
+        grid[3, column].set_xlabel("outer step")
+        _stability_limit(grid[3, column], mine)
         for axes in grid[:, column]:
             _plain(axes)
     grid[0, 0].set_ylabel("test accuracy\n(a diverged run: chance)")
     grid[1, 0].set_ylabel("cosine with the\nexact hypergradient")
-    grid[2, 0].set_ylabel("largest eigenvalue\nof the inner Hessian")
+    grid[2, 0].set_ylabel("share of ‖H⁻¹g‖²\nbelow λ_max/20")
+    grid[3, 0].set_ylabel("largest eigenvalue\nof the inner Hessian")
     figure.legend(**_shared_legend(grid[0]), loc="outside lower center", ncols=5)
     figure.suptitle(
         f"A weight decay for every parameter: what is forgotten, and what of it the remedies "
         f"keep (median and range{_over(rows)})"
     )
     return figure
+
+
+def _stability_limit(axes: Axes, rows: pd.DataFrame) -> None:
+    """2/α where α stays: an eigenvalue beyond it grows in every step of gradient descent."""
+    known = rows.dropna(subset=["step_sharpness"])
+    rates = known["step_sharpness"] / known["largest_eigenvalue"]
+    by_seed = rates.groupby(known["seed"])
+    if len(known) and (by_seed.max() <= by_seed.min() * (1 + 1e-6)).all():
+        axes.axhline(2 / rates.median(), color=BLACK, linestyle="--", linewidth=1)
+        axes.annotate("2/α", (0, 2 / rates.median()), va="bottom", fontsize=9)
 
 
 def _wide(rows: pd.DataFrame, column: str) -> pd.DataFrame:

@@ -23,6 +23,8 @@ RUN = (
     "seed",
 )
 
+# A training but for its seed.
+GROUP = RUN[:-1]
 # What runs have in common whose costs can be compared.
 PROBLEM = ("experiment", "case", "problem", "parameters", "outer_images")
 
@@ -40,8 +42,9 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
         retrained from scratch, where diagnosed); `cost` (inner gradients), `equal_cost` (that of
         the cheapest run that learns φ on the same problem) and `at_equal_cost` (test accuracy at
         the last outer step that is within it, NaN where none is), `memory` (bytes of one
-        hypergradient), `diverged`, `worst_residual`, `cosine`, `low_share`, `sharpness` (largest
-        α·λ_max that was measured).
+        hypergradient), `diverged`, `worst_residual`, `solver_diverged` (share of outer steps at
+        which the solver said so), `cosine`, `low_share` (means over diagnosed steps), `sharpness`
+        (largest α·λ_max that was measured).
     """
     learns = steps[steps["method"] != "none"]
     ends = learns.groupby(list(RUN), sort=False)["cost"].max().reset_index()
@@ -75,11 +78,45 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
                 "memory": float(last["memory"]),
                 "diverged": diverged,
                 "worst_residual": float(run["residual"].max()),
+                "solver_diverged": float((run["status"] == "diverged").mean()),
                 "cosine": float(run["cosine"].mean()),
                 "low_share": float(run["low_share"].mean()),
                 "sharpness": float(run["step_sharpness"].max()),
             }
         )
+    return pd.DataFrame(rows)
+
+
+def compare_to(runs: pd.DataFrame, baseline: str = "conjugate_gradient") -> pd.DataFrame:
+    """Paired differences of every method to `baseline`, seed by seed.
+
+    Args:
+        runs: of `summarise_runs`.
+        baseline: a method; its runs with the same problem and the same seed are the pairs. In the
+            map of dampings it is that with the least damping.
+
+    Returns:
+        `GROUP`; for each of `final`, `outer_loss`, `gap` and `at_equal_cost` the mean difference
+        and its 95 % t interval, `…_low` and `…_high`; and `seeds`.
+    """
+    chosen = runs[(runs["method"] == baseline) & (runs["experiment"] != "instability")]
+    least = chosen.groupby(list(PROBLEM))["damping"].transform("min")
+    most = chosen.groupby(list(PROBLEM))["budget"].transform("max")
+    chosen = chosen[(chosen["damping"] == least) & (chosen["budget"] == most)]
+    pairs = runs.merge(chosen, on=[*PROBLEM, "seed"], suffixes=("", "_base"))
+    same = pairs["method"] == baseline
+    same &= (pairs["damping"] == pairs["damping_base"]) & (pairs["budget"] == pairs["budget_base"])
+    pairs = pairs[~same]
+    rows = []
+    for key, group in pairs.groupby(list(GROUP), sort=False):
+        row = dict(zip(GROUP, key, strict=True))
+        for column in ("final", "outer_loss", "gap", "at_equal_cost"):
+            differences = (group[column] - group[f"{column}_base"]).dropna().to_numpy(np.float64)
+            low, high = mean_interval(differences)
+            row[column] = float(differences.mean()) if len(differences) else np.nan
+            row[f"{column}_low"] = np.nan if low is None else low
+            row[f"{column}_high"] = np.nan if high is None else high
+        rows.append({**row, "seeds": len(group)})
     return pd.DataFrame(rows)
 
 

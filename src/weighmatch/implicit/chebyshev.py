@@ -20,6 +20,9 @@ class Chebyshev(_ProbingMethod):
     it the error still falls, whereas the whole interval would hardly move.
     """
 
+    def _polynomial(self) -> bool:
+        return True
+
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         budget = self.max_products - 1

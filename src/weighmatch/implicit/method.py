@@ -201,9 +201,6 @@ class _IterativeMethod(Method):
     def _announce(self, op: LinearOperator) -> None:
         op.expect(self.max_products)
 
-    def _polynomial(self) -> bool:
-        return True
-
     def _judge(self, residual: float) -> Status:
         # The recomputed residual may differ from the recursion's by rounding.
         return "converged" if residual <= 1.1 * self.rtol else "budget"

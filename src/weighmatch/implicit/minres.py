@@ -18,6 +18,9 @@ class MinRes(_IterativeMethod):
     singular.
     """
 
+    def _polynomial(self) -> bool:
+        return True
+
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         eps = torch.finfo(unit.dtype).eps
         value = torch.zeros_like(unit)

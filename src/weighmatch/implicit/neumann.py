@@ -31,6 +31,9 @@ class Neumann(_ProbingMethod):
         if self.step != "auto" and not (isinstance(self.step, int | float) and self.step > 0):
             raise ValueError(f'step must be "auto" or a number > 0, got {self.step!r}')
 
+    def _polynomial(self) -> bool:
+        return True
+
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
         step = self._step(op, unit, state, self.max_products - 2)

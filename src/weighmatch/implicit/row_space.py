@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from weighmatch.implicit.operators import LinearOperator, Restriction
 
 LINEAR = ("input", "weight", "bias")
+_GRADIENTS = (torch.autograd.grad, torch.autograd.backward, Tensor.backward)
 Apply = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -40,6 +41,9 @@ class RowSpaces(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._found and func in _GRADIENTS:
+            # A gradient in the whole weight would miss what goes through its coordinates.
+            raise RuntimeError("a loss that is made of gradients has no row spaces")
         if func is F.linear:
             result = self._linear(**dict(zip(LINEAR, args, strict=False)), **kwargs)
             if result is not None:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weighmatch.checks import require_choice, require_integer, require_number
 from weighmatch.implicit import (
     KFAC,
     Chebyshev,
@@ -96,10 +97,8 @@ class Training:
         outer_rule: how φ moves.
         outer_rate: learning rate of φ; None: the problem's own (for Adam).
         outer_factor: multiplies it.
-        clip: largest norm of a hypergradient; 0: no limit.
         normalise: divide every hypergradient by its norm.
         average: weight of the past in a running mean of hypergradients; 0: none.
-        bound: how far an entry of φ may go from where it started; 0: anywhere.
         renew: outer steps after which λ_max and sketches are computed anew.
         dtype: of parameters and images.
         diagnose: every how many outer steps the hypergradient is compared with the exact one;
@@ -124,20 +123,35 @@ class Training:
     outer_rule: Literal["adam", "sgd"] = "adam"
     outer_rate: float | None = None
     outer_factor: float = 1.0
-    clip: float = 0.0
     normalise: bool = False
     average: float = 0.0
-    bound: float = 0.0
     renew: int = 1
     dtype: Literal["float64", "float32", "bfloat16"] = "float64"
     diagnose: int = 0
     retrain: bool = False
 
     def __post_init__(self) -> None:
-        if self.method not in IHVPS and self.method not in OTHERS:
+        for name, choices in (
+            ("method", (*IHVPS, *OTHERS)),
+            ("curvature", ("hessian", "gauss_newton")),
+            ("outer_rule", ("adam", "sgd")),
+            ("dtype", ("float64", "float32", "bfloat16")),
+        ):
+            require_choice(name, getattr(self, name), choices)
+        for name, low in (("budget", 2), ("outer_steps", 1), ("inner_steps", 1), ("diagnose", 0)):
+            require_integer(name, getattr(self, name), low)
+        if self.batch is not None:
+            require_integer("batch", self.batch, 1)
+        require_number("step", self.step, 0, math.inf, above=True)
+        require_number("damping", self.damping, 0, math.inf)
+        require_number("average", self.average, 0, 1)
+        if self.method == "unrolled" and not self.converge and self.budget > self.inner_steps:
             raise ValueError(
-                f"method {self.method!r} is unknown; choose from {', '.join([*IHVPS, *OTHERS])}"
+                f"unrolled differentiation goes through the last inner steps: budget must be at "
+                f"most inner_steps ({self.inner_steps}), got {self.budget}"
             )
+        if self.method == "unrolled" and self.momentum:
+            raise ValueError("unrolled differentiation is of plain descent: momentum must be 0")
 
 
 # What is done to a training that would be sound without it.
@@ -150,7 +164,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
     "outer rate × 4": {"outer_factor": 4.0},
     "negative curvature (T = 1)": {"inner_steps": 1},
-    "stale λ_max": {"renew": 1000},
+    "sketch kept for 10 steps": {"method": "nystrom", "renew": 10, "damping": 0.01},
 }
 REMEDIES: dict[str, dict[str, Any]] = {
     "automatic step": {"automatic_step": True, "neumann_step": False},
@@ -158,9 +172,8 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "Gauss-Newton": {"curvature": "gauss_newton"},
     "frozen statistics": {"frozen_statistics": True},
     "shared batch": {"shared_batch": True},
-    "clipping": {"clip": 1.0},
+    "normalised hypergradient": {"normalise": True},
     "averaging": {"average": 0.9},
-    "bounded decay": {"bound": 3.0},
 }
 
 
@@ -200,13 +213,12 @@ def train(
     Returns:
         A row an outer step and one for the end: `outer_step`, `cost` (inner gradients spent
         so far), `inner_loss`, `outer_loss`, `outer_accuracy`, `test_accuracy`,
-        `inner_gradient` (norm), `step_sharpness` (α·λ_max, where λ_max was measured),
-        `residual`, `status`, `diverged`, and, where it was diagnosed, `cosine` and `error` (of
-        the hypergradient against the exact one on all examples, without damping), `low_share`
-        (of ‖H⁻¹g‖² in eigendirections below λ_max/20), `smallest_eigenvalue`,
-        `largest_eigenvalue` (of H, L2 included) and, with `retrain`, `retrained_accuracy` (of
-        θ*(φ) on test images). A diverged run ends early; its last row has
-        `diverged` and no numbers.
+        `inner_gradient` (norm), `residual`, `status`, `diverged`, and, where it was diagnosed,
+        `cosine` and `error` (of the hypergradient against the exact one on all examples, without
+        damping), `low_share` (of ‖H⁻¹g‖² in eigendirections below λ_max/20),
+        `smallest_eigenvalue`, `largest_eigenvalue` (of H, L2 included), `step_sharpness`
+        (α·λ_max of inner descent) and, with `retrain` and at the end too, `retrained_accuracy`
+        (of θ*(φ) on test images). A diverged run ends early; its last row has no other numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     hyper = problem.hyperparameters()
@@ -215,25 +227,24 @@ def train(
     update = _outer_rule(problem, training, hyper)
     state: dict[str, Any] = {}
     rate = training.step / _largest(problem, start, hyper)
-    cost, rows = float(PROBE * PRODUCT), []
+    cost, rows = BUILD + PROBE * PRODUCT, []
     mean: Parameters | None = None
     for outer_step in range(training.outer_steps + 1):
         if training.automatic_step and not training.converge:
-            largest = _largest(problem, inner.params, hyper)
-            rate = min(training.step, 1.0) / largest
-            cost += PROBE * PRODUCT
-        else:
-            largest = math.nan
+            rate = min(training.step, 1.0) / _largest(problem, inner.params, hyper)
+            cost += BUILD + PROBE * PRODUCT
         if training.converge:
-            inner.params = minimise(problem, hyper, start)
+            inner.params, spent = minimise(problem, hyper, start)
+            cost += spent
             inner.history = [(inner.params, None)] * training.budget
         else:
             inner = _descend(problem, training, hyper, inner, rate, generator)
             cost += training.inner_steps * (training.batch or problem.examples) / problem.examples
         row = {"outer_step": outer_step, "cost": cost, **_where(problem, inner.params, hyper)}
-        row["step_sharpness"] = rate * largest
         rows.append(row)
         if row["diverged"] or outer_step == training.outer_steps:
+            if training.retrain:
+                row["retrained_accuracy"] = _retrained(reference or problem, hyper)
             break
         if training.method == "none":
             continue
@@ -245,12 +256,16 @@ def train(
         row.update(residual=found.residual, status=found.status)
         if training.diagnose and (outer_step + 1) % training.diagnose == 0:
             exact = reference or problem
+            # Batch normalisation with the statistics that the run has.
+            exact.network.load_state_dict(problem.network.state_dict())
+            exact.network.eval()
             wide = _double(hyper)
             row.update(diagnose(exact, _double(inner.params), wide, found.gradient))
+            if not training.converge:
+                row["step_sharpness"] = rate * row["largest_eigenvalue"]
             if training.retrain:
-                retrained = minimise(exact, wide, _double(start))
-                row["retrained_accuracy"] = exact.test_accuracy(retrained)
-        gradient = _conditioned(found.gradient, training)
+                row["retrained_accuracy"] = _retrained(exact, hyper)
+        gradient = _normalised(found.gradient) if training.normalise else found.gradient
         if training.average:
             past = gradient if mean is None else mean
             weight = training.average
@@ -274,6 +289,7 @@ def estimate(
     rows = _batch(problem, training, generator)
     others = rows if training.shared_batch else _batch(problem, training, generator)
     share = 1.0 if rows is None else len(rows) / problem.examples
+    outer = len(problem.digits.outer_labels) / problem.examples
 
     def loss(p: Parameters, h: Parameters) -> Tensor:
         return problem.inner(p, h, rows)
@@ -288,27 +304,25 @@ def estimate(
             return {k: q - rate * s for (k, q), s in zip(p.items(), slopes, strict=True)}
 
         found = unrolled_gradient(step, past[0][0], hyper, problem.outer, steps)
-        return Estimate(found, 1 + UNROLLED * steps * share)
+        return Estimate(found, outer + UNROLLED * steps * share)
     if training.method == "darts":
         found = darts_gradient(loss, problem.outer, params, hyper, learning_rate=rate)
-        return Estimate(found, 1 + 2 * share)
+        return Estimate(found, outer + 2 * share)
     if training.method == "sama":
         _, slopes = problem.inner_gradient(params, hyper, rows)
         moment = {k: s.square() for k, s in zip(params, slopes, strict=True)}
         found = sama_gradient(
             loss, problem.outer, params, hyper, learning_rate=rate, second_moment=moment
         )
-        return Estimate(found, 1 + 3 * share)
+        return Estimate(found, outer + 3 * share)
 
     operator = _operator(problem, training, params, hyper, others)
     spent = operator.products
-    damping, solver = _solver(problem, training, operator, hyper, rate, state)
+    solver = _solver(problem, training, operator, hyper, rate, state)
     found, solution = implicit_gradient(
         loss, problem.outer, params, hyper, solver, lambda *_: operator, state
     )
-    cost = 1 + share * (BUILD + MIXED + PRODUCT * (operator.products - spent))
-    if damping and training.damping:
-        cost += share * PRODUCT * PROBE
+    cost = outer + share * (BUILD + MIXED + PRODUCT * (operator.products - spent))
     return Estimate(found, cost, solution.residual, solution.status)
 
 
@@ -322,7 +336,7 @@ def diagnose(
     )
     eigenvalues, vectors = torch.linalg.eigh(matrix)
     coordinates = (vectors.T @ solution.value).square()
-    low = eigenvalues.abs() < eigenvalues[-1] / 20
+    low = eigenvalues < eigenvalues[-1] / 20
     ours, reference = flatten(gradient).double(), flatten(exact)
     return {
         "cosine": float(F.cosine_similarity(ours, reference, dim=0)),
@@ -331,6 +345,11 @@ def diagnose(
         "smallest_eigenvalue": float(eigenvalues[0]),
         "largest_eigenvalue": float(eigenvalues[-1]),
     }
+
+
+def _retrained(problem: BilevelProblem, hyper: Parameters) -> float:
+    """Test accuracy of θ*(φ) from the initial parameters."""
+    return problem.test_accuracy(minimise(problem, _double(hyper), _double(problem.initial))[0])
 
 
 def _double(tree: Parameters) -> Parameters:
@@ -360,8 +379,8 @@ def _solver(
     hyper: Parameters,
     rate: float,
     state: State | None,
-) -> tuple[float, Method]:
-    """δ and the method with it."""
+) -> Method:
+    """The method, with its δ."""
     damping = 0.0
     if training.damping:
         known = None if state is None else state.get("scale")
@@ -372,10 +391,8 @@ def _solver(
     if training.method in _OF_THE_DATA_TERM:
         damping += problem.mean_decay(hyper)
     if training.method == "neumann" and training.neumann_step:
-        return damping, Neumann(
-            damping=damping, max_products=training.budget, step=rate, extrapolate=False
-        )
-    return damping, IHVPS[training.method](damping, training.budget)
+        return Neumann(damping=damping, max_products=training.budget, step=rate, extrapolate=False)
+    return IHVPS[training.method](damping, training.budget)
 
 
 def _top(operator: LinearOperator) -> float:
@@ -442,20 +459,11 @@ def _batch(
     return torch.randperm(problem.examples, generator=generator)[: training.batch]
 
 
-def _conditioned(gradient: Parameters, training: Training) -> Parameters:
-    """Without NaN, clipped or normalised as asked."""
+def _normalised(gradient: Parameters) -> Parameters:
+    """Of norm 1; zero where it overflowed or is zero."""
     norm = float(flatten(gradient).double().norm())
-    if not math.isfinite(norm):
-        # One hypergradient that overflowed must not end the run where clipping is asked for.
-        scale = 0.0 if training.clip or training.normalise else 1.0
-        kept = {k: torch.nan_to_num(g) if scale == 0.0 else g for k, g in gradient.items()}
-        return {k: scale * g for k, g in kept.items()}
-    scale = 1.0
-    if training.normalise and norm > 0:
-        scale = 1 / norm
-    if training.clip and norm * scale > training.clip:
-        scale = training.clip / norm
-    return {k: scale * g for k, g in gradient.items()}
+    scale = 1 / norm if 0 < norm < math.inf else 0.0
+    return {k: scale * torch.nan_to_num(g) for k, g in gradient.items()}
 
 
 def _outer_rule(
@@ -475,10 +483,6 @@ def _outer_rule(
         for k, leaf in leaves.items():
             leaf.grad = gradient[k].to(leaf.dtype)
         optimizer.step()
-        if training.bound:
-            with torch.no_grad():
-                for k, leaf in leaves.items():
-                    leaf.clamp_(hyper[k] - training.bound, hyper[k] + training.bound)
         return {k: leaf.detach().clone() for k, leaf in leaves.items()}
 
     return update
@@ -488,8 +492,10 @@ def _outer_rule(
 def _mode(problem: BilevelProblem, training: Training) -> Iterator[None]:
     """Batch normalisation as asked while the hypergradient is computed."""
     problem.network.train(not training.frozen_statistics)
-    yield
-    problem.network.eval()
+    try:
+        yield
+    finally:
+        problem.network.eval()
 
 
 @contextmanager
@@ -497,17 +503,22 @@ def _statistics_of_the_batch(problem: BilevelProblem) -> Iterator[None]:
     """λ_max of what inner training sees, with running statistics left as they were."""
     kept = {k: b.clone() for k, b in problem.network.named_buffers()}
     problem.network.train()
-    yield
-    problem.network.eval()
-    for k, b in problem.network.named_buffers():
-        b.copy_(kept[k])
+    try:
+        yield
+    finally:
+        problem.network.eval()
+        for k, b in problem.network.named_buffers():
+            b.copy_(kept[k])
 
 
 def gradient_memory(problem: BilevelProblem, training: Training) -> int:
     """Peak of the bytes that one hypergradient takes, at the initial parameters."""
     hyper, generator = problem.hyperparameters(), torch.Generator().manual_seed(0)
     velocity = {k: torch.zeros_like(p) for k, p in problem.initial.items()}
-    inner = _Inner(problem.initial, velocity, [(problem.initial, None)] * training.budget)
-    call = partial(estimate, problem, training, hyper, inner, 1e-3, generator)
+    steps = min(training.budget, training.inner_steps)
+    inner = _Inner(problem.initial, velocity, [(problem.initial, None)] * steps)
+    # λ_max is known: what finds it is no part of the method.
+    state = {"scale": 1.0}
+    call = partial(estimate, problem, training, hyper, inner, 1e-3, generator, state)
     call()  # what torch allocates once and keeps is not the method's
     return peak_memory(call)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from weighmatch.checks import (
+    require_boolean,
     require_choice,
     require_group,
     require_integer,
@@ -12,7 +13,8 @@ from weighmatch.checks import (
 )
 from weighmatch.studies.config import listed
 from weighmatch.studies.iml import IHVPS, OTHERS, REMEDIES, SOURCES
-from weighmatch.studies.problems import PROBLEMS
+from weighmatch.studies.problems import PROBLEMS, Size
+from weighmatch.studies.problems.contaminated_pool import LABELLED, MISMATCH
 from weighmatch.studies.snapshots import SnapshotConfig
 
 GROUP = "meta_learning_analysis"
@@ -41,7 +43,7 @@ class MetaLearningConfig:
         budget: products.
         forgetting_seeds: number of seeds of that study.
         forgetting_steps: updates of φ there.
-        steps: α·λ_max in the map of instability.
+        steps: α·λ_max at the start in the map of instability.
         sources: of instability, names of `iml.SOURCES`.
         remedies: names of `iml.REMEDIES`; "all" are together whatever is listed here.
         instability_seeds: number of seeds of that map.
@@ -107,9 +109,9 @@ class MetaLearningConfig:
         self._list("steps", lambda v: require_number(f"{GROUP}.steps", v, 0, 10, above=True))
         require_number(f"{GROUP}.label_noise", self.label_noise, 0, 1, below=False)
         for name, low in (
-            ("inner", 1),
+            ("inner", 21),  # more than the mini-batches of the map of instability
             ("outer", 1),
-            ("hidden", 0),
+            ("hidden", 1),
             ("outer_steps", 1),
             ("budget", 4),
             ("forgetting_seeds", 1),
@@ -124,10 +126,37 @@ class MetaLearningConfig:
                     f"{GROUP}.{name} must be at most the number of {GROUP}.seeds "
                     f"({len(self.seeds)}), got {getattr(self, name)}"
                 )
+        require_boolean(f"{GROUP}.exact_everywhere", self.exact_everywhere)
+        for name in ("budget", "budgets"):
+            largest = max(self.budgets) if name == "budgets" else self.budget
+            if largest > self.inner_steps[0]:
+                raise ValueError(
+                    f"{GROUP}.{name} must be at most the first of {GROUP}.inner_steps "
+                    f"({self.inner_steps[0]}), which unrolled differentiation goes through, "
+                    f"got {largest}"
+                )
+        self._check_images()
         if self.workers != "auto":
             require_integer(f"{GROUP}.workers", self.workers, 1)
         group = require_group(f"{GROUP}.snapshots", self.snapshots, SnapshotConfig)
         object.__setattr__(self, "snapshots", group)
+
+    def _check_images(self) -> None:
+        """Every experiment finds the images it needs among the digits."""
+        test = Size().test
+        known = LABELLED + self.inner - round(MISMATCH * self.inner)
+        for needed, there, cure in (
+            (self.inner + 4 * self.outer + test, 1797, "inner or outer"),
+            (self.inner + max(self.outer_images) + test, 1797, "inner or outer_images"),
+            (known + self.outer + test, 1083, "inner or outer"),
+        ):
+            if needed > there:
+                raise ValueError(
+                    f"{GROUP} needs {needed} digits for inner {self.inner}, outer {self.outer} "
+                    f"(four times it where forgetting is studied), outer_images "
+                    f"{list(self.outer_images)} and {test} test images, and there are {there}; "
+                    f"make {cure} smaller"
+                )
 
     def _list(self, name: str, check: Any) -> None:
         values = listed(f"{GROUP}.{name}", getattr(self, name))

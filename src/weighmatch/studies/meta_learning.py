@@ -23,7 +23,15 @@ from weighmatch.studies.snapshots import influence_quality
 # Exact curvature of more parameters than this is out of reach of a study.
 LARGEST_EXACT = 1500
 # Columns of `iml.train` that a run has where it measures them.
-SOMETIMES = ("retrained_accuracy", "residual", "cosine", "low_share", "largest_eigenvalue")
+SOMETIMES = (
+    "retrained_accuracy",
+    "residual",
+    "status",
+    "cosine",
+    "low_share",
+    "largest_eigenvalue",
+    "step_sharpness",
+)
 # More than these and one seed, fewer methods and half of the steps have to do.
 LARGE = 50_000
 # How far Adam can move the logarithm of a weight decay where instability is mapped.
@@ -86,19 +94,22 @@ def generalisation(config: MetaLearningConfig) -> Iterator[Run]:
 
 
 def overfitting(config: MetaLearningConfig) -> Iterator[Run]:
-    """Number of outer images × damping × T, conjugate gradients on the first problem."""
+    """Number of outer images × damping × T on the first problem; and the exact hypergradient."""
     problem = config.problems[0]
     for images in config.outer_images:
-        for damping in config.dampings:
-            for steps in config.inner_steps:
+        # Softmax regression: its Hessian is its Gauss-Newton matrix, so that there is an exact
+        # hypergradient at every point.
+        size = replace(_size(config, problem), outer=images, hidden=0)
+        for steps in config.inner_steps:
+            damped = [("conjugate_gradient", damping) for damping in config.dampings]
+            for method, damping in [*damped, ("exact", 0.0)]:
                 training = Training(
+                    method=method,
                     outer_steps=config.outer_steps,
                     inner_steps=steps,
                     budget=config.budget,
-                    curvature="gauss_newton",
                     damping=damping,
                 )
-                size = replace(_size(config, problem), outer=images)
                 for seed in config.seeds:
                     yield Run("map", f"T = {steps}", problem, size, training, seed)
 
@@ -206,7 +217,7 @@ def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
                 curvature="gauss_newton",
                 damping=0.1,
                 outer_steps=max(1, config.outer_steps // (6 if parameters > LARGE else 3)),
-                inner_steps=max(1, config.inner_steps[0] // 2),
+                inner_steps=config.inner_steps[0],
                 dtype="float32",
                 outer_rate=(4 if parameters > LARGE else 2) * PROBLEMS[problem].outer_rate,
             )

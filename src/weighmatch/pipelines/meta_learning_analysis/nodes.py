@@ -16,11 +16,12 @@ def run_meta_learning(meta_learning_analysis: MetaLearningConfig) -> tuple[Table
     return run_all(*load_digits(), meta_learning_analysis)
 
 
-def summarise_meta_learning(meta_learning_steps: Table) -> Table:
-    """A row a training."""
-    from weighmatch.evaluation.meta_tables import summarise_runs
+def summarise_meta_learning(meta_learning_steps: Table) -> tuple[Table, Table]:
+    """A row a training; and paired differences to conjugate gradients."""
+    from weighmatch.evaluation.meta_tables import compare_to, summarise_runs
 
-    return summarise_runs(meta_learning_steps)
+    runs = summarise_runs(meta_learning_steps)
+    return runs, compare_to(runs)
 
 
 def draw_meta_learning(

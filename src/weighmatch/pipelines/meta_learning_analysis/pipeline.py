@@ -18,7 +18,7 @@ def create_pipeline() -> Pipeline:
             Node(
                 nodes.summarise_meta_learning,
                 "meta_learning_steps",
-                "meta_learning_runs",
+                ["meta_learning_runs", "meta_learning_comparison"],
                 name="summarise_meta_learning",
             ),
             Node(

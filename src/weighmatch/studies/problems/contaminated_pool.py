@@ -38,7 +38,8 @@ class ContaminatedPool(BilevelProblem):
     def __init__(self, digits: Digits, size: Size, seed: int) -> None:
         super().__init__(digits, size, seed)
         self._labels = digits.inner_labels
-        teacher = minimise(self, {"raw": torch.full_like(self._start(), -40.0)}, self.initial)
+        unweighted = {"raw": torch.full_like(self._start(), -40.0)}
+        teacher, _ = minimise(self, unweighted, self.initial)
         with torch.no_grad():
             pseudo = self.forward(teacher, digits.inner[LABELLED:]).argmax(1)
         self._labels = torch.cat([digits.inner_labels[:LABELLED], pseudo])

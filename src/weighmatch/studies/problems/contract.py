@@ -296,30 +296,35 @@ def minimise(
     problem: BilevelProblem,
     hyper: Parameters,
     start: Parameters,
-    iterations: int = 150,
-    tolerance: float = 1e-7,
-) -> Parameters:
-    """θ*(φ) from `start`, by L-BFGS on all examples.
+    iterations: int = 600,
+    tolerance: float = 1e-6,
+) -> tuple[Parameters, int]:
+    """θ*(φ) from `start`, by L-BFGS on all examples, and the gradients that it took.
 
     Args:
-        problem: whose inner loss.
+        problem: whose inner loss; one that is not the integral of its gradient, as with a weight
+            that is a constant of the inner problem, is not brought to the same precision.
         hyper: φ.
         start: where to start.
         iterations: at most so many.
         tolerance: largest entry of the gradient at which it stops.
     """
+    calls = 0
     theta = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
     leaves = list(theta.values())
     optimizer = torch.optim.LBFGS(
         leaves,
         max_iter=iterations,
-        history_size=30,
+        max_eval=2 * iterations,
+        history_size=50,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
     )
 
     def closure() -> float:
+        nonlocal calls
+        calls += 1
         loss, slopes = problem.inner_gradient(theta, hyper)
         for leaf, slope in zip(leaves, slopes, strict=True):
             leaf.grad = slope
@@ -328,7 +333,7 @@ def minimise(
     optimizer.step(closure)
     found = {name: p.detach() for name, p in theta.items()}
     finite = all(bool(torch.isfinite(p).all()) for p in found.values())
-    return found if finite else {name: p.detach().clone() for name, p in start.items()}
+    return (found if finite else {k: p.detach().clone() for k, p in start.items()}), calls
 
 
 def _network(size: Size, seed: int) -> nn.Module:

@@ -1,7 +1,9 @@
 """Weights under label noise from a small network on an example's loss (Meta-Weight-Net).
 
 Shu et al. (2019). The loss that goes into the network is a constant of the inner problem: its own
-dependence on θ is left out of the curvature and of the hypergradient, as it is there.
+dependence on θ is left out of the curvature and of the mixed derivative. (Finite differences,
+DARTS and SAMA, move it nevertheless.) So the inner gradient is not that of one loss, and there is
+no minimum to converge to: this problem is for online training.
 """
 
 import torch
