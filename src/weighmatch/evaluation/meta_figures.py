@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from weighmatch.evaluation.figures import (
     BLACK,
@@ -99,7 +100,7 @@ def _draw_gap(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_title(
         f"{PROBLEM_NAMES.get(rows['problem'].iloc[0], '')}, online: the gap by method", loc="left"
     )
-    axes.legend(loc="lower right", frameon=False)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3, frameon=False, fontsize=8)
 
 
 def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
@@ -116,11 +117,11 @@ def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
             axes.plot([x, x], [row["low"], row["high"]], color=colour, linewidth=1.5)
             axes.plot(x, row["mean"], marker, color=colour, markersize=6)
         axes.plot([], [], marker, color=colour, label=name)
-    names = [f"{PROBLEM_NAMES.get(p, p)}\n{c}" for p, c in cells]
+    names = [f"{PROBLEM_NAMES.get(p, p).replace(' ', chr(10))}\n{c}" for p, c in cells]
     axes.set_xticks(range(len(cells)), names, fontsize=8)
     axes.set_ylabel("test accuracy")
     axes.set_title("every problem, core methods", loc="left")
-    axes.legend(loc="lower right", frameon=False, fontsize=8)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
 
 def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
@@ -184,6 +185,7 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
                     linewidth=0,
                 )
         grid[0, column].set_title(case, loc="left")
+        grid[2, column].set_ylim(0, 1.05)
         grid[3, column].set_yscale("log")
         grid[3, column].set_xlabel("outer step")
         _stability_limit(grid[3, column], mine)
@@ -293,6 +295,11 @@ def draw_efficiency(runs: pd.DataFrame) -> Figure:
                 linestyle=":",
             )
             axes.set_xscale("log")
+            # A decade and its 2 and 5 where there are few: more would run into each other.
+            narrow = known[measure].max() < 50 * known[measure].min()
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
             _plain(axes)
         grid[0, column].set_title(f"P = {size:,}", loc="left")
         grid[0, column].set_xlabel("cost, in inner gradients")
