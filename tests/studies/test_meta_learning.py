@@ -6,9 +6,12 @@ import pytest
 from weighmatch.data.sources import load_digits
 from weighmatch.evaluation.meta_tables import RUN, compare_to, summarise_runs
 from weighmatch.studies import meta_learning
-from weighmatch.studies.iml import REMEDIES, SOURCES
+from weighmatch.studies.iml import IHVPS
 from weighmatch.studies.meta_config import METHODS, MetaLearningConfig
-from weighmatch.studies.snapshots import SnapshotConfig, influence_quality
+from weighmatch.studies.names import IHVP_NAMES, PROBLEM_NAMES, REMEDIES, SOURCES
+from weighmatch.studies.problems import PROBLEMS
+from weighmatch.studies.snapshot_config import SnapshotConfig
+from weighmatch.studies.snapshots import influence_quality
 
 SMALL = MetaLearningConfig(
     seeds=(0, 1),
@@ -96,6 +99,11 @@ def test_every_experiment_is_there_and_a_run_is_a_row(study):
     assert len(compared)
     assert compared["final"].notna().all()
     assert quality["auroc"].between(0, 1).all()
+
+
+def test_names_are_those_of_what_there_is():
+    assert tuple(IHVPS) == IHVP_NAMES
+    assert set(PROBLEMS) == set(PROBLEM_NAMES)
 
 
 def test_the_default_study_covers_what_the_library_has():

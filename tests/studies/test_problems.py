@@ -5,8 +5,9 @@ import torch
 
 from weighmatch.data.sources import load_digits
 from weighmatch.implicit import Exact, flatten, implicit_gradient, unflatten
+from weighmatch.studies.names import LABELLED
 from weighmatch.studies.problems import PROBLEMS, Size, minimise
-from weighmatch.studies.problems.contaminated_pool import LABELLED, SEEN
+from weighmatch.studies.problems.contaminated_pool import SEEN
 from weighmatch.studies.problems.contract import scaled
 
 IMAGES, LABELS = load_digits()

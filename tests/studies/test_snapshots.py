@@ -14,7 +14,8 @@ from weighmatch.data.splits import make_splits
 from weighmatch.semisup.streams import Streams
 from weighmatch.semisup.trainer import TrainingSet
 from weighmatch.studies import snapshots
-from weighmatch.studies.snapshots import SnapshotConfig, SnapshotProblem, influence_quality, train
+from weighmatch.studies.snapshot_config import SnapshotConfig
+from weighmatch.studies.snapshots import SnapshotProblem, influence_quality, train
 
 SMALL = SnapshotConfig(
     seeds=(0,),

@@ -4,13 +4,14 @@ What a product costs in gradients of the loss, from `python -m benchmarks.ihvp_p
 thread in float32 (torch 2.15); in brackets what is spent once:
 
                                                WRN-10-1, batch 32   MLP 267k, batch 128
-    Hessian                                      2.1 (1.1)            1.1 (1.5)
-    Hessian, torch's own layers                  2.4 (1.6)            the same
-    Hessian, `torch.func.linearize`              2.4 (61)             1.2 (over 100)
-    Hessian, a column of 16                      2.2 (1.1)            1.8 (1.3)
-    Gauss-Newton                                 1.4 (0.9)            1.3 (1.7)
-    Gauss-Newton, torch's own layers             2.3 (2.2)            the same
-    J v alone, `torch.func.linearize`            0.9 (28)             0.6 (42)
+    Hessian                                      2.2 (1.2)            1.3 (2.2)
+    Hessian, torch's own layers                  2.4 (1.5)            1.2 (1.9)
+    Hessian, `torch.func.linearize`              2.4 (77)             1.2 (over 100)
+    Hessian, a column of 16                      2.3 (1.3)            1.4 (1.0)
+    Gauss-Newton                                 1.5 (1.0)            1.3 (1.4)
+    Gauss-Newton, torch's own layers             2.2 (1.6)            1.1 (1.1)
+    J v alone, `torch.func.linearize`            0.8 (29)             0.6 (22)
+    Hessian, in the row space of the batch       none                 0.8 to 0.9, all included
 
 So the graph is kept, with the convolutions and group norms of
 `weighmatch.implicit.second_order`, unless a solver announces a thousand products or more. A block

@@ -40,6 +40,7 @@ from weighmatch.implicit import (
     unrolled_gradient,
 )
 from weighmatch.studies.memory import peak_memory
+from weighmatch.studies.names import OTHERS
 from weighmatch.studies.problems import BilevelProblem, minimise
 
 # Costs in gradients of the inner loss, as measured on an MLP by `benchmarks.ihvp_peers`: the same
@@ -68,8 +69,6 @@ IHVPS: dict[str, Callable[[float, int], Method]] = {
     "kfac": lambda d, _: KFAC(damping=d),
     "exact": lambda d, _: Exact(damping=d),
 }
-# Hypergradients that are not an IHVP; "none" leaves φ as it is.
-OTHERS = ("unrolled", "darts", "sama", "none")
 # They see the data term alone, not L2.
 _OF_THE_DATA_TERM = ("woodbury_fisher", "kfac")
 
@@ -152,29 +151,6 @@ class Training:
             )
         if self.method == "unrolled" and self.momentum:
             raise ValueError("unrolled differentiation is of plain descent: momentum must be 0")
-
-
-# What is done to a training that would be sound without it.
-SOURCES: dict[str, dict[str, Any]] = {
-    "none": {},
-    "momentum .9": {"momentum": 0.9},
-    "batch of 20": {"batch": 20},
-    "other batch for the curvature": {"batch": 20, "shared_batch": False},
-    "BatchNorm in train mode": {"batch": 20, "frozen_statistics": False},
-    "bfloat16": {"dtype": "bfloat16"},
-    "outer rate × 4": {"outer_factor": 4.0},
-    "negative curvature (T = 1)": {"inner_steps": 1},
-    "sketch kept for 10 steps": {"method": "nystrom", "renew": 10, "damping": 0.01},
-}
-REMEDIES: dict[str, dict[str, Any]] = {
-    "automatic step": {"automatic_step": True, "neumann_step": False},
-    "damping": {"damping": 0.1},
-    "Gauss-Newton": {"curvature": "gauss_newton"},
-    "frozen statistics": {"frozen_statistics": True},
-    "shared batch": {"shared_batch": True},
-    "normalised hypergradient": {"normalise": True},
-    "averaging": {"average": 0.9},
-}
 
 
 @dataclass(frozen=True)

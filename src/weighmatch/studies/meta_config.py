@@ -12,13 +12,20 @@ from weighmatch.checks import (
     require_seeds,
 )
 from weighmatch.studies.config import listed
-from weighmatch.studies.iml import IHVPS, OTHERS, REMEDIES, SOURCES
-from weighmatch.studies.problems import PROBLEMS, Size
-from weighmatch.studies.problems.contaminated_pool import LABELLED, MISMATCH
-from weighmatch.studies.snapshots import SnapshotConfig
+from weighmatch.studies.names import (
+    IHVP_NAMES,
+    LABELLED,
+    MISMATCH,
+    OTHERS,
+    PROBLEM_NAMES,
+    REMEDIES,
+    SOURCES,
+    TEST_IMAGES,
+)
+from weighmatch.studies.snapshot_config import SnapshotConfig
 
 GROUP = "meta_learning_analysis"
-METHODS = (*IHVPS, *OTHERS)
+METHODS = (*IHVP_NAMES, *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -44,8 +51,8 @@ class MetaLearningConfig:
         forgetting_seeds: number of seeds of that study.
         forgetting_steps: updates of φ there.
         steps: α·λ_max at the start in the map of instability.
-        sources: of instability, names of `iml.SOURCES`.
-        remedies: names of `iml.REMEDIES`; "all" are together whatever is listed here.
+        sources: of instability, names of `names.SOURCES`.
+        remedies: names of `names.REMEDIES`; "all" are together whatever is listed here.
         instability_seeds: number of seeds of that map.
         widths: of the MLPs of the study of efficiency; P is 75 times the width.
         budgets: products there.
@@ -90,8 +97,8 @@ class MetaLearningConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         for name, choices in (
-            ("problems", tuple(PROBLEMS)),
-            ("converged_problems", tuple(PROBLEMS)),
+            ("problems", PROBLEM_NAMES),
+            ("converged_problems", PROBLEM_NAMES),
             ("methods", METHODS),
             ("core_methods", METHODS),
             ("sources", tuple(SOURCES)),
@@ -143,7 +150,7 @@ class MetaLearningConfig:
 
     def _check_images(self) -> None:
         """Every experiment finds the images it needs among the digits."""
-        test = Size().test
+        test = TEST_IMAGES
         known = LABELLED + self.inner - round(MISMATCH * self.inner)
         for needed, there, cure in (
             (self.inner + 4 * self.outer + test, 1797, "inner or outer"),

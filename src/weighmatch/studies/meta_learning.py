@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from numpy.typing import NDArray
 
-from weighmatch.studies.iml import REMEDIES, SOURCES, Training, gradient_memory, train
+from weighmatch.studies.iml import Training, gradient_memory, train
 from weighmatch.studies.meta_config import MetaLearningConfig
+from weighmatch.studies.names import LABELLED, REMEDIES, SOURCES
 from weighmatch.studies.problems import PROBLEMS, Size
-from weighmatch.studies.problems.contaminated_pool import LABELLED
 from weighmatch.studies.runs import in_parallel
 from weighmatch.studies.snapshots import influence_quality
 

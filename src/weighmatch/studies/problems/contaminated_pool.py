@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.implicit import Parameters
+from weighmatch.studies.names import LABELLED, MISMATCH
 from weighmatch.studies.problems.contract import (
     BilevelProblem,
     Digits,
@@ -21,8 +22,6 @@ from weighmatch.studies.problems.contract import (
 )
 
 SEEN = 6
-LABELLED = 24
-MISMATCH = 0.75
 
 
 class ContaminatedPool(BilevelProblem):

@@ -25,6 +25,7 @@ from weighmatch.implicit import (
     Parameters,
     flatten,
 )
+from weighmatch.studies.names import TEST_IMAGES
 
 CLASSES = 10
 
@@ -73,7 +74,7 @@ class Size:
 
     inner: int = 100
     outer: int = 100
-    test: int = 500
+    test: int = TEST_IMAGES
     label_noise: float = 0.4
     hidden: int = 8
     l2: float = 0.01

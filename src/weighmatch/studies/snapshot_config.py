@@ -1,0 +1,96 @@
+"""Parameters of the study of FixMatch's snapshots (`meta_learning_analysis.snapshots`)."""
+
+from dataclasses import dataclass
+
+from weighmatch.checks import require_integer, require_multiple, require_number, require_seeds
+from weighmatch.data.config import DataConfig
+from weighmatch.semisup.config import AugmentationConfig, TrainingConfig
+
+_GROUP = "meta_learning_analysis.snapshots"
+RATIO = 0.75
+# As in conf/base: grey levels carry the class of a digit, and no operation inverts them.
+OPERATIONS = (
+    "identity",
+    "rotate",
+    "shear_x",
+    "shear_y",
+    "translate_x",
+    "translate_y",
+    "brightness",
+    "contrast",
+    "sharpness",
+)
+
+
+@dataclass(frozen=True)
+class SnapshotConfig:
+    """What is trained, where it is frozen and how influence is computed there.
+
+    Attributes:
+        seeds: of splits, training and every draw.
+        labels_per_class: labelled images of each seen class.
+        pool_size: unlabelled images, three quarters of them of unseen classes.
+        steps: of FixMatch.
+        stages: where the classifier is copied, as fractions of `steps`.
+        dampings: δ as multiples of the curvature's largest eigenvalue, on top of the weight
+            decay; the weight decay alone and no curvature at all are always added.
+        products: `max_products` of conjugate gradients.
+        copies: strong views of each labelled image in the outer loss.
+        draws: of the augmentation, that an image's influence is averaged over.
+        curvature_batch: labelled views in the curvature, and as many unlabelled ones.
+        width: first-layer channels of the classifier.
+        threshold: τ of FixMatch.
+    """
+
+    seeds: tuple[int, ...] = tuple(range(10))
+    labels_per_class: int = 2
+    pool_size: int = 600
+    steps: int = 1000
+    stages: tuple[float, ...] = (0.1, 0.4, 1.0)
+    dampings: tuple[float, ...] = (1.0, 0.1, 0.01, 0.001)
+    products: int = 10
+    copies: int = 32
+    draws: int = 4
+    curvature_batch: int = 32
+    width: int = 16
+    threshold: float = 0.95
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seeds", require_seeds(f"{_GROUP}.seeds", self.seeds))
+        counts = ("labels_per_class", "pool_size", "steps", "copies", "draws", "curvature_batch")
+        for name in counts:
+            require_integer(f"{_GROUP}.{name}", getattr(self, name), 1)
+        require_integer(f"{_GROUP}.products", self.products, 2)
+        require_multiple(f"{_GROUP}.width", self.width, 4, "GroupNorm has 4 groups")
+        require_number(f"{_GROUP}.threshold", self.threshold, 0, 1, above=True)
+        for name, high in (("stages", 1), ("dampings", 1e6)):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not values or len(set(values)) < len(values):
+                raise ValueError(
+                    f"{_GROUP}.{name} must be a list of different values, got {values!r}"
+                )
+            for value in values:
+                require_number(f"{_GROUP}.{name}", value, 0, high, above=True, below=False)
+            object.__setattr__(self, name, tuple(values))
+        try:
+            self.data(self.seeds[0])
+        except ValueError as error:
+            raise ValueError(
+                f"{_GROUP}.labels_per_class or {_GROUP}.pool_size does not fit the digits: {error}"
+            ) from error
+
+    def data(self, seed: int) -> DataConfig:
+        """The splits of one seed."""
+        return DataConfig((seed,), self.labels_per_class, ratio=RATIO, pool_size=self.pool_size)
+
+    def training(self) -> TrainingConfig:
+        """FixMatch, on the CPU."""
+        return TrainingConfig(
+            width=self.width,
+            steps=self.steps,
+            threshold=self.threshold,
+            snapshots=1,
+            checkpoint_every=self.steps,
+            device="cpu",
+            augmentation=AugmentationConfig(operations=OPERATIONS),
+        )
