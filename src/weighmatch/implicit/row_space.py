@@ -52,6 +52,8 @@ class RowSpaces(TorchFunctionMode):
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
         """None where nothing is gained."""
+        if not torch.is_grad_enabled():  # pseudo-labels, for example
+            return None
         # Inside of vmap every example would get a basis of its own.
         wrapped = torch._C._functorch.is_functorch_wrapped_tensor(input)
         if wrapped or input.requires_grad or input.ndim != 2 or 2 * len(input) > input.shape[1]:
