@@ -48,9 +48,14 @@ def make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, li
     figure = Figure(figsize=(width, height), layout="constrained")
     grid = figure.subplots(1, columns, squeeze=False)[0]
     for axes in grid:
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
+        make_plain(axes)
     return figure, list(grid)
+
+
+def make_plain(axes: Axes) -> None:
+    """Two spines and a faint grid."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
 
 
 def _in_order(arms: Sequence[str]) -> list[str]:

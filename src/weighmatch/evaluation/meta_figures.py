@@ -18,6 +18,7 @@ from weighmatch.evaluation.figures import (
     PINK,
     RED,
     SKY,
+    make_plain,
 )
 from weighmatch.evaluation.meta_tables import CHANCE, means, pareto
 
@@ -55,11 +56,11 @@ def draw_generalisation(runs: pd.DataFrame) -> Figure:
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=[1.0, 1.25])[0]
     widest = rows[(rows["problem"] == rows["problem"].iloc[0]) & (rows["case"] == "online")]
     axes = left.subplots()
-    _plain(axes)
+    make_plain(axes)
     _draw_gap(axes, widest)
     grid = right.subplots(2, 1)
     for lower in grid:
-        _plain(lower)
+        make_plain(lower)
     _draw_problems(grid[0], rows)
     _draw_map(grid[1], runs[runs["experiment"] == "map"])
     figure.suptitle(f"What the solution is worth on images that nobody optimised{_over(rows)}")
@@ -190,7 +191,7 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
         grid[3, column].set_xlabel("outer step")
         _stability_limit(grid[3, column], mine)
         for axes in grid[:, column]:
-            _plain(axes)
+            make_plain(axes)
     grid[0, 0].set_ylabel("test accuracy\n(a diverged run: chance)")
     grid[1, 0].set_ylabel("cosine with the\nexact hypergradient")
     grid[2, 0].set_ylabel("share of ‖H⁻¹g‖²\nbelow λ_max/20")
@@ -300,7 +301,7 @@ def draw_efficiency(runs: pd.DataFrame) -> Figure:
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
             axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
             axes.xaxis.set_minor_formatter(NullFormatter())
-            _plain(axes)
+            make_plain(axes)
         grid[0, column].set_title(f"P = {size:,}", loc="left")
         grid[0, column].set_xlabel("cost, in inner gradients")
         grid[1, column].set_xlabel("peak memory of a hypergradient,\nin parameter vectors")
@@ -321,11 +322,6 @@ def _shared_legend(panels: Iterable[Axes]) -> dict[str, Any]:
         handles, labels = axes.get_legend_handles_labels()
         found |= dict(zip(labels, handles, strict=True))
     return {"handles": list(found.values()), "labels": list(found)}
-
-
-def _plain(axes: Axes) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
 
 
 def _over(rows: pd.DataFrame) -> str:
