@@ -89,6 +89,13 @@ def judge(**more):
     return row
 
 
+def test_influences_are_judged_where_they_were_measured():
+    row = judge(pool_influence=np.array([0.5, np.nan, -1.0, 0.2, 0.1], np.float32))
+    # Against the intruder's .1: above, below, above.
+    assert row["auroc_influence"] == row["auroc_influence_near"] == pytest.approx(2 / 3)
+    assert math.isnan(judge()["auroc_influence"])
+
+
 def test_a_run_is_judged_on_test_held_out_and_pool_images():
     row = judge(
         heldout_scores=np.array([0.9, 0.3, 0.5, 0.1, 0.2, 0.2]),

@@ -35,7 +35,7 @@ def test_a_source_has_its_own_sizes_and_training():
     assert make_cells(digits, DATA)[0].data.pool_size == DATA.pool_size
     assert make_training(digits, TRAINING) == TRAINING
     assert make_cells(glyphs, DATA)[0].data.pool_size == 4000
-    assert make_training(glyphs, TRAINING).steps == 2000
+    assert make_training(glyphs, TRAINING).steps == 3000
     fewer = BenchmarkConfig(**base("benchmark", steps=50, labels_per_class=3))
     assert make_training(fewer, TRAINING).steps == 50
     assert make_cells(fewer, DATA)[0].data.labels_per_class == 3
@@ -65,7 +65,12 @@ def test_every_known_setting_can_be_drawn_from_glyphs():
         ({"arms": []}, "benchmark.arms must be a list of different names"),
         ({"settings": ["moon"]}, "benchmark.settings 'moon' is unknown; choose from near, far"),
         ({"settings": [["near"], ["near"]]}, "benchmark.settings must be a list of different"),
-        ({"stages": [3]}, "benchmark.stages 3 is unknown; choose from 1"),
+        ({"stages": [0]}, "benchmark.stages must be an integer of at least 1, got 0"),
+        ({"stages": [101]}, "benchmark.stages must be at most 100, got 101"),
+        (
+            {"stages": [3], "arms": ["softmatch"]},
+            "benchmark.arms softmatch cannot rank the pool in rounds",
+        ),
         ({"regime": "both"}, "benchmark.regime 'both' is unknown; choose from fixed_total, added"),
         ({"known_settings": 3}, "benchmark.known_settings must be a group of parameters, got 3"),
         ({"glyphs": {"dta": {}}}, "benchmark.glyphs has no parameter dta; it has data, training"),

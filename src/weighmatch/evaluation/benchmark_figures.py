@@ -153,7 +153,9 @@ def _marker(arm: str, stages: int) -> dict[str, Any]:
 
 
 def _name(arm: str, stages: int) -> str:
-    return ARM_NAMES[arm] if stages == 1 else f"{ARM_NAMES[arm]}, {stages} stages"
+    if stages == 1:
+        return ARM_NAMES[arm]
+    return f"{ARM_NAMES[arm]}, {stages} {'stages' if stages == 2 else 'rounds'}"
 
 
 def _source(rows: pd.DataFrame) -> str:

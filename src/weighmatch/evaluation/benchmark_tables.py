@@ -47,10 +47,11 @@ def judge_runs(
         `auroc_heldout` of the arm's scores, in-distribution against OOD, `auroc_near` (against
         unseen classes), `auroc_far` (against the rest of OOD) and `auroc_confidence` of the
         classifier's; of the pool at the end `mask_rate`, the mean weights `weight_id`,
-        `weight_ood` and `weight_shifted` (in-distribution, shifted), and `worst_class_kept`: of
-        the seen class of which least is kept, the share with at least half of the largest
-        weight; `seconds` of training and `update_seconds` of one update of the weights. Shares
-        are fractions.
+        `weight_ood` and `weight_shifted` (in-distribution, shifted), `worst_class_kept`: of the
+        seen class of which least is kept, the share with at least half of the largest weight, and
+        `auroc_influence` and `auroc_influence_near` of the measured influences alone, against all
+        OOD and against unseen classes; `seconds` of training and `update_seconds` of one update
+        of the weights. Shares are fractions.
     """
     near = source_names.index(NEAR)
     rows = []
@@ -60,7 +61,8 @@ def judge_runs(
         found = predictions[name]()
         scored = _on_test(found, test_labels[key]) | _on_heldout(found, truth[key], near)
         times = {column: float(found[column]) for column in ("seconds", "update_seconds")}
-        rows.append({**run, **scored, **_on_pool(found, truth[key]), **times})
+        pool = _on_pool(found, truth[key]) | _influence(found, truth[key], near)
+        rows.append({**run, **scored, **pool, **times})
     return pd.DataFrame(rows)
 
 
@@ -115,6 +117,19 @@ def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
             "worst_class_kept": min(_mean(kept[classes == c]) for c in np.unique(classes[is_id])),
         }
     return {"mask_rate": float(found.get("mask_rate", np.nan)), **row}
+
+
+def _influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
+    names = ("auroc_influence", "auroc_influence_near")
+    if "pool_influence" not in found:
+        return dict.fromkeys(names, np.nan)
+    influence, sources = found["pool_influence"], truth["pool_sources"]
+    measured = ~np.isnan(influence)
+    values = influence[measured]
+    is_id, is_near = sources[measured] == 0, sources[measured] == near
+    return dict(
+        zip(names, (_auroc(values, is_id, ~is_id), _auroc(values, is_id, is_near)), strict=True)
+    )
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from weighmatch.semisup.config import AugmentationConfig, TrainingConfig, WeighingConfig
     from weighmatch.semisup.networks import ConfidenceNetwork, build_classifier
+    from weighmatch.semisup.rounds import RoundsTrainer
     from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet
     from weighmatch.semisup.two_stages import TwoStageTrainer
 
 _HOMES = {
     "AugmentationConfig": "config",
     "ConfidenceNetwork": "networks",
+    "RoundsTrainer": "rounds",
     "RunConfig": "trainer",
     "Trainer": "trainer",
     "TrainingConfig": "config",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "AugmentationConfig",
     "ConfidenceNetwork",
+    "RoundsTrainer",
     "RunConfig",
     "Trainer",
     "TrainingConfig",

@@ -7,12 +7,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from weighmatch.semisup.config import UNWEIGHTED, ArmName, TrainingConfig
+from weighmatch.semisup.config import RANKED_ANEW, UNWEIGHTED, ArmName, TrainingConfig
 from weighmatch.semisup.learned import PROBE_EVERY
+from weighmatch.semisup.networks import build_classifier
+from weighmatch.semisup.rounds import PoolInfluence
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
-from weighmatch.semisup.two_stages import FITTED, LABELLED_COPIES, POOL_VIEWS
+from weighmatch.semisup.two_stages import FITTED, LABELLED_COPIES, POOL_VIEWS, WITH_HEAD
 
 # Steps that are counted: with an update of the weights on each, as many as there are between two
 # probes of the curvature, so that a probe is counted with its share.
@@ -81,22 +84,44 @@ def relative_costs(
     """Operations of a whole run of each arm, over those of `fixmatch` with as many steps.
 
     With two stages, weighted arms take the second and, for `first_stage` of its steps, the arm's
-    own; ranking the pool between them is counted as the passes that it makes.
+    own; rounds are steps of FixMatch. Ranking the pool is counted as the passes that it makes,
+    and what `learned` measures of the whole pool as its operations.
     """
     counted = [arm for arm in arms if arm not in UNWEIGHTED or arm == "supervised"]
     costs = dict.fromkeys(arms, 1.0)
     plain = flops_per_step("fixmatch", classes, config, data) if counted else 1.0
     for arm in counted:
+        if stages > 2 and arm in RANKED_ANEW:
+            ranking = _ranking_steps(arm, config, data)
+            if arm == "learned":
+                ranking += _measuring_flops(classes, config, data) / plain
+            costs[arm] += stages * ranking / config.steps
+            continue
         # Weights are learned after the warm-up; `supervised` is cheaper from the first step.
         share = 1.0 if arm in UNWEIGHTED else 1 - config.weighing.warmup
         costs[arm] += share * (flops_per_step(arm, classes, config, data) / plain - 1)
         if stages == 2 and arm not in UNWEIGHTED:
             costs[arm] = 1 + config.weighing.first_stage * costs[arm]
-            costs[arm] += _ranking_steps(config, data) / config.steps
+            costs[arm] += _ranking_steps(arm, config, data) / config.steps
     return list(costs.values())
 
 
-def _ranking_steps(config: TrainingConfig, data: TrainingSet) -> float:
+def _measuring_flops(classes: int, config: TrainingConfig, data: TrainingSet) -> int:
+    """Operations of measuring the influences of a pool once, at an untrained classifier."""
+    # The curvature's probe and solve make no fewer products at a trained one.
+    config = replace(config, device="cpu", threshold=1e-6)
+    run_config = RunConfig("learned", seed=0, steps=1, classes=classes, training=config)
+    device = torch.device("cpu")
+    classifier = build_classifier(
+        config.network, data.unlabelled_images.shape[1], classes, 0, config.width
+    )
+    meter = PoolInfluence(data, run_config, 0, device)
+    with FlopCounterMode(display=False) as counter:
+        meter.measure(classifier, torch.arange(len(data.unlabelled_images)))
+    return int(counter.get_total_flops())
+
+
+def _ranking_steps(arm: ArmName, config: TrainingConfig, data: TrainingSet) -> float:
     """Steps of FixMatch with as many passes as ranking the pool takes.
 
     A step passes the weak views once and what it differentiates thrice (a backward pass takes two
@@ -104,6 +129,8 @@ def _ranking_steps(config: TrainingConfig, data: TrainingSet) -> float:
     pseudo-classes, confidence).
     """
     pool = len(data.unlabelled_images)
-    passes = 3 * pool + LABELLED_COPIES + POOL_VIEWS * min(pool, FITTED)
+    passes = 3 * pool
+    if arm in WITH_HEAD:
+        passes += LABELLED_COPIES + POOL_VIEWS * min(pool, FITTED)
     unlabelled = config.batch_size * config.unlabelled_ratio
     return passes / (unlabelled + 3 * (config.batch_size + unlabelled))

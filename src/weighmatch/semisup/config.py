@@ -1,5 +1,6 @@
 """What a training run is defined by, beside its data and its seed."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,6 +46,8 @@ ARMS: tuple[ArmName, ...] = (
 )
 # Those whose weights are to lower an outer loss on labelled images.
 OUTER_ARMS: tuple[ArmName, ...] = ("ds3l", "free", "learned")
+# Those that can rank the pool anew in every round.
+RANKED_ANEW: tuple[ArmName, ...] = ("max_prob", "pu", "learned")
 # Those that weigh no image: they have one stage, and nothing to score an image by.
 UNWEIGHTED: tuple[ArmName, ...] = (
     "supervised",
@@ -74,6 +77,13 @@ OPERATIONS = (
     "translate_x",
     "translate_y",
 )
+
+
+def schedules(arm: ArmName, stages: Sequence[int]) -> tuple[int, ...]:
+    """Of these numbers of stages, those that an arm can be trained in: from 3 they are rounds."""
+    if arm in UNWEIGHTED:
+        return (1,)
+    return tuple(count for count in stages if count <= 2 or arm in RANKED_ANEW)
 
 
 @dataclass(frozen=True)
@@ -146,6 +156,8 @@ class WeighingConfig:
         head_steps: Adam steps on each part of the head that ranks the pool between two stages.
         head_learning_rate: of these.
         influence_weight: β, of the measured influence in that head's objective (arm `learned`).
+        keep_above: the head's output from which an image counts towards the share that is kept.
+            At ½ it is more like a labelled image than like one of the pool.
     """
 
     weights: Literal["hard", "soft"] = "hard"
@@ -169,6 +181,7 @@ class WeighingConfig:
     head_steps: int = 250
     head_learning_rate: float = 3e-3
     influence_weight: float = 0.3
+    keep_above: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
@@ -180,6 +193,7 @@ class WeighingConfig:
             "training.weighing.head_learning_rate", self.head_learning_rate, 0, 10, above=True
         )
         require_number("training.weighing.influence_weight", self.influence_weight, 0, 1e6)
+        require_number("training.weighing.keep_above", self.keep_above, 0, 1)
         # The weights of a batch have mean 1: a single one would always be 1.
         require_integer("training.weighing.fit_batch", self.fit_batch, 2)
         require_number("training.weighing.proximity", self.proximity, 0, 1e6)

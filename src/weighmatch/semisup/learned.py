@@ -102,6 +102,12 @@ class Learned(InductiveWeighting):
     def _draw_pool(self, classifier: Classifier) -> tuple[Tensor, Tensor, Tensor, PseudoLabels]:
         """Indices of the images whose influence is measured, both views and pseudo-labels."""
         indices = self.draw(len(self.pool), self.config.influence_batch, "influence batch")
+        return self._views(classifier, indices)
+
+    def _views(
+        self, classifier: Classifier, indices: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, PseudoLabels]:
+        """The indices on the pool's device, both views and pseudo-labels."""
         images = self.pool[indices]
         noise = self.streams["augmentation for influence"]
         weak = self.augmentation.weak(images, noise)

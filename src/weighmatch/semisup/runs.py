@@ -18,7 +18,8 @@ import torch
 from tqdm import tqdm
 
 from weighmatch.semisup.compute import matched_steps
-from weighmatch.semisup.config import ARMS, UNWEIGHTED, ArmName, TrainingConfig
+from weighmatch.semisup.config import ARMS, ArmName, TrainingConfig, schedules
+from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.trainer import (
     RunConfig,
     Trainer,
@@ -59,7 +60,8 @@ def make_jobs(
         arms: what to run.
         sets: by a key that ends in `_<seed>`, the arrays of a `TrainingSet`.
         training: the configuration that all share.
-        stages: 1, 2 or both; `fixmatch_matched` has the compute of `learned` in the most.
+        stages: schedules, each 1, 2 or a number of rounds; `fixmatch_matched` has the compute of
+            the dearest of `learned`.
     """
     jobs: list[Job] = []
     matched = 0
@@ -69,12 +71,12 @@ def make_jobs(
         if not matched and {"fixmatch_matched", "fixmatch_converged"} & set(arms):
             # The same for every seed: their data have the same shapes.
             with one_thread():
-                matched = matched_steps(classes, training, data, max(stages))
+                matched = max(matched_steps(classes, training, data, count) for count in stages)
         steps = {"fixmatch_matched": matched, "fixmatch_converged": 2 * matched}
         for arm in arms:
             config = RunConfig(arm, seed, steps.get(arm, training.steps), classes, training)
-            for count in (1,) if arm in UNWEIGHTED else stages:
-                name = arm if count == 1 else f"{arm}_two_stages"
+            for count in schedules(arm, stages):
+                name = arm if count == 1 else f"{arm}_{count}_stages"
                 jobs.append(Job(f"{name}-{key}", config, data, count))
     return jobs
 
@@ -133,8 +135,12 @@ def read_run(job: Job, folder: Path) -> dict[str, Any]:
 
 def _train(job: Job, folder: Path, progress: Any) -> dict[str, Any]:
     directory = folder / f"{job.name}-{fingerprint(job.config, job.data)}"
-    kind = TwoStageTrainer if job.stages == 2 else Trainer
-    return kind(job.config).fit(job.data, directory, progress)
+    trainer: Trainer | TwoStageTrainer | RoundsTrainer = Trainer(job.config)
+    if job.stages == 2:
+        trainer = TwoStageTrainer(job.config)
+    elif job.stages > 2:
+        trainer = RoundsTrainer(job.config, job.stages)
+    return trainer.fit(job.data, directory, progress)
 
 
 def _train_in_processes(jobs: Sequence[Job], folder: Path, workers: int, bar: "tqdm[Any]") -> None:

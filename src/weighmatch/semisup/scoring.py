@@ -66,7 +66,7 @@ def score_images(checkpoint: dict[str, Any], images: NDArray[np.uint8]) -> Score
             found.append((logits.softmax(dim=1), criterion(batch, features, logits).double()))
     probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
     state = checkpoint["weighting"]
-    if checkpoint["config"]["arm"] == "softmatch" and "first_stage" not in checkpoint:
+    if checkpoint["config"]["arm"] == "softmatch" and "ranker" not in checkpoint:
         mean, variance = state["moments"]["value"].double()
         weights = truncated_gaussian(scores, mean, variance)
     else:
@@ -90,8 +90,8 @@ def load_classifier(checkpoint: dict[str, Any], channels: int) -> Classifier:
 
 def _load_criterion(checkpoint: dict[str, Any], channels: int) -> Criterion:
     """What ranks images: scores (n,) from images, features (n, width) and logits (n, classes)."""
-    if "first_stage" in checkpoint:
-        return _load_first_stage(checkpoint["first_stage"], channels)
+    if "ranker" in checkpoint:
+        return _load_ranker(checkpoint["ranker"], channels)
     arm, state = checkpoint["config"]["arm"], checkpoint["weighting"]
     if arm in ("max_prob", "softmatch"):
         return lambda images, features, logits: logits.softmax(dim=1).amax(dim=1)
@@ -114,14 +114,14 @@ def _load_criterion(checkpoint: dict[str, Any], channels: int) -> Criterion:
     return lambda images, features, logits: torch.ones(len(images))
 
 
-def _load_first_stage(first: dict[str, Any], channels: int) -> Criterion:
-    """What ranks images in two stages: the first stage's classifier and what it was ranked by."""
-    classifier = load_classifier(first, channels)
+def _load_ranker(ranker: dict[str, Any], channels: int) -> Criterion:
+    """What ranks images in stages: a classifier and what is ranked by with it."""
+    classifier = load_classifier(ranker, channels)
     head = None
-    if first["head"] is not None:
+    if ranker["head"] is not None:
         head = ConfidenceHead(classifier.head.in_features, seed=0)
-        head.load_state_dict(first["head"])
-    criterion = _load_criterion(first, channels)
+        head.load_state_dict(ranker["head"])
+    criterion = _load_criterion(ranker, channels)
 
     def score(images: Tensor, features: Tensor, logits: Tensor) -> Tensor:
         frozen = classifier.features(images)

@@ -107,6 +107,7 @@ class Trainer:
         data: TrainingSet,
         checkpoint_dir: Path,
         progress: Callable[[int], None] = lambda steps: None,
+        start: dict[str, Tensor] | None = None,
     ) -> dict[str, Any]:
         """Train to the last step, or go on from the last checkpoint, or return at once if done.
 
@@ -115,6 +116,7 @@ class Trainer:
             checkpoint_dir: made if missing; gets `checkpoint.pt` and `metrics.jsonl`. What it
                 holds of another run (other data, seed, configuration or code) is replaced.
             progress: called with the number of steps done since the last call.
+            start: state of the classifier to begin with; None: the seed's.
 
         Returns:
             The final checkpoint: "classifier" (the EMA's state), "weighting", "history" (of the
@@ -127,7 +129,7 @@ class Trainer:
             ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
         with _algorithms(self.config.training.deterministic):
-            run = Run(self.config, data, checkpoint_dir)
+            run = Run(self.config, data, checkpoint_dir, start)
             progress(run.step)
             while run.step < self.config.steps:
                 progress(run.train_steps())
@@ -150,10 +152,15 @@ def _algorithms(deterministic: bool) -> Iterator[None]:
         torch.backends.cudnn.benchmark = before[1]
 
 
-def fingerprint(config: RunConfig, data: TrainingSet) -> str:
-    """Identifies a run: its configuration (code included) and data; 16 hexadecimal digits."""
+def fingerprint(
+    config: RunConfig, data: TrainingSet, start: dict[str, Tensor] | None = None
+) -> str:
+    """Identifies a run: configuration (code included), data, start; 16 hexadecimal digits."""
     digest = hashlib.sha256(json.dumps(asdict(config), sort_keys=True).encode())
-    for array in (data.labelled_images, data.labels, data.unlabelled_images):
+    arrays: list[NDArray[Any]] = [data.labelled_images, data.labels, data.unlabelled_images]
+    if start is not None:
+        arrays += [value.cpu().numpy() for value in start.values()]
+    for array in arrays:
         digest.update(f"{array.dtype} {array.shape}".encode())
         digest.update(np.ascontiguousarray(array).tobytes())
     return digest.hexdigest()[:16]
@@ -178,10 +185,16 @@ class Batch(NamedTuple):
 class Run:
     """The state of a run and how it moves; most callers want `Trainer`."""
 
-    def __init__(self, config: RunConfig, data: TrainingSet, directory: Path) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TrainingSet,
+        directory: Path,
+        start: dict[str, Tensor] | None = None,
+    ) -> None:
         self.config, self.training = config, config.training
         self.directory = directory
-        self.fingerprint = fingerprint(config, data)
+        self.fingerprint = fingerprint(config, data, start)
         self.device = pick_device(self.training.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -198,6 +211,8 @@ class Run:
             derive_seed(config.seed, "initialisation of the classifier"),
             self.training.width,
         ).to(self.device)
+        if start is not None:
+            self.classifier.load_state_dict(start)
         self.classifier = self.classifier.to(memory_format=self._layout)
         self._forward: Callable[[Tensor], Tensor] = self.classifier
         if self.training.compile:

@@ -35,8 +35,6 @@ from weighmatch.semisup.weightings import otsu_cut
 MEASURED = ("influence", "influence_square", "evidence")
 # Arms with a head on frozen features.
 WITH_HEAD = ("pu", "learned")
-# Above it, an image is more like a labelled one than like one of the pool.
-EVEN = 0.5
 # Augmented copies whose features are kept: of the labelled images together, and of a pool image.
 LABELLED_COPIES, POOL_VIEWS = 6144, 2
 # Images of a large pool that the head is fitted on; all are ranked.
@@ -84,7 +82,7 @@ class TwoStageTrainer:
             progress: called with the number of steps done since the last call, of both stages.
 
         Returns:
-            As `Trainer.fit`, of the second stage; besides, "first_stage" (classifier, weighting,
+            As `Trainer.fit`, of the second stage; besides, "ranker" (classifier, weighting,
             head and configuration of the first) and "weighting" with the pool's "scores", "cut"
             and "kept". Times and metrics are those of both stages.
 
@@ -123,7 +121,6 @@ class TwoStageTrainer:
         second: dict[str, Any],
         data: TrainingSet,
     ) -> dict[str, Any]:
-        confidence = score_images(second, data.unlabelled_images).probabilities.max(axis=1)
         later = [{**line, "step": line["step"] + self.first_steps} for line in second["metrics"]]
         return {
             **second,
@@ -133,22 +130,30 @@ class TwoStageTrainer:
                 "kept": ranking.kept,
                 **{k: first["weighting"][k] for k in MEASURED if k in first["weighting"]},
             },
-            "first_stage": {
+            "ranker": {
                 "classifier": first["classifier"],
                 "weighting": first["weighting"],
                 "config": first["config"],
                 "head": ranking.head,
             },
-            "history": {
-                "step": [self.config.steps],
-                "weights": mean_one(ranking.kept.float())[None],
-                "confidence": torch.from_numpy(confidence).float()[None],
-            },
+            "history": describe_kept(second, ranking.kept, data, self.config.steps),
             "seconds": first["seconds"] + second["seconds"],
             "update_seconds": first["update_seconds"],
             "config": {**asdict(self.config), "stages": 2},
             "metrics": [*first["metrics"], *later],
         }
+
+
+def describe_kept(
+    trained: dict[str, Any], kept: Tensor, data: TrainingSet, steps: int
+) -> dict[str, Any]:
+    """A "history" of one snapshot: weights of mean 1 for what was kept, and confidences."""
+    confidence = score_images(trained, data.unlabelled_images).probabilities.max(axis=1)
+    return {
+        "step": [steps],
+        "weights": mean_one(kept.float())[None],
+        "confidence": torch.from_numpy(confidence).float()[None],
+    }
 
 
 def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ranking:
@@ -166,7 +171,7 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         with torch.no_grad():
             features = _features(classifier, data.unlabelled_images)
             scores = torch.sigmoid(head(features))
-        cut = EVEN
+        cut = config.training.weighing.keep_above
     else:
         pool_scores = first["weighting"].get("pool_scores")
         found = score_images(first, data.unlabelled_images).scores
@@ -217,7 +222,7 @@ def fit_head(
     training, weighing = config.training, config.training.weighing
     streams, augmentation = Streams(config.seed), Augmentation(training.augmentation)
     noise = streams["augmentation for the head"]
-    chosen = _sample(len(data.unlabelled_images), streams)
+    chosen = pool_sample(len(data.unlabelled_images), config.seed)
     pool = torch.from_numpy(data.unlabelled_images)[chosen]
     influence = _standardised(weighting)[chosen] if config.arm == "learned" else None
     labelled = torch.from_numpy(data.labelled_images)
@@ -273,8 +278,10 @@ def _standardised(weighting: dict[str, Any]) -> Tensor:
     return centred / centred[known].square().mean().sqrt().clamp(min=1e-12)
 
 
-def _sample(size: int, streams: Streams) -> Tensor:
-    everyone = torch.randperm(size, generator=streams["images that the head is fitted on"])
+def pool_sample(size: int, seed: int) -> Tensor:
+    """Indices of the images of a pool that a head is fitted on, up to `FITTED` of `size`."""
+    generator = Streams(seed)["images that the head is fitted on"]
+    everyone = torch.randperm(size, generator=generator)
     return everyone[:FITTED]
 
 

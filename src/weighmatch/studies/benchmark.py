@@ -134,7 +134,7 @@ def _final_checkpoint(run: Planned, folder: Path) -> Checkpoint:
         for name in ("weights", "confidence")
         if result["history"]["step"]
     }
-    kept = ("config", "classifier", "weighting", "seconds", "update_seconds", "first_stage")
+    kept = ("config", "classifier", "weighting", "seconds", "update_seconds", "ranker")
     found = {name: result[name] for name in kept if name in result}
     return {"key": run.key, "pool": last, **found}
 
@@ -149,7 +149,8 @@ def predict(checkpoint: Checkpoint, images: Mapping[str, NDArray[np.uint8]]) -> 
     Returns:
         `test_probabilities` and `heldout_probabilities` (n, classes), `seconds` and
         `update_seconds` (); where there are any, `heldout_scores` (n,), which rank the held-out
-        images, `pool_weights` (N,) of mean 1, and `mask_rate` (), the share of the pool with a
+        images, `pool_weights` (N,) of mean 1, `pool_influence` (N,), the mean influence of each
+        image, NaN where none was measured, and `mask_rate` (), the share of the pool with a
         confidence of at least τ.
     """
     config = checkpoint["config"]
@@ -171,4 +172,9 @@ def predict(checkpoint: Checkpoint, images: Mapping[str, NDArray[np.uint8]]) -> 
     # The oracle's pool is another one than the truth describes.
     if pool and config["arm"] != "oracle":
         found["pool_weights"] = pool["weights"].numpy()
+    weighting = checkpoint["weighting"]
+    if "evidence" in weighting:
+        known = weighting["evidence"] > 0
+        mean = weighting["influence"] / weighting["evidence"].clamp(min=1e-12)
+        found["pool_influence"] = mean.masked_fill(~known, torch.nan).numpy()
     return found

@@ -13,13 +13,19 @@ from weighmatch.checks import (
     with_changes,
 )
 from weighmatch.data.config import SOURCES, DataConfig, Regime, Source, seed_key
-from weighmatch.semisup.config import UNWEIGHTED, ArmName, TrainingConfig, require_arms
+from weighmatch.semisup.config import (
+    RANKED_ANEW,
+    ArmName,
+    TrainingConfig,
+    require_arms,
+    schedules,
+)
 from weighmatch.studies.config import listed
 
 GROUP = "benchmark"
 # Schedules of the weighted arms: in one stage, weights are learned while training; in two, they
-# are learned, frozen, and a classifier is trained anew.
-STAGES = (1, 2)
+# are learned, frozen, and a classifier is trained anew; more than two are as many rounds.
+MOST_STAGES = 100
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,8 @@ class BenchmarkConfig:
         ratios: r = |U_OOD| / |U| of the unlabelled pool.
         seeds: of splits and training.
         arms: names of `ARMS`, a list or names joined by "+".
-        stages: schedules of the weighted arms, of `STAGES`; the others have one stage.
+        stages: schedules of the weighted arms: 1, 2, or from 3 a number of rounds, for arms of
+            `RANKED_ANEW` alone; the others have one stage.
         regime: "fixed_total" or "added", see `DataConfig`.
         labels_per_class: labelled images of each class; None: the source's.
         steps: of training; None: the source's.
@@ -60,7 +67,7 @@ class BenchmarkConfig:
     seeds: tuple[int, ...]
     arms: tuple[ArmName, ...]
     known_settings: dict[str, dict[str, Any]]
-    stages: tuple[int, ...] = (2,)
+    stages: tuple[int, ...] = (6,)
     regime: Regime = "fixed_total"
     labels_per_class: int | None = None
     steps: int | None = None
@@ -82,11 +89,18 @@ class BenchmarkConfig:
         for ratio in self.ratios:
             require_number(f"{GROUP}.ratios", ratio, 0, 1)
         for stages in self.stages:
-            if stages not in STAGES:
-                known = ", ".join(str(s) for s in STAGES)
-                raise ValueError(f"{GROUP}.stages {stages!r} is unknown; choose from {known}")
+            require_integer(f"{GROUP}.stages", stages, 1)
+            if stages > MOST_STAGES:
+                raise ValueError(f"{GROUP}.stages must be at most {MOST_STAGES}, got {stages}")
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
+        for arm in self.arms:
+            if not schedules(arm, self.stages):
+                raise ValueError(
+                    f"{GROUP}.arms {arm} cannot rank the pool in rounds "
+                    f"({', '.join(RANKED_ANEW)} can); leave it out or add 1 or 2 to "
+                    f"{GROUP}.stages"
+                )
         require_choice(f"{GROUP}.regime", self.regime, ("fixed_total", "added"))
         for name in ("labels_per_class", "steps"):
             if getattr(self, name) is not None:
@@ -96,10 +110,6 @@ class BenchmarkConfig:
             for part in ("data", "training"):
                 _require_dictionary(f"{GROUP}.{name}.{part}", getattr(group, part))
             object.__setattr__(self, name, group)
-
-    def stages_of(self, arm: ArmName) -> tuple[int, ...]:
-        """The schedules that an arm is run with."""
-        return (1,) if arm in UNWEIGHTED else self.stages
 
 
 @dataclass(frozen=True)
@@ -161,9 +171,16 @@ def make_training(benchmark: BenchmarkConfig, training: TrainingConfig) -> Train
     if benchmark.steps is not None:
         changes["steps"] = benchmark.steps
     try:
-        return with_changes("training", training, changes)
+        changed = with_changes("training", training, changes)
     except ValueError as error:
         raise ValueError(f"{GROUP}.{benchmark.source}: {error}") from error
+    rounds = max(benchmark.stages)
+    if rounds > changed.steps:
+        raise ValueError(
+            f"{GROUP}.stages {rounds} are more rounds than there are steps ({changed.steps}); "
+            f"lower them or raise {GROUP}.steps"
+        )
+    return changed
 
 
 def _merged(first: Any, second: Any, name: str) -> dict[str, Any]:

@@ -1,0 +1,218 @@
+"""Rounds: rank the pool, train on its best, and rank it again with the better classifier.
+
+What tells near OOD from useful images are the classifier's features, and intruders spoil these.
+So ranking and training alternate. Every round
+
+1. goes on with the averaged classifier of the round before (the first one starts anew, with the
+   whole pool) and trains it by FixMatch on what is kept, the learning rate from the start;
+2. measures, for the arm `learned`, the influence of every image of the pool at the classifier so
+   found: the hypergradient with respect to its weight;
+3. fits a head on the classifier's frozen features (`two_stages.fit_head`), ranks the whole pool
+   with it, and keeps the best of each pseudo-class: an image left out may come back.
+
+All rounds together take `RunConfig.steps` steps.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from weighmatch.semisup.augmentation import Augmentation
+from weighmatch.semisup.learned import Learned
+from weighmatch.semisup.losses import PseudoLabels
+from weighmatch.semisup.networks import Classifier
+from weighmatch.semisup.scoring import load_classifier
+from weighmatch.semisup.store import ImageStore
+from weighmatch.semisup.streams import Streams, derive_seed
+from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.two_stages import (
+    MEASURED,
+    Ranking,
+    describe_kept,
+    pool_sample,
+    rank_pool,
+)
+
+State = dict[str, Tensor]
+
+
+class RoundsTrainer:
+    """Trains one arm with one seed in rounds.
+
+    Args:
+        config: of the run; `arm` is one of `config.RANKED_ANEW`.
+        rounds: how many.
+
+    Raises:
+        ValueError: if there are fewer steps than rounds.
+    """
+
+    def __init__(self, config: RunConfig, rounds: int) -> None:
+        if config.steps < rounds:
+            raise ValueError(
+                f"training.steps {config.steps} are fewer than {rounds} rounds; raise them or "
+                "lower benchmark.stages"
+            )
+        self.config, self.rounds = config, rounds
+
+    def fit(
+        self,
+        data: TrainingSet,
+        checkpoint_dir: Path,
+        progress: Callable[[int], None] = lambda steps: None,
+    ) -> dict[str, Any]:
+        """Train all rounds, or go on where they were interrupted.
+
+        Args:
+            data: what to train on.
+            checkpoint_dir: made if missing; gets a folder a round with its `ranking.pt`.
+            progress: called with the number of steps done since the last call.
+
+        Returns:
+            As `Trainer.fit`, of the last round; besides, "ranker" (its classifier and head) and
+            "weighting" with the pool's "scores", "cut" and "kept" and, of the arm `learned`, its
+            influences. Times and metrics are those of all rounds.
+
+        Raises:
+            FloatingPointError: if a loss is no longer finite.
+            ValueError: if `checkpoint_dir` holds a damaged checkpoint.
+        """
+        kept = torch.ones(len(data.unlabelled_images), dtype=torch.bool)
+        measured: State = {}
+        trained: dict[str, Any] = {}
+        metrics: list[dict[str, Any]] = []
+        seconds, done = 0.0, 0
+        for number in range(self.rounds):
+            folder = checkpoint_dir / f"round_{number}"
+            config = self._config(number, done)
+            chosen = replace(data, unlabelled_images=data.unlabelled_images[kept.numpy()])
+            trained = Trainer(config).fit(chosen, folder, progress, trained.get("classifier"))
+            ranking, measured = self._rank(trained, data, kept, measured, folder)
+            metrics += [{**line, "step": line["step"] + done} for line in trained["metrics"]]
+            seconds, done = seconds + trained["seconds"], done + config.steps
+            if number < self.rounds - 1:
+                kept = ranking.kept
+        ranker = {name: trained[name] for name in ("classifier", "weighting")}
+        return {
+            **trained,
+            "weighting": {
+                "scores": ranking.scores,
+                "cut": ranking.cut,
+                "kept": kept,
+                **measured,
+            },
+            "ranker": {**ranker, "config": self._ranker(trained), "head": ranking.head},
+            "history": describe_kept(trained, kept, data, self.config.steps),
+            "seconds": seconds,
+            "config": {**asdict(self.config), "stages": self.rounds},
+            "metrics": metrics,
+        }
+
+    def _config(self, number: int, done: int) -> RunConfig:
+        """Of a round: FixMatch, with random streams of its own."""
+        seed = self.config.seed
+        if number:
+            seed = derive_seed(seed, f"round {number}")
+        steps = (number + 1) * self.config.steps // self.rounds - done
+        return replace(self.config, arm="fixmatch", seed=seed, steps=steps)
+
+    def _ranker(self, trained: dict[str, Any]) -> dict[str, Any]:
+        """The configuration of a round under the arm's name, by which its criterion is known."""
+        return {**trained["config"], "arm": self.config.arm}
+
+    def _rank(
+        self,
+        trained: dict[str, Any],
+        data: TrainingSet,
+        kept: Tensor,
+        measured: State,
+        folder: Path,
+    ) -> tuple[Ranking, State]:
+        """That of an earlier call for the same run, or a new one."""
+        path, run = folder / "ranking.pt", fingerprint(self.config, data, trained["classifier"])
+        if path.exists():
+            state: dict[str, Any] = torch.load(path, weights_only=True)
+            if state["fingerprint"] == run:
+                return Ranking(**state["ranking"]), state["measured"]
+        if self.config.arm == "learned":
+            measured = measure_pool(trained, data, kept, measured, self.config)
+        found = {**trained, "weighting": measured, "config": self._ranker(trained)}
+        ranking = rank_pool(found, data, self.config)
+        partial = path.with_suffix(".partial")
+        torch.save({"fingerprint": run, "ranking": vars(ranking), "measured": measured}, partial)
+        os.replace(partial, path)
+        return ranking, measured
+
+
+def measure_pool(
+    trained: dict[str, Any], data: TrainingSet, kept: Tensor, before: State, config: RunConfig
+) -> State:
+    """Influence of every image of the pool at a trained classifier, averaged with earlier ones.
+
+    Args:
+        trained: what `Trainer.fit` returned.
+        data: with the pool (N, C, H, W).
+        kept: which of its images were trained on, (N,) bool.
+        before: what this function returned of an earlier classifier, or nothing.
+        config: of the run.
+
+    Returns:
+        "influence", "influence_square" and "evidence", each (N,), as `Learned` keeps them.
+    """
+    classifier = load_classifier(trained, data.unlabelled_images.shape[1])
+    device = pick_device(config.training.device)
+    meter = PoolInfluence(data, config, trained["config"]["seed"], device)
+    for name, value in before.items():
+        setattr(meter, name, value.to(device))
+    meter.measure(classifier.to(device), kept.nonzero().squeeze(1))
+    return {name: getattr(meter, name).cpu() for name in MEASURED}
+
+
+class PoolInfluence(Learned):
+    """Influences of a whole pool on a classifier trained with equal weights.
+
+    One solve serves all images: the averaged classifier at the end of a round moves little.
+    """
+
+    def __init__(
+        self, data: TrainingSet, config: RunConfig, seed: int, device: torch.device
+    ) -> None:
+        training = config.training
+        labelled = torch.from_numpy(data.labelled_images).to(device)
+        labels = torch.from_numpy(np.asarray(data.labels)).to(device)
+        super().__init__(
+            labelled,
+            labels,
+            (labelled, labels),
+            ImageStore(data.unlabelled_images, device, training.pool_memory),
+            Augmentation(training.augmentation),
+            training.weighing,
+            Streams(derive_seed(seed, "influence of the pool")),
+            training.threshold,
+            training.unlabelled_weight,
+        )
+        self.measured = pool_sample(len(data.unlabelled_images), config.seed)
+
+    def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
+        return torch.ones(len(weak), device=weak.device)
+
+    def measure(self, classifier: Classifier, trained: Tensor) -> None:
+        """Take in the influences at `classifier`.
+
+        Args:
+            classifier: at the end of training.
+            trained: indices of the images that it was trained on.
+        """
+        drawn = self.draw(len(trained), self.config.curvature_batch, "influence batch")
+        solution = self._solve(classifier, *self._views(classifier, trained[drawn]))
+        for part in self.measured.split(self.config.influence_batch):
+            indices, _, strong, pseudo = self._views(classifier, part)
+            # Also of images that do not reach τ yet: they are ranked as well.
+            whole = replace(pseudo, mask=torch.ones_like(pseudo.mask))
+            self._remember(indices, self._influence(classifier, strong, whole, solution.value))
