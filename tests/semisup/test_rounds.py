@@ -19,7 +19,12 @@ def test_rounds_rank_the_whole_pool(arm, training_set, run_config, tmp_path):
     found = RoundsTrainer(run_config(arm), 3).fit(training_set, tmp_path)
     weighting = found["weighting"]
     assert 0 < weighting["kept"].sum() <= len(weighting["kept"]) == 40
-    assert torch.equal(found["history"]["weights"][0] > 0, weighting["kept"])
+    assert torch.equal(found["history"]["weights"][-1] > 0, weighting["kept"])
+    assert found["history"]["step"] == [13, 26, 40]
+    # The first round trains on everything.
+    assert (found["history"]["weights"][0] == 1).all()
+    # Every ranking takes time, and all of it is in the total.
+    assert 0 < 3 * found["update_seconds"] < found["seconds"]
     scored = score_images(found, training_set.unlabelled_images)
     ranked = weighting["scores"].double().numpy()
     np.testing.assert_allclose(scored.scores, ranked, rtol=1e-5, atol=1e-6)
@@ -130,6 +135,11 @@ def test_rounds_cost_their_rankings_and_fixmatch_is_matched_to_the_dearest(
 def test_only_arms_that_can_rank_anew_are_run_in_rounds(training_set, run_config, tmp_path):
     sets = {"seed_0003": vars(training_set)}
     arms = ("fixmatch", "softmatch", "pu")
+    jobs = make_jobs(arms, sets, run_config().training, (4,))
+    assert [(job.name, job.stages) for job in jobs[:2]] == [
+        ("fixmatch-seed_0003", 1),
+        ("softmatch-seed_0003", 1),
+    ]
     jobs = make_jobs(arms, sets, run_config().training, (1, 4))
     assert [(job.name, job.stages, job.steps) for job in jobs] == [
         ("fixmatch-seed_0003", 1, 40),

@@ -67,10 +67,6 @@ def test_every_known_setting_can_be_drawn_from_glyphs():
         ({"settings": [["near"], ["near"]]}, "benchmark.settings must be a list of different"),
         ({"stages": [0]}, "benchmark.stages must be an integer of at least 1, got 0"),
         ({"stages": [101]}, "benchmark.stages must be at most 100, got 101"),
-        (
-            {"stages": [3], "arms": ["softmatch"]},
-            "benchmark.arms softmatch cannot rank the pool in rounds",
-        ),
         ({"regime": "both"}, "benchmark.regime 'both' is unknown; choose from fixed_total, added"),
         ({"known_settings": 3}, "benchmark.known_settings must be a group of parameters, got 3"),
         ({"glyphs": {"dta": {}}}, "benchmark.glyphs has no parameter dta; it has data, training"),

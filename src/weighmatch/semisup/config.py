@@ -48,6 +48,9 @@ ARMS: tuple[ArmName, ...] = (
 OUTER_ARMS: tuple[ArmName, ...] = ("ds3l", "free", "learned")
 # Those that can rank the pool anew in every round.
 RANKED_ANEW: tuple[ArmName, ...] = ("max_prob", "pu", "learned")
+# Schedules of the weighted arms: in one stage, weights are learned while training; in two, they
+# are learned, frozen, and a classifier is trained anew; more than two are as many rounds.
+MOST_STAGES = 100
 # Those that weigh no image: they have one stage, and nothing to score an image by.
 UNWEIGHTED: tuple[ArmName, ...] = (
     "supervised",
@@ -80,10 +83,12 @@ OPERATIONS = (
 
 
 def schedules(arm: ArmName, stages: Sequence[int]) -> tuple[int, ...]:
-    """Of these numbers of stages, those that an arm can be trained in: from 3 they are rounds."""
-    if arm in UNWEIGHTED:
-        return (1,)
-    return tuple(count for count in stages if count <= 2 or arm in RANKED_ANEW)
+    """Of these numbers of stages, those that an arm can be trained in, or else one.
+
+    From 3 they are rounds, for arms that can rank the pool anew.
+    """
+    able = () if arm in UNWEIGHTED else stages
+    return tuple(count for count in able if count <= 2 or arm in RANKED_ANEW) or (1,)
 
 
 @dataclass(frozen=True)
@@ -293,16 +298,31 @@ class RunsConfig:
 
     Attributes:
         arms: names of `ARMS`, a list or names joined by "+".
+        stages: of the weighted arms: 1, weights are learned while training; 2, before; from 3 a
+            number of rounds, for arms of `RANKED_ANEW` (the others have one stage).
         workers: runs at a time; "auto": one a core, or one on a GPU.
     """
 
     arms: tuple[ArmName, ...] = ARMS
+    stages: int = 6
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", require_arms("runs.arms", self.arms))
+        require_stages("runs.stages", self.stages)
         if self.workers != "auto":
             require_integer("runs.workers (or auto)", self.workers, 1)
+
+
+def require_stages(name: str, given: Any) -> None:
+    """Require a number of stages of a run, or from 3 of rounds.
+
+    Raises:
+        ValueError: if it is not, or more than `MOST_STAGES`.
+    """
+    require_integer(name, given, 1)
+    if given > MOST_STAGES:
+        raise ValueError(f"{name} must be at most {MOST_STAGES}, got {given}")
 
 
 def require_arms(name: str, given: Any) -> tuple[ArmName, ...]:

@@ -14,6 +14,7 @@ All rounds together take `RunConfig.steps` steps.
 """
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,7 +78,9 @@ class RoundsTrainer:
         Returns:
             As `Trainer.fit`, of the last round; besides, "ranker" (its classifier and head) and
             "weighting" with the pool's "scores", "cut" and "kept" and, of the arm `learned`, its
-            influences. Times and metrics are those of all rounds.
+            influences. "history" has a snapshot a round: what it trained on, with weights of
+            mean 1, and confidences at its end. "seconds" and metrics are those of all rounds,
+            rankings included; "update_seconds" is the mean time of a ranking.
 
         Raises:
             FloatingPointError: if a loss is no longer finite.
@@ -87,15 +90,22 @@ class RoundsTrainer:
         measured: State = {}
         trained: dict[str, Any] = {}
         metrics: list[dict[str, Any]] = []
-        seconds, done = 0.0, 0
+        history: list[dict[str, Any]] = []
+        seconds, ranking_seconds, done = 0.0, 0.0, 0
         for number in range(self.rounds):
             folder = checkpoint_dir / f"round_{number}"
             config = self._config(number, done)
             chosen = replace(data, unlabelled_images=data.unlabelled_images[kept.numpy()])
             trained = Trainer(config).fit(chosen, folder, progress, trained.get("classifier"))
-            ranking, measured = self._rank(trained, data, kept, measured, folder)
-            metrics += [{**line, "step": line["step"] + done} for line in trained["metrics"]]
-            seconds, done = seconds + trained["seconds"], done + config.steps
+            ranking, measured, spent = self._rank(trained, data, kept, measured, folder)
+            metrics += [
+                {**line, "step": line["step"] + done, "seconds": line["seconds"] + seconds}
+                for line in trained["metrics"]
+            ]
+            done += config.steps
+            history.append(describe_kept(trained, kept, data, done))
+            seconds += trained["seconds"] + spent
+            ranking_seconds += spent
             if number < self.rounds - 1:
                 kept = ranking.kept
         ranker = {name: trained[name] for name in ("classifier", "weighting")}
@@ -108,8 +118,15 @@ class RoundsTrainer:
                 **measured,
             },
             "ranker": {**ranker, "config": self._ranker(trained), "head": ranking.head},
-            "history": describe_kept(trained, kept, data, self.config.steps),
+            "history": {
+                "step": [step for snapshot in history for step in snapshot["step"]],
+                **{
+                    name: torch.cat([snapshot[name] for snapshot in history])
+                    for name in ("weights", "confidence")
+                },
+            },
             "seconds": seconds,
+            "update_seconds": ranking_seconds / self.rounds,
             "config": {**asdict(self.config), "stages": self.rounds},
             "metrics": metrics,
         }
@@ -133,21 +150,24 @@ class RoundsTrainer:
         kept: Tensor,
         measured: State,
         folder: Path,
-    ) -> tuple[Ranking, State]:
-        """That of an earlier call for the same run, or a new one."""
+    ) -> tuple[Ranking, State, float]:
+        """That of an earlier call for the same run, or a new one; and the seconds it took."""
         path, run = folder / "ranking.pt", fingerprint(self.config, data, trained["classifier"])
         if path.exists():
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-            if state["fingerprint"] == run:
-                return Ranking(**state["ranking"]), state["measured"]
+            known: dict[str, Any] = torch.load(path, weights_only=True)
+            if known["fingerprint"] == run:
+                return Ranking(**known["ranking"]), known["measured"], known["seconds"]
+        started = time.perf_counter()
         if self.config.arm == "learned":
             measured = measure_pool(trained, data, kept, measured, self.config)
         found = {**trained, "weighting": measured, "config": self._ranker(trained)}
         ranking = rank_pool(found, data, self.config)
+        seconds = time.perf_counter() - started
+        state = {"ranking": vars(ranking), "measured": measured, "seconds": seconds}
         partial = path.with_suffix(".partial")
-        torch.save({"fingerprint": run, "ranking": vars(ranking), "measured": measured}, partial)
+        torch.save({"fingerprint": run, **state}, partial)
         os.replace(partial, path)
-        return ranking, measured
+        return ranking, measured, seconds
 
 
 def measure_pool(

@@ -14,18 +14,14 @@ from weighmatch.checks import (
 )
 from weighmatch.data.config import SOURCES, DataConfig, Regime, Source, seed_key
 from weighmatch.semisup.config import (
-    RANKED_ANEW,
     ArmName,
     TrainingConfig,
     require_arms,
-    schedules,
+    require_stages,
 )
 from weighmatch.studies.config import listed
 
 GROUP = "benchmark"
-# Schedules of the weighted arms: in one stage, weights are learned while training; in two, they
-# are learned, frozen, and a classifier is trained anew; more than two are as many rounds.
-MOST_STAGES = 100
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,7 @@ class BenchmarkConfig:
         seeds: of splits and training.
         arms: names of `ARMS`, a list or names joined by "+".
         stages: schedules of the weighted arms: 1, 2, or from 3 a number of rounds, for arms of
-            `RANKED_ANEW` alone; the others have one stage.
+            `RANKED_ANEW`; the others have one stage.
         regime: "fixed_total" or "added", see `DataConfig`.
         labels_per_class: labelled images of each class; None: the source's.
         steps: of training; None: the source's.
@@ -89,18 +85,9 @@ class BenchmarkConfig:
         for ratio in self.ratios:
             require_number(f"{GROUP}.ratios", ratio, 0, 1)
         for stages in self.stages:
-            require_integer(f"{GROUP}.stages", stages, 1)
-            if stages > MOST_STAGES:
-                raise ValueError(f"{GROUP}.stages must be at most {MOST_STAGES}, got {stages}")
+            require_stages(f"{GROUP}.stages", stages)
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
-        for arm in self.arms:
-            if not schedules(arm, self.stages):
-                raise ValueError(
-                    f"{GROUP}.arms {arm} cannot rank the pool in rounds "
-                    f"({', '.join(RANKED_ANEW)} can); leave it out or add 1 or 2 to "
-                    f"{GROUP}.stages"
-                )
         require_choice(f"{GROUP}.regime", self.regime, ("fixed_total", "added"))
         for name in ("labels_per_class", "steps"):
             if getattr(self, name) is not None:

@@ -51,7 +51,7 @@ def _train(
 
     from weighmatch.semisup.runs import make_jobs, train_all
 
-    jobs = make_jobs(arms, sets, training)
+    jobs = make_jobs(arms, sets, training, (runs.stages,))
     results = train_all(jobs, Path(run_folder), runs.workers)
     log = [
         {"arm": job.config.arm, "seed": job.config.seed, **line}
