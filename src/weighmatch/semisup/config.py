@@ -163,6 +163,8 @@ class WeighingConfig:
         influence_weight: β, of the measured influence in that head's objective (arm `learned`).
         keep_above: the head's output from which an image counts towards the share that is kept.
             At ½ it is more like a labelled image than like one of the pool.
+        contamination_level: of the test whether the pool is clean, which is then kept whole; at 1
+            every pool is taken for contaminated.
     """
 
     weights: Literal["hard", "soft"] = "hard"
@@ -187,6 +189,7 @@ class WeighingConfig:
     head_learning_rate: float = 3e-3
     influence_weight: float = 0.3
     keep_above: float = 0.5
+    contamination_level: float = 0.05
 
     def __post_init__(self) -> None:
         for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
@@ -199,6 +202,7 @@ class WeighingConfig:
         )
         require_number("training.weighing.influence_weight", self.influence_weight, 0, 1e6)
         require_number("training.weighing.keep_above", self.keep_above, 0, 1)
+        require_number("training.weighing.contamination_level", self.contamination_level, 0, 1)
         # The weights of a batch have mean 1: a single one would always be 1.
         require_integer("training.weighing.fit_batch", self.fit_batch, 2)
         require_number("training.weighing.proximity", self.proximity, 0, 1e6)

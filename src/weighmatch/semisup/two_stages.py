@@ -5,11 +5,13 @@
    stage's averaged classifier, which stays as it is: it tells near OOD apart where a network on
    the image alone does not. Other arms rank by what they weigh by.
 3. Of each pseudo-class the best are kept, equally many of each: a ranking over all classes starves
-   those that look least sure. How many is estimated from the ranking, without any truth.
+   those that look least sure. How many is estimated from the ranking, without any truth. A pool
+   in which a head finds no contamination is kept whole.
 4. FixMatch trains from the start on what was kept: batches are drawn by weight, 1 or 0, instead of
    weighing losses of images that hardly count.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -35,6 +37,8 @@ from weighmatch.semisup.weightings import otsu_cut
 MEASURED = ("influence", "influence_square", "evidence")
 # Arms with a head on frozen features.
 WITH_HEAD = ("pu", "learned")
+# Parts of the labelled images and of the pool when one is judged by a head that saw the others.
+FOLDS = 5
 # Augmented copies whose features are kept: of the labelled images together, and of a pool image.
 LABELLED_COPIES, POOL_VIEWS = 6144, 2
 # Images of a large pool that the head is fitted on; all are ranked.
@@ -49,7 +53,7 @@ class Ranking:
 
     Attributes:
         scores: what ranks the images, (N,).
-        cut: the score above which an image counts as useful.
+        cut: the score above which an image counts as useful; 0: the pool seems clean.
         kept: whether the second stage trains on it, (N,).
         head: the state of the head on frozen features; None: the arm has none.
     """
@@ -167,11 +171,12 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
     classifier = load_classifier(first, data.unlabelled_images.shape[1])
     head = None
     if config.arm in WITH_HEAD:
-        head = fit_head(classifier, first["weighting"], data, config)
+        weighing = config.training.weighing
+        head, chance = fit_head(classifier, first["weighting"], data, config)
         with torch.no_grad():
             features = _features(classifier, data.unlabelled_images)
             scores = torch.sigmoid(head(features))
-        cut = config.training.weighing.keep_above
+        cut = weighing.keep_above if chance < weighing.contamination_level else 0.0
     else:
         pool_scores = first["weighting"].get("pool_scores")
         found = score_images(first, data.unlabelled_images).scores
@@ -179,7 +184,10 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         cut = otsu_cut(scores)
     probabilities = score_images(first, data.unlabelled_images).probabilities
     pseudo_classes = torch.from_numpy(probabilities.argmax(axis=1))
-    kept = keep_best(scores, pseudo_classes, float((scores > cut).float().mean()), config.classes)
+    kept = torch.ones(len(scores), dtype=torch.bool)
+    share = float((scores > cut).float().mean())
+    if share < 1:
+        kept = keep_best(scores, pseudo_classes, share, config.classes)
     state = None if head is None else head.state_dict()
     return Ranking(scores, cut, kept, state)
 
@@ -205,8 +213,8 @@ def keep_best(scores: Tensor, classes: Tensor, share: float, count: int) -> Tens
 
 def fit_head(
     classifier: Classifier, weighting: dict[str, Any], data: TrainingSet, config: RunConfig
-) -> ConfidenceHead:
-    """Fit the head h on frozen features f that ranks images.
+) -> tuple[ConfidenceHead, float]:
+    """Fit the head h on frozen features f that ranks images, and test whether the pool is clean.
 
     It descends BCE(labelled against pool) − β · mean_i ŝ_i σ(h(f(u_i))). The first term is a
     positive-unlabelled classifier (Elkan & Noto, 2008); the second is the learned weighting's own
@@ -218,6 +226,9 @@ def fit_head(
         weighting: the first stage's state, with "influence" and "evidence" where it has any.
         data: labelled images and the pool.
         config: of the run.
+
+    Returns:
+        The head; and p of `clean_chance`.
     """
     training, weighing = config.training, config.training.weighing
     streams, augmentation = Streams(config.seed), Augmentation(training.augmentation)
@@ -236,7 +247,54 @@ def fit_head(
     )
     for member in head.members:
         _descend(member, positives, views, influence, weighing, streams)
-    return head
+    chance = clean_chance(positives, views, data.labels, weighing, Streams(config.seed))
+    return head, chance
+
+
+def clean_chance(
+    positives: Tensor,
+    views: Tensor,
+    labels: NDArray[np.int64],
+    weighing: WeighingConfig,
+    streams: Streams,
+) -> float:
+    """One-sided p of the labelled images scoring so much higher than those of a clean pool.
+
+    Were labelled images and pool drawn alike, a head that tells labelled from unlabelled could not
+    know a labelled image that it never saw from a pool image that it never saw. Each fold of both
+    is scored by a head fitted on the other folds, and the folds' Mann–Whitney statistics are
+    summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). The features, which were trained
+    with all labels, do favour labelled images a little: p errs towards contamination.
+
+    Args:
+        positives: features of augmented copies, of the labelled images in turn, (m, width).
+        views: features of augmented views of pool images, (views, N, width).
+        labels: of the n labelled images, (n,).
+        weighing: how a head is fitted.
+        streams: randomness.
+    """
+    count = min(FOLDS, len(labels), views.shape[1])
+    if count < 2:
+        return 0.0
+    # Every class in as many folds as it has images for.
+    folds = torch.empty(len(labels), dtype=torch.long)
+    folds[torch.from_numpy(labels).argsort(stable=True)] = torch.arange(len(labels)) % count
+    image = torch.arange(len(positives)) % len(labels)
+    pool_folds = torch.arange(views.shape[1]) % count
+    seed = derive_seed(streams.seed, "heads of the folds")
+    heads = ConfidenceHead(positives.shape[1], seed, members=count).members
+    excess, variance = 0.0, 0.0
+    for fold, member in enumerate(heads):
+        seen, known = folds[image] != fold, pool_folds != fold
+        _descend(member, positives[seen], views[:, known], None, weighing, streams)
+        with torch.no_grad():
+            copies = member(positives[~seen])
+            mine = torch.stack([copies[image[~seen] == i].mean() for i in image[~seen].unique()])
+            others = member(views[:, ~known].flatten(0, 1)).view(len(views), -1).mean(0)
+        n, m = len(mine), len(others)
+        excess += float((mine[:, None] > others).float().sum()) - n * m / 2
+        variance += n * m * (n + m + 1) / 12
+    return 0.5 * math.erfc(excess / math.sqrt(2 * variance))
 
 
 def _descend(
