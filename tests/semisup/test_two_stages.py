@@ -10,7 +10,8 @@ from weighmatch.semisup.compute import matched_steps, relative_costs
 from weighmatch.semisup.networks import build_classifier
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import score_images
-from weighmatch.semisup.two_stages import fit_head, keep_best, rank_pool
+from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.two_stages import clean_chance, fit_head, keep_best, rank_pool
 
 WEIGHTED = ["max_prob", "softmatch", "energy", "ds3l", "pu", "inlier", "free", "learned"]
 
@@ -105,7 +106,7 @@ def test_influence_moves_the_head_and_none_leaves_it_a_pu_classifier(training_se
     config, classifier, first = first_stage(training_set, run_config, "learned")
 
     def scores(arm, state):
-        head = fit_head(classifier, state, training_set, replace(config, arm=arm))
+        head, _ = fit_head(classifier, state, training_set, replace(config, arm=arm))
         images = torch.from_numpy(training_set.unlabelled_images).float() / 255
         with torch.no_grad():
             return head(classifier.features(images))
@@ -118,16 +119,51 @@ def test_influence_moves_the_head_and_none_leaves_it_a_pu_classifier(training_se
     assert moved[liked].mean() > moved[~liked].mean() + 0.1
 
 
-def test_the_head_tells_like_from_unlike(run_config):
-    rng = np.random.default_rng(0)
-    like = np.zeros((60, 1, 8, 8), np.uint8)
+def like_and_unlike(likes, unlikes, labelled=12, seed=0):
+    """Labelled images, and a pool of such that are like them and after these of noise."""
+    rng = np.random.default_rng(seed)
+    like = np.zeros((labelled + likes, 1, 8, 8), np.uint8)
     like[:, :, :, :4] = 200
     like = np.clip(like + rng.integers(0, 40, like.shape), 0, 255).astype(np.uint8)
-    unlike = rng.integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
-    data = TrainingSet(like[:12], np.arange(12) % 3, np.concatenate([like[12:], unlike]))
+    unlike = rng.integers(0, 256, (unlikes, 1, 8, 8), dtype=np.uint8)
+    pool = np.concatenate([like[labelled:], unlike])
+    return TrainingSet(like[:labelled], np.arange(labelled) % 3, pool)
+
+
+@pytest.mark.parametrize(("level", "clean"), [(0.0, True), (0.05, False), (1.0, False)])
+def test_the_head_tells_like_from_unlike(level, clean, run_config):
+    data = like_and_unlike(48, 60)
     _, _, first = first_stage(data, run_config, "pu")
-    ranking = rank_pool(first, data, run_config("pu"))
+    ranking = rank_pool(first, data, run_config("pu", weighing={"contamination_level": level}))
     assert ranking.scores[:48].mean() > ranking.scores[48:].mean() + 0.2
+    assert bool(ranking.kept.all()) == clean
+    assert ranking.cut == (0.0 if clean else 0.5)
+
+
+def test_a_clean_pool_is_kept_whole(run_config):
+    data = like_and_unlike(100, 0)
+    _, _, first = first_stage(data, run_config, "pu")
+    ranking = rank_pool(first, data, run_config("pu", weighing={"contamination_level": 0.05}))
+    assert ranking.kept.all()
+
+
+def test_few_clean_pools_and_all_contaminated_ones_look_contaminated(run_config):
+    # Features that know nothing of labels.
+    weighing = run_config("pu", weighing={"head_steps": 30, "fit_batch": 64}).training.weighing
+    generator = torch.Generator().manual_seed(0)
+
+    def chance(shift, seed):
+        labelled = torch.randn(18, 4, generator=generator) + shift
+        pool = torch.randn(1, 120, 4, generator=generator)
+        return clean_chance(
+            labelled.repeat(10, 1), pool, np.arange(18) % 3, weighing, Streams(seed)
+        )
+
+    # The level is nominal: folds that share images err together.
+    clean = np.array([chance(0.0, seed) for seed in range(40)])
+    assert (clean < 0.05).mean() < 0.3
+    assert 0.35 < clean.mean() < 0.65
+    assert np.mean([chance(1.5, seed) < 0.05 for seed in range(5)]) == 1
 
 
 def test_two_stages_cost_more_and_fixmatch_is_matched_to_them(training_set, run_config):

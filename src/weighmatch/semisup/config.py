@@ -163,7 +163,7 @@ class WeighingConfig:
         influence_weight: β, of the measured influence in that head's objective (arm `learned`).
         keep_above: the head's output from which an image counts towards the share that is kept.
             At ½ it is more like a labelled image than like one of the pool.
-        contamination_level: of the test whether the pool is clean, which is then kept whole; at 1
+        contamination_level: nominal, of the test whether the pool is clean and kept whole; at 1
             every pool is taken for contaminated.
     """
 
@@ -202,7 +202,9 @@ class WeighingConfig:
         )
         require_number("training.weighing.influence_weight", self.influence_weight, 0, 1e6)
         require_number("training.weighing.keep_above", self.keep_above, 0, 1)
-        require_number("training.weighing.contamination_level", self.contamination_level, 0, 1)
+        require_number(
+            "training.weighing.contamination_level", self.contamination_level, 0, 1, below=False
+        )
         # The weights of a batch have mean 1: a single one would always be 1.
         require_integer("training.weighing.fit_batch", self.fit_batch, 2)
         require_number("training.weighing.proximity", self.proximity, 0, 1e6)

@@ -258,13 +258,14 @@ def clean_chance(
     weighing: WeighingConfig,
     streams: Streams,
 ) -> float:
-    """One-sided p of the labelled images scoring so much higher than those of a clean pool.
+    """Nominal one-sided p of the labelled images scoring so much higher than a clean pool.
 
     Were labelled images and pool drawn alike, a head that tells labelled from unlabelled could not
     know a labelled image that it never saw from a pool image that it never saw. Each fold of both
     is scored by a head fitted on the other folds, and the folds' Mann–Whitney statistics are
     summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). The features, which were trained
-    with all labels, do favour labelled images a little: p errs towards contamination.
+    with all labels, favour labelled images a little, and heads of overlapping folds err together
+    (Bengio & Grandvalet, 2004), so that p errs towards contamination.
 
     Args:
         positives: features of augmented copies, of the labelled images in turn, (m, width).

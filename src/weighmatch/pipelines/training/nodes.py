@@ -49,6 +49,7 @@ def _train(
 ) -> tuple[Checkpoints, Table]:
     import pandas as pd
 
+    from weighmatch.data.config import seed_key
     from weighmatch.semisup.runs import make_jobs, train_all
 
     jobs = make_jobs(arms, sets, training, (runs.stages,))
@@ -58,4 +59,8 @@ def _train(
         for job in jobs
         for line in results[job.name].pop("metrics")
     ]
-    return results, pd.DataFrame(log, columns=None if log else ["arm", "seed", "step"])
+    # By arm and seed: here an arm has one schedule, whatever it is.
+    checkpoints = {
+        f"{job.config.arm}-{seed_key(job.config.seed)}": results[job.name] for job in jobs
+    }
+    return checkpoints, pd.DataFrame(log, columns=None if log else ["arm", "seed", "step"])
