@@ -123,7 +123,8 @@ def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
             axes.plot(x, row["mean"], marker, color=colour, markersize=6)
         axes.plot([], [], marker, color=colour, label=name)
     names = [f"{PROBLEM_NAMES.get(p, p).replace(' ', chr(10))}\n{c}" for p, c in cells]
-    axes.set_xticks(range(len(cells)), names, fontsize=8)
+    # Beyond seven they would run into each other.
+    axes.set_xticks(range(len(cells)), names, fontsize=8 if len(cells) <= 7 else 6)
     axes.set_ylabel("test accuracy")
     axes.set_title("every problem, core methods", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
