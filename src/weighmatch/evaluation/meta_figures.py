@@ -124,7 +124,7 @@ def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
         axes.plot([], [], marker, color=colour, label=name)
     names = [f"{PROBLEM_NAMES.get(p, p).replace(' ', chr(10))}\n{c}" for p, c in cells]
     # Beyond seven they would run into each other.
-    axes.set_xticks(range(len(cells)), names, fontsize=8 if len(cells) <= 7 else 6)
+    axes.set_xticks(range(len(cells)), names, fontsize=8 if len(cells) <= 7 else 5.5)
     axes.set_ylabel("test accuracy")
     axes.set_title("every problem, core methods", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
