@@ -19,7 +19,7 @@ def test_changes_reach_into_groups_and_leave_the_rest():
     [
         (3, "a must be a group of parameters, got 3"),
         ({"weighing": 3}, "a.weighing must be a group of parameters, got 3"),
-        ({"weighing": {"dampng": 1}}, "a.weighing has no parameter dampng; it has contamination_level, curvature_batch"),
+        ({"weighing": {"dampng": 1}}, "a.weighing has no parameter dampng; it has contamination"),
         ({"steps": 0}, "training.steps must be an integer of at least 1, got 0"),
     ],
 )
