@@ -48,6 +48,7 @@ def run_config():
             "curvature_batch": 8,
             "influence_batch": 12,
             "fit_batch": 12,
+            "head_steps": 60,
             # So few images can look clean by chance; here what follows a ranking is tested.
             "contamination_level": 1.0,
         }
