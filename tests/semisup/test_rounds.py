@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.semisup.test_trainer import same
+from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import RoundsTrainer, Trainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
 from weighmatch.semisup.config import RANKED_ANEW
@@ -57,18 +57,7 @@ def test_killed_rounds_resume_to_the_same_end(arm, killed_at, training_set, run_
     trainer = RoundsTrainer(run_config(arm), 3)
     whole = trainer.fit(training_set, tmp_path / "whole")
 
-    class KilledError(Exception):
-        pass
-
-    done = []
-
-    def kill(steps):
-        done.append(steps)
-        if sum(done) >= killed_at:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        trainer.fit(training_set, tmp_path / "killed", kill)
+    fit_until_killed(trainer, training_set, tmp_path / "killed", killed_at)
     assert same(trainer.fit(training_set, tmp_path / "killed"), whole)
 
 

@@ -26,6 +26,23 @@ def same(a, b):
     return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
+def fit_until_killed(trainer, data, folder, killed_at):
+    """Train until `killed_at` steps are done and then stop as a signal would."""
+
+    class KilledError(Exception):
+        pass
+
+    done = []
+
+    def kill(steps):
+        done.append(steps)
+        if sum(done) >= killed_at:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        trainer.fit(data, folder, kill)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_and_repeats_to_the_bit(arm, training_set, run_config, tmp_path):
     first = Trainer(run_config(arm)).fit(training_set, tmp_path / "a")
@@ -48,18 +65,7 @@ def test_every_arm_trains_and_repeats_to_the_bit(arm, training_set, run_config, 
 def test_a_killed_run_resumes_to_the_same_end(arm, aligned, training_set, run_config, tmp_path):
     config = run_config(arm, steps=48, distribution_alignment=aligned)
     whole = Trainer(config).fit(training_set, tmp_path / "whole")
-
-    class KilledError(Exception):
-        pass
-
-    def kill(steps):
-        kill.done += steps
-        if kill.done >= 32:
-            raise KilledError
-
-    kill.done = 0
-    with pytest.raises(KilledError):
-        Trainer(config).fit(training_set, tmp_path / "killed", kill)
+    fit_until_killed(Trainer(config), training_set, tmp_path / "killed", 32)
     reported = []
     resumed = Trainer(config).fit(training_set, tmp_path / "killed", reported.append)
     assert reported[0] >= 16  # what was done before the kill

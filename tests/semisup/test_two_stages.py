@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.semisup.test_trainer import same
+from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
 from weighmatch.semisup.networks import build_classifier
@@ -45,18 +45,7 @@ def test_a_killed_run_resumes_to_the_same_end(arm, killed_at, training_set, run_
     trainer = TwoStageTrainer(run_config(arm))
     whole = trainer.fit(training_set, tmp_path / "whole")
 
-    class KilledError(Exception):
-        pass
-
-    done = []
-
-    def kill(steps):
-        done.append(steps)
-        if sum(done) >= killed_at:
-            raise KilledError
-
-    with pytest.raises(KilledError):
-        trainer.fit(training_set, tmp_path / "killed", kill)
+    fit_until_killed(trainer, training_set, tmp_path / "killed", killed_at)
     assert same(trainer.fit(training_set, tmp_path / "killed"), whole)
 
 
