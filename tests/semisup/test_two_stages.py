@@ -101,7 +101,7 @@ def test_influence_moves_the_head_and_none_leaves_it_a_pu_classifier(training_se
             return head(classifier.features(images))
 
     plain = scores("pu", {})
-    assert torch.equal(scores("learned", first["weighting"]), plain)
+    torch.testing.assert_close(scores("learned", first["weighting"]), plain)
     influence = torch.where(liked, 1.0, -1.0)
     state = {"influence": influence, "evidence": torch.ones(40)}
     moved = scores("learned", state) - plain

@@ -27,6 +27,7 @@ from weighmatch.semisup.networks import (
 from weighmatch.semisup.weightings import confidence_weights
 
 BATCH = 1024
+CPU = torch.device("cpu")
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -46,24 +47,31 @@ class Scored:
     weights: NDArray[np.float64]
 
 
-def score_images(checkpoint: dict[str, Any], images: NDArray[np.uint8]) -> Scored:
+def score_images(
+    checkpoint: dict[str, Any],
+    images: NDArray[np.uint8],
+    device: torch.device = CPU,
+) -> Scored:
     """Class probabilities and weights of images (n, C, H, W) uint8, without augmentation.
 
     Args:
         checkpoint: what `Trainer.fit` returned.
         images: any, whether or not they were in the pool.
+        device: where the classifier runs.
 
     Raises:
         ValueError: if the images have another number of channels than those trained on.
     """
-    classifier = load_classifier(checkpoint, images.shape[1])
-    criterion = _load_criterion(checkpoint, images.shape[1])
+    classifier = load_classifier(checkpoint, images.shape[1]).to(device)
+    criterion = _load_criterion(checkpoint, images.shape[1], device)
     found = []
     with torch.no_grad():
-        for batch in torch.from_numpy(images).float().div(255).split(BATCH):
+        for part in torch.from_numpy(images).split(BATCH):
+            batch = part.to(device).float() / 255
             features = classifier.features(batch)
             logits = classifier.head(features)
-            found.append((logits.softmax(dim=1), criterion(batch, features, logits).double()))
+            scored = criterion(batch, features, logits)
+            found.append((logits.softmax(dim=1).cpu(), scored.cpu().double()))
     probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
     state = checkpoint["weighting"]
     if checkpoint["config"]["arm"] == "softmatch" and "ranker" not in checkpoint:
@@ -88,40 +96,43 @@ def load_classifier(checkpoint: dict[str, Any], channels: int) -> Classifier:
     return classifier.eval()
 
 
-def _load_criterion(checkpoint: dict[str, Any], channels: int) -> Criterion:
+def _load_criterion(checkpoint: dict[str, Any], channels: int, device: torch.device) -> Criterion:
     """What ranks images: scores (n,) from images, features (n, width) and logits (n, classes)."""
     if "ranker" in checkpoint:
-        return _load_ranker(checkpoint["ranker"], channels)
+        return _load_ranker(checkpoint["ranker"], channels, device)
     arm, state = checkpoint["config"]["arm"], checkpoint["weighting"]
     if arm in ("max_prob", "softmatch"):
         return lambda images, features, logits: logits.softmax(dim=1).amax(dim=1)
     if arm == "energy":
         return lambda images, features, logits: negative_free_energy(logits)
     if arm == "inlier":
-        weight, bias = state["heads"]["weight"], state["heads"]["bias"]
+        weight, bias = (state["heads"][name].to(device) for name in ("weight", "bias"))
         return lambda images, features, logits: inlier_probability(
             F.linear(features, weight, bias), logits.argmax(dim=1)
         )
     if arm == "ds3l":
         softmax_network = SoftmaxNetwork(checkpoint["config"]["classes"], seed=0)
         softmax_network.load_state_dict(state["network"])
+        softmax_network.to(device)
         return lambda images, features, logits: softmax_network(logits.softmax(dim=1)).sigmoid()
     if "network" in state:
         weighing = WeighingConfig(**checkpoint["config"]["training"]["weighing"])
         network = ConfidenceNetwork(channels, weighing.width, seed=0)
         network.load_state_dict(state["network"])
+        network.to(device)
         return lambda images, features, logits: torch.sigmoid(network(images))
     return lambda images, features, logits: torch.ones(len(images))
 
 
-def _load_ranker(ranker: dict[str, Any], channels: int) -> Criterion:
+def _load_ranker(ranker: dict[str, Any], channels: int, device: torch.device) -> Criterion:
     """What ranks images in stages: a classifier and what is ranked by with it."""
-    classifier = load_classifier(ranker, channels)
+    classifier = load_classifier(ranker, channels).to(device)
     head = None
     if ranker["head"] is not None:
         head = ConfidenceHead(classifier.head.in_features, seed=0)
         head.load_state_dict(ranker["head"])
-    criterion = _load_criterion(ranker, channels)
+        head.to(device)
+    criterion = _load_criterion(ranker, channels, device)
 
     def score(images: Tensor, features: Tensor, logits: Tensor) -> Tensor:
         frozen = classifier.features(images)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
@@ -30,7 +30,7 @@ from weighmatch.semisup.losses import mean_one
 from weighmatch.semisup.networks import Classifier, ConfidenceHead
 from weighmatch.semisup.scoring import BATCH, load_classifier, score_images
 from weighmatch.semisup.streams import Streams, derive_seed
-from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint
+from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.weightings import otsu_cut
 
 # Of the first stage's weighting, what the checkpoint repeats of the pool's images.
@@ -152,7 +152,9 @@ def describe_kept(
     trained: dict[str, Any], kept: Tensor, data: TrainingSet, steps: int
 ) -> dict[str, Any]:
     """A "history" of one snapshot: weights of mean 1 for what was kept, and confidences."""
-    confidence = score_images(trained, data.unlabelled_images).probabilities.max(axis=1)
+    device = pick_device(trained["config"]["training"]["device"])
+    found = score_images(trained, data.unlabelled_images, device)
+    confidence = found.probabilities.max(axis=1)
     return {
         "step": [steps],
         "weights": mean_one(kept.float())[None],
@@ -168,22 +170,23 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         data: with the pool (N, C, H, W).
         config: of the run; `training.weighing` says how the head is fitted.
     """
-    classifier = load_classifier(first, data.unlabelled_images.shape[1])
+    device = pick_device(config.training.device)
+    found = score_images(first, data.unlabelled_images, device)
     head = None
     if config.arm in WITH_HEAD:
         weighing = config.training.weighing
+        classifier = load_classifier(first, data.unlabelled_images.shape[1]).to(device)
         head, chance = fit_head(classifier, first["weighting"], data, config)
         with torch.no_grad():
-            features = _features(classifier, data.unlabelled_images)
-            scores = torch.sigmoid(head(features))
+            scores = torch.sigmoid(head(_features(classifier, data.unlabelled_images)))
         cut = weighing.keep_above if chance < weighing.contamination_level else 0.0
     else:
         pool_scores = first["weighting"].get("pool_scores")
-        found = score_images(first, data.unlabelled_images).scores
-        scores = torch.from_numpy(found).float() if pool_scores is None else pool_scores.cpu()
+        scores = torch.from_numpy(found.scores).float()
+        if pool_scores is not None:
+            scores = pool_scores.cpu()
         cut = otsu_cut(scores)
-    probabilities = score_images(first, data.unlabelled_images).probabilities
-    pseudo_classes = torch.from_numpy(probabilities.argmax(axis=1))
+    pseudo_classes = torch.from_numpy(found.probabilities.argmax(axis=1))
     kept = torch.ones(len(scores), dtype=torch.bool)
     share = float((scores > cut).float().mean())
     if share < 1:
@@ -245,8 +248,7 @@ def fit_head(
     head = ConfidenceHead(
         positives.shape[1], derive_seed(config.seed, "initialisation of the head")
     )
-    for member in head.members:
-        _descend(member, positives, views, influence, weighing, streams)
+    _descend(head, positives, views, weighing, streams, influence)
     chance = clean_chance(positives, views, data.labels, weighing, Streams(config.seed))
     return head, chance
 
@@ -283,15 +285,14 @@ def clean_chance(
     image = torch.arange(len(positives)) % len(labels)
     pool_folds = torch.arange(views.shape[1]) % count
     seed = derive_seed(streams.seed, "heads of the folds")
-    heads = ConfidenceHead(positives.shape[1], seed, members=count).members
+    head = ConfidenceHead(positives.shape[1], seed, members=count)
+    _descend(head, positives, views, weighing, streams, folds=(folds[image], pool_folds))
+    with torch.no_grad():
+        copies, pool = head.members(positives), head.members(views.flatten(0, 1))
     excess, variance = 0.0, 0.0
-    for fold, member in enumerate(heads):
-        seen, known = folds[image] != fold, pool_folds != fold
-        _descend(member, positives[seen], views[:, known], None, weighing, streams)
-        with torch.no_grad():
-            copies = member(positives[~seen])
-            mine = torch.stack([copies[image[~seen] == i].mean() for i in image[~seen].unique()])
-            others = member(views[:, ~known].flatten(0, 1)).view(len(views), -1).mean(0)
+    for fold in range(count):
+        mine = torch.stack([copies[image == i, fold].mean() for i in (folds == fold).nonzero()])
+        others = pool[:, fold].view(len(views), -1).mean(0)[pool_folds == fold]
         n, m = len(mine), len(others)
         excess += float((mine[:, None] > others).float().sum()) - n * m / 2
         variance += n * m * (n + m + 1) / 12
@@ -299,28 +300,52 @@ def clean_chance(
 
 
 def _descend(
-    head: nn.Module,
+    head: ConfidenceHead,
     positives: Tensor,
     views: Tensor,
-    influence: Tensor | None,
     weighing: WeighingConfig,
     streams: Streams,
+    influence: Tensor | None = None,
+    folds: tuple[Tensor, Tensor] | None = None,
 ) -> None:
+    """Fit every member on the same batches; with `folds`, the k-th on all but the k-th fold.
+
+    Args:
+        head: is changed.
+        positives: (m, width).
+        views: (views, N, width).
+        weighing: how long and how fast.
+        streams: draw the batches.
+        influence: of the pool's images, (N,).
+        folds: which one each of `positives` is in, (m,), and each image of the pool, (N,).
+    """
     optimizer = torch.optim.AdamW(
-        head.parameters(), lr=weighing.head_learning_rate, weight_decay=weighing.weight_decay
+        head.parameters(),
+        lr=weighing.head_learning_rate,
+        weight_decay=weighing.weight_decay,
+        fused=True,
     )
     generator = streams["batches of the head"]
     half = max(2, weighing.fit_batch // 2)
-    targets = torch.arange(2 * half).lt(half).float()
+    targets = torch.arange(2 * half).lt(half).float()[:, None]
     for _ in range(weighing.head_steps):
         likely = torch.randint(len(positives), (half,), generator=generator)
         drawn = torch.randint(views.shape[1], (half,), generator=generator)
         view = torch.randint(len(views), (half,), generator=generator)
-        logits = head(torch.cat([positives[likely], views[view, drawn]]))
-        loss = F.binary_cross_entropy_with_logits(logits, targets)
+        logits = head.members(torch.cat([positives[likely], views[view, drawn]]))
+        losses = F.binary_cross_entropy_with_logits(
+            logits, targets.expand_as(logits), reduction="none"
+        ).view(2, half, -1)
+        seen = torch.ones_like(losses)
+        if folds is not None:
+            held_out = torch.stack([folds[0][likely], folds[1][drawn]])
+            seen = held_out.unsqueeze(2).ne(torch.arange(losses.shape[2])).float()
+        # The mean of both halves, each over what the member sees; the sum keeps members apart.
+        loss = ((losses * seen).sum(1) / seen.sum(1).clamp(min=1)).mean(0).sum()
         if influence is not None:
             weights = torch.sigmoid(logits[half:])
-            loss = loss - weighing.influence_weight * (influence[drawn] * weights).mean()
+            gain = (influence[drawn].unsqueeze(1) * weights).mean(0)
+            loss = loss - weighing.influence_weight * gain.sum()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -344,18 +369,23 @@ def pool_sample(size: int, seed: int) -> Tensor:
     return everyone[:FITTED]
 
 
-def _features(classifier: Classifier, images: NDArray[np.uint8] | Tensor) -> Tensor:
-    """Features of images as they are, (n, width)."""
-    batches = torch.as_tensor(images).split(BATCH)
-    with torch.no_grad():
-        return torch.cat([classifier.features(batch.float() / 255) for batch in batches])
+def _features(classifier: Classifier, images: NDArray[np.uint8]) -> Tensor:
+    """Features of images as they are, (n, width), on the CPU."""
+    return _in_batches(classifier, torch.from_numpy(images), lambda batch: batch.float() / 255)
 
 
 def _augmented_features(
     classifier: Classifier, images: Tensor, augmentation: Augmentation, noise: torch.Generator
 ) -> Tensor:
-    """Features of strong views, (n, width)."""
+    """Features of strong views, (n, width), on the CPU."""
+    return _in_batches(classifier, images, lambda batch: augmentation.strong(batch, noise))
+
+
+def _in_batches(
+    classifier: Classifier, images: Tensor, prepare: Callable[[Tensor], Tensor]
+) -> Tensor:
+    device = classifier.head.weight.device
     with torch.no_grad():
         return torch.cat(
-            [classifier.features(augmentation.strong(b, noise)) for b in images.split(BATCH)]
+            [classifier.features(prepare(batch.to(device))).cpu() for batch in images.split(BATCH)]
         )
