@@ -1,7 +1,7 @@
 """What an arm costs, counted in floating-point operations so that it does not depend on noise."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,14 +12,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weighmatch.semisup.config import RANKED_ANEW, UNWEIGHTED, ArmName, TrainingConfig
 from weighmatch.semisup.learned import PROBE_EVERY
-from weighmatch.semisup.networks import build_classifier
+from weighmatch.semisup.networks import Classifier, build_classifier
 from weighmatch.semisup.rounds import PoolInfluence
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
-from weighmatch.semisup.two_stages import FITTED, LABELLED_COPIES, POOL_VIEWS, WITH_HEAD
+from weighmatch.semisup.two_stages import WITH_HEAD, rank_pool
 
 # Steps that are counted: with an update of the weights on each, as many as there are between two
 # probes of the curvature, so that a probe is counted with its share.
 COUNTED = PROBE_EVERY
+
+Count = Callable[[ArmName, int, TrainingConfig, TrainingSet], float]
 
 
 def flops_per_step(arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet) -> float:
@@ -29,10 +31,16 @@ def flops_per_step(arm: ArmName, classes: int, config: TrainingConfig, data: Tra
     not the snapshots of the pool, which are measurement. What was counted once is not counted
     again for other images of the same shapes.
     """
+    return _once(_flops_per_step, arm, classes, config, data)
+
+
+def _once(
+    count: Count, arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet
+) -> float:
     shapes = data.labelled_images.shape, data.unlabelled_images.shape
-    key = (arm, classes, config, *shapes)
+    key = (count.__name__, arm, classes, config, *shapes)
     if key not in _counted:
-        _counted[key] = _flops_per_step(arm, classes, config, data)
+        _counted[key] = count(arm, classes, config, data)
     return _counted[key]
 
 
@@ -84,53 +92,65 @@ def relative_costs(
     """Operations of a whole run of each arm, over those of `fixmatch` with as many steps.
 
     With two stages, weighted arms take the second and, for `first_stage` of its steps, the arm's
-    own; rounds are steps of FixMatch. Ranking the pool is counted as the passes that it makes,
-    and what `learned` measures of the whole pool as its operations.
+    own; rounds are steps of FixMatch. Ranking the pool is counted too: the passes that it makes,
+    fitting a head, and what `learned` measures of the whole pool.
     """
     counted = [arm for arm in arms if arm not in UNWEIGHTED or arm == "supervised"]
     costs = dict.fromkeys(arms, 1.0)
     plain = flops_per_step("fixmatch", classes, config, data) if counted else 1.0
     for arm in counted:
         if stages > 2 and arm in RANKED_ANEW:
-            ranking = _ranking_steps(arm, config, data)
+            ranking = _once(_ranking_flops, arm, classes, config, data)
             if arm == "learned":
-                ranking += _measuring_flops(classes, config, data) / plain
-            costs[arm] += stages * ranking / config.steps
+                ranking += _once(_measuring_flops, arm, classes, config, data)
+            costs[arm] += stages * ranking / plain / config.steps
             continue
         # Weights are learned after the warm-up; `supervised` is cheaper from the first step.
         share = 1.0 if arm in UNWEIGHTED else 1 - config.weighing.warmup
         costs[arm] += share * (flops_per_step(arm, classes, config, data) / plain - 1)
         if stages == 2 and arm not in UNWEIGHTED:
             costs[arm] = 1 + config.weighing.first_stage * costs[arm]
-            costs[arm] += _ranking_steps(arm, config, data) / config.steps
+            costs[arm] += _once(_ranking_flops, arm, classes, config, data) / plain / config.steps
     return list(costs.values())
 
 
-def _measuring_flops(classes: int, config: TrainingConfig, data: TrainingSet) -> int:
-    """Operations of measuring the influences of a pool once, at an untrained classifier."""
-    # The curvature's probe and solve make no fewer products at a trained one.
-    config = replace(config, device="cpu", threshold=1e-6)
-    run_config = RunConfig("learned", seed=0, steps=1, classes=classes, training=config)
-    device = torch.device("cpu")
-    classifier = build_classifier(
-        config.network, data.unlabelled_images.shape[1], classes, 0, config.width
-    )
-    meter = PoolInfluence(data, run_config, 0, device)
+def _measuring_flops(
+    arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet
+) -> float:
+    """Operations of measuring the influences of a pool once."""
+    run_config, classifier = _untrained(arm, classes, config, data)
+    meter = PoolInfluence(data, run_config, 0, torch.device("cpu"))
     with FlopCounterMode(display=False) as counter:
         meter.measure(classifier, torch.arange(len(data.unlabelled_images)))
-    return int(counter.get_total_flops())
+    return float(counter.get_total_flops())
 
 
-def _ranking_steps(arm: ArmName, config: TrainingConfig, data: TrainingSet) -> float:
-    """Steps of FixMatch with as many passes as ranking the pool takes.
+def _ranking_flops(arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet) -> float:
+    """Operations of ranking a pool once, given its influences.
 
-    A step passes the weak views once and what it differentiates thrice (a backward pass takes two
-    forward ones). Between the stages, the pool's images pass three times as they are (features,
-    pseudo-classes, confidence).
+    What an arm without a head ranks by is as cheap as confidence.
     """
-    pool = len(data.unlabelled_images)
-    passes = 3 * pool
-    if arm in WITH_HEAD:
-        passes += LABELLED_COPIES + POOL_VIEWS * min(pool, FITTED)
-    unlabelled = config.batch_size * config.unlabelled_ratio
-    return passes / (unlabelled + 3 * (config.batch_size + unlabelled))
+    ranker: ArmName = arm if arm in WITH_HEAD else "max_prob"
+    run_config, classifier = _untrained(ranker, classes, config, data)
+    none = torch.zeros(len(data.unlabelled_images))
+    found = {
+        "classifier": classifier.state_dict(),
+        "weighting": {"influence": none, "evidence": none},
+        "config": asdict(run_config),
+    }
+    with FlopCounterMode(display=False) as counter:
+        rank_pool(found, data, run_config)
+    return float(counter.get_total_flops())
+
+
+def _untrained(
+    arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet
+) -> tuple[RunConfig, Classifier]:
+    """A run on the CPU whose images all pass τ, and its classifier as it starts.
+
+    The curvature's probe and solve make no fewer products there than at a trained one.
+    """
+    config = replace(config, device="cpu", threshold=1e-6)
+    channels = data.unlabelled_images.shape[1]
+    classifier = build_classifier(config.network, channels, classes, 0, config.width)
+    return RunConfig(arm, seed=0, steps=1, classes=classes, training=config), classifier

@@ -168,17 +168,83 @@ class ConfidenceNetwork(nn.Module):
         return scores
 
 
-class ConfidenceHead(nn.Module):
-    """One raw score an image from frozen features, (n, width) -> (n,): the mean of some small MLPs.
+# Of the covariances of `RelativeMahalanobis`, towards a multiple of the identity.
+SHRINKAGE = 0.7
 
-    One MLP alone, fitted to few labelled images, depends much on its start; the mean of five
-    ranks better than most of them. They lie side by side in one wide layer, so that fitting all
-    takes little longer than fitting one. The features are those of a classifier that is no longer
-    trained, so that the score is a function of the image alone and the mixed derivative by one
-    JVP stays exact.
+
+class RelativeMahalanobis(nn.Module):
+    """How much more like a class than like the pool features are, (n, width) -> (n,).
+
+    The largest over the classes of the log-ratio of two normal densities, that of the class, all
+    of them with one covariance, and that of the pool (Ren et al., "A simple fix to Mahalanobis
+    distance for improving near-OOD detection", 2021), up to a constant. Nothing is descended.
     """
 
-    def __init__(self, width: int, seed: int, hidden: int = 64, members: int = 5) -> None:
+    quadratic: Tensor
+    linear: Tensor
+    constant: Tensor
+    centre: Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.register_buffer("quadratic", torch.zeros(width, width))
+        self.register_buffer("linear", torch.zeros(classes, width))
+        self.register_buffer("constant", torch.zeros(classes))
+        self.register_buffer("centre", torch.zeros(width))
+
+    def fit(self, features: Tensor, labels: Tensor, pool: Tensor) -> None:
+        """Estimate the densities.
+
+        Args:
+            features: of labelled images, (m, width).
+            labels: of these, (m,).
+            pool: features of the pool, (N, width).
+        """
+        self.centre = pool.mean(0)
+        count = labels.bincount(minlength=len(self.constant)).unsqueeze(1)
+        sums = torch.zeros_like(self.linear).index_add_(0, labels, features - self.centre)
+        means = sums / count.clamp(min=1)
+        inside = _precision(features - self.centre - means[labels])
+        self.quadratic = _precision(pool - self.centre) - inside
+        self.linear = means @ inside
+        constant = -0.5 * (self.linear * means).sum(1)
+        # No image is like a class of which none was seen.
+        self.constant = constant.masked_fill(count.squeeze(1) == 0, -torch.inf)
+
+    def forward(self, features: Tensor) -> Tensor:
+        centred = features - self.centre
+        classes = centred @ self.linear.T + self.constant
+        ratio: Tensor = 0.5 * (centred @ self.quadratic * centred).sum(1) + classes.amax(1)
+        return ratio
+
+
+def _precision(centred: Tensor) -> Tensor:
+    """Inverse of the shrunk covariance of features of mean 0, (width, width)."""
+    covariance = centred.T @ centred / len(centred)
+    level = covariance.diagonal().mean().clamp(min=1e-6)
+    identity = torch.eye(len(covariance))
+    shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * level * identity
+    precision: Tensor = torch.linalg.inv(shrunk)
+    return precision
+
+
+class ConfidenceHead(nn.Module):
+    """One raw score an image from frozen features, (n, width) -> (n,).
+
+    The sum of what some small MLPs say, which are descended, and of the relative Mahalanobis
+    distance, each over its spread on the pool: the one makes no assumption, the other cannot
+    learn few labelled images by heart. One MLP alone depends much on its start; so there are
+    five, side by side in one wide layer, so that fitting all takes little longer than fitting
+    one. The features are those of a classifier that is no longer trained, so that the score is a
+    function of the image alone and the mixed derivative by one JVP stays exact.
+    """
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(
+        self, width: int, classes: int, seed: int, hidden: int = 64, members: int = 5
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -187,11 +253,31 @@ class ConfidenceHead(nn.Module):
             bound = hidden**-0.5
             self.output = nn.Parameter(torch.empty(members, hidden).uniform_(-bound, bound))
             self.bias = nn.Parameter(torch.empty(members).uniform_(-bound, bound))
+        self.distance = RelativeMahalanobis(width, classes)
+        self.register_buffer("location", torch.zeros(2))
+        self.register_buffer("scale", torch.ones(2))
 
     def members(self, features: Tensor) -> Tensor:
-        """The score of every member, (n, members)."""
+        """The score of every MLP, (n, members)."""
         hidden = F.relu(self.hidden(self.norm(features))).unflatten(1, self.output.shape)
-        return torch.einsum("nmh,mh->nm", hidden, self.output) + self.bias
+        scores: Tensor = torch.einsum("nmh,mh->nm", hidden, self.output) + self.bias
+        return scores
+
+    def fit_distance(self, features: Tensor, labels: Tensor, pool: Tensor) -> None:
+        """Estimate the distance; see `RelativeMahalanobis.fit`."""
+        self.distance.fit(self.norm(features), labels, self.norm(pool))
+
+    def standardise(self, pool: Tensor) -> None:
+        """Give both parts mean 0 and spread 1 on features of the pool, (N, width)."""
+        parts = self._parts(pool)
+        self.location = parts.mean(0)
+        self.scale = parts.std(0, correction=0).clamp(min=1e-6)
+
+    def _parts(self, features: Tensor) -> Tensor:
+        """What MLPs and distance say, (n, 2)."""
+        distance = self.distance(self.norm(features))
+        return torch.stack([self.members(features).mean(1), distance], dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.members(features).mean(dim=1)
+        scores: Tensor = ((self._parts(features) - self.location) / self.scale).sum(1)
+        return scores

@@ -129,7 +129,7 @@ def _load_ranker(ranker: dict[str, Any], channels: int, device: torch.device) ->
     classifier = load_classifier(ranker, channels).to(device)
     head = None
     if ranker["head"] is not None:
-        head = ConfidenceHead(classifier.head.in_features, seed=0)
+        head = ConfidenceHead(classifier.head.in_features, ranker["config"]["classes"], seed=0)
         head.load_state_dict(ranker["head"])
         head.to(device)
     criterion = _load_criterion(ranker, channels, device)

@@ -27,7 +27,7 @@ from torch import Tensor
 from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
 from weighmatch.semisup.losses import mean_one
-from weighmatch.semisup.networks import Classifier, ConfidenceHead
+from weighmatch.semisup.networks import Classifier, ConfidenceHead, RelativeMahalanobis
 from weighmatch.semisup.scoring import BATCH, load_classifier, score_images
 from weighmatch.semisup.streams import Streams, derive_seed
 from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
@@ -177,9 +177,14 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         weighing = config.training.weighing
         classifier = load_classifier(first, data.unlabelled_images.shape[1]).to(device)
         head, chance = fit_head(classifier, first["weighting"], data, config)
+        features = _features(classifier, data.unlabelled_images)
         with torch.no_grad():
-            scores = torch.sigmoid(head(_features(classifier, data.unlabelled_images)))
-        cut = weighing.keep_above if chance < weighing.contamination_level else 0.0
+            head.standardise(features)
+            scores = torch.sigmoid(head(features))
+            likely = torch.sigmoid(head.members(features).mean(1)) > weighing.keep_above
+        contaminated = chance < weighing.contamination_level
+        # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
+        cut = float(scores.quantile(1 - float(likely.float().mean()))) if contaminated else 0.0
     else:
         pool_scores = first["weighting"].get("pool_scores")
         scores = torch.from_numpy(found.scores).float()
@@ -245,54 +250,51 @@ def fit_head(
     views = torch.stack(
         [_augmented_features(classifier, pool, augmentation, noise) for _ in range(POOL_VIEWS)]
     )
-    head = ConfidenceHead(
-        positives.shape[1], derive_seed(config.seed, "initialisation of the head")
+    seed = derive_seed(config.seed, "initialisation of the head")
+    head = ConfidenceHead(positives.shape[1], config.classes, seed)
+    _descend(head, positives, views, influence, weighing, streams)
+    labels = torch.from_numpy(data.labels)
+    head.fit_distance(
+        positives, labels[torch.arange(LABELLED_COPIES) % len(labels)], views.flatten(0, 1)
     )
-    _descend(head, positives, views, weighing, streams, influence)
-    chance = clean_chance(positives, views, data.labels, weighing, Streams(config.seed))
-    return head, chance
+    return head, clean_chance(head.norm(positives), labels, head.norm(views), config.classes)
 
 
-def clean_chance(
-    positives: Tensor,
-    views: Tensor,
-    labels: NDArray[np.int64],
-    weighing: WeighingConfig,
-    streams: Streams,
-) -> float:
+def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int) -> float:
     """Nominal one-sided p of the labelled images scoring so much higher than a clean pool.
 
-    Were labelled images and pool drawn alike, a head that tells labelled from unlabelled could not
-    know a labelled image that it never saw from a pool image that it never saw. Each fold of both
-    is scored by a head fitted on the other folds, and the folds' Mann–Whitney statistics are
-    summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). The features, which were trained
-    with all labels, favour labelled images a little, and heads of overlapping folds err together
-    (Bengio & Grandvalet, 2004), so that p errs towards contamination.
+    Were labelled images and pool drawn alike, what tells labelled from unlabelled could not know
+    a labelled image that it never saw from a pool image that it never saw. Each fold of both is
+    scored by a relative Mahalanobis distance estimated on the other folds, and the folds'
+    Mann–Whitney statistics are summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). The
+    features, which were trained with all labels, favour labelled images a little, and overlapping
+    folds err together (Bengio & Grandvalet, 2004), so that p errs towards contamination.
 
     Args:
         positives: features of augmented copies, of the labelled images in turn, (m, width).
-        views: features of augmented views of pool images, (views, N, width).
         labels: of the n labelled images, (n,).
-        weighing: how a head is fitted.
-        streams: randomness.
+        views: features of augmented views of pool images, (views, N, width).
+        classes: how many there are.
+
+    Returns:
+        p; 0, so that no pool looks clean, where a class has a single labelled image.
     """
     count = min(FOLDS, len(labels), views.shape[1])
-    if count < 2:
+    if count < 2 or 1 in labels.bincount():
         return 0.0
     # Every class in as many folds as it has images for.
-    folds = torch.empty(len(labels), dtype=torch.long)
-    folds[torch.from_numpy(labels).argsort(stable=True)] = torch.arange(len(labels)) % count
+    folds = torch.empty_like(labels)
+    folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % count
     image = torch.arange(len(positives)) % len(labels)
     pool_folds = torch.arange(views.shape[1]) % count
-    seed = derive_seed(streams.seed, "heads of the folds")
-    head = ConfidenceHead(positives.shape[1], seed, members=count)
-    _descend(head, positives, views, weighing, streams, folds=(folds[image], pool_folds))
-    with torch.no_grad():
-        copies, pool = head.members(positives), head.members(views.flatten(0, 1))
     excess, variance = 0.0, 0.0
     for fold in range(count):
-        mine = torch.stack([copies[image == i, fold].mean() for i in (folds == fold).nonzero()])
-        others = pool[:, fold].view(len(views), -1).mean(0)[pool_folds == fold]
+        seen, known = folds[image] != fold, pool_folds != fold
+        distance = RelativeMahalanobis(positives.shape[1], classes)
+        distance.fit(positives[seen], labels[image[seen]], views[:, known].flatten(0, 1))
+        copies = distance(positives[~seen])
+        mine = torch.stack([copies[image[~seen] == i].mean() for i in image[~seen].unique()])
+        others = distance(views[:, ~known].flatten(0, 1)).view(len(views), -1).mean(0)
         n, m = len(mine), len(others)
         excess += float((mine[:, None] > others).float().sum()) - n * m / 2
         variance += n * m * (n + m + 1) / 12
@@ -303,22 +305,11 @@ def _descend(
     head: ConfidenceHead,
     positives: Tensor,
     views: Tensor,
+    influence: Tensor | None,
     weighing: WeighingConfig,
     streams: Streams,
-    influence: Tensor | None = None,
-    folds: tuple[Tensor, Tensor] | None = None,
 ) -> None:
-    """Fit every member on the same batches; with `folds`, the k-th on all but the k-th fold.
-
-    Args:
-        head: is changed.
-        positives: (m, width).
-        views: (views, N, width).
-        weighing: how long and how fast.
-        streams: draw the batches.
-        influence: of the pool's images, (N,).
-        folds: which one each of `positives` is in, (m,), and each image of the pool, (N,).
-    """
+    """Fit every member on the same batches; their losses are summed, so that none sees another."""
     optimizer = torch.optim.AdamW(
         head.parameters(),
         lr=weighing.head_learning_rate,
@@ -327,25 +318,18 @@ def _descend(
     )
     generator = streams["batches of the head"]
     half = max(2, weighing.fit_batch // 2)
-    targets = torch.arange(2 * half).lt(half).float()[:, None]
+    targets = torch.arange(2 * half).lt(half).float().unsqueeze(1)
     for _ in range(weighing.head_steps):
         likely = torch.randint(len(positives), (half,), generator=generator)
         drawn = torch.randint(views.shape[1], (half,), generator=generator)
         view = torch.randint(len(views), (half,), generator=generator)
         logits = head.members(torch.cat([positives[likely], views[view, drawn]]))
-        losses = F.binary_cross_entropy_with_logits(
-            logits, targets.expand_as(logits), reduction="none"
-        ).view(2, half, -1)
-        seen = torch.ones_like(losses)
-        if folds is not None:
-            held_out = torch.stack([folds[0][likely], folds[1][drawn]])
-            seen = held_out.unsqueeze(2).ne(torch.arange(losses.shape[2])).float()
-        # The mean of both halves, each over what the member sees; the sum keeps members apart.
-        loss = ((losses * seen).sum(1) / seen.sum(1).clamp(min=1)).mean(0).sum()
+        count = logits.shape[1]
+        loss = count * F.binary_cross_entropy_with_logits(logits, targets.expand(-1, count))
         if influence is not None:
             weights = torch.sigmoid(logits[half:])
-            gain = (influence[drawn].unsqueeze(1) * weights).mean(0)
-            loss = loss - weighing.influence_weight * gain.sum()
+            gain = (influence[drawn].unsqueeze(1) * weights).mean(0).sum()
+            loss = loss - weighing.influence_weight * gain
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
