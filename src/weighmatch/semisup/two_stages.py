@@ -5,8 +5,8 @@
    stage's averaged classifier, which stays as it is: it tells near OOD apart where a network on
    the image alone does not. Other arms rank by what they weigh by.
 3. Of each pseudo-class the best are kept, equally many of each: a ranking over all classes starves
-   those that look least sure. How many is estimated from the ranking, without any truth. A pool
-   in which a head finds no contamination is kept whole.
+   those that look least sure. How many is estimated without any truth. A pool in which
+   cross-fitting finds no contamination is kept whole.
 4. FixMatch trains from the start on what was kept: batches are drawn by weight, 1 or 0, instead of
    weighing losses of images that hardly count.
 """
@@ -222,12 +222,12 @@ def keep_best(scores: Tensor, classes: Tensor, share: float, count: int) -> Tens
 def fit_head(
     classifier: Classifier, weighting: dict[str, Any], data: TrainingSet, config: RunConfig
 ) -> tuple[ConfidenceHead, float]:
-    """Fit the head h on frozen features f that ranks images, and test whether the pool is clean.
+    """Fit the head that ranks images on frozen features f, and test whether the pool is clean.
 
-    It descends BCE(labelled against pool) − β · mean_i ŝ_i σ(h(f(u_i))). The first term is a
-    positive-unlabelled classifier (Elkan & Noto, 2008); the second is the learned weighting's own
-    objective, whose gradient in h is the hypergradient, with ŝ_i the mean influence that the
-    first stage measured, over its spread. The arm `pu` has β = 0.
+    Its MLPs h descend BCE(labelled against pool) − β · mean_i ŝ_i σ(h(f(u_i))). The first term is
+    a positive-unlabelled classifier (Elkan & Noto, 2008); the second is the learned weighting's
+    own objective, whose gradient in h is the hypergradient, with ŝ_i the mean influence that the
+    first stage measured, over its spread. The arm `pu` has β = 0. Its distance is estimated.
 
     Args:
         classifier: the first stage's average.
@@ -236,7 +236,7 @@ def fit_head(
         config: of the run.
 
     Returns:
-        The head; and p of `clean_chance`.
+        The head, whose parts are not standardised yet; and p of `clean_chance`.
     """
     training, weighing = config.training, config.training.weighing
     streams, augmentation = Streams(config.seed), Augmentation(training.augmentation)
