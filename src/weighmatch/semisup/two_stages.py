@@ -39,8 +39,9 @@ MEASURED = ("influence", "influence_square", "evidence")
 WITH_HEAD = ("pu", "learned")
 # Parts of the labelled images and of the pool when one is judged by a head that saw the others.
 FOLDS = 5
-# Augmented copies whose features are kept: of the labelled images together, and of a pool image.
-LABELLED_COPIES, POOL_VIEWS = 6144, 2
+# Augmented copies whose features are kept: of a labelled image, of all of them at most, and of
+# a pool image.
+COPIES, LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
 # Images of a large pool that the head is fitted on; all are ranked.
 FITTED = 8192
 # Fewer images than these a class are kept of no pool.
@@ -245,8 +246,8 @@ def fit_head(
     pool = torch.from_numpy(data.unlabelled_images)[chosen]
     influence = _standardised(weighting)[chosen] if config.arm == "learned" else None
     labelled = torch.from_numpy(data.labelled_images)
-    copies = labelled[torch.arange(LABELLED_COPIES) % len(labelled)]
-    positives = _augmented_features(classifier, copies, augmentation, noise)
+    image = torch.arange(min(COPIES * len(labelled), LABELLED_COPIES)) % len(labelled)
+    positives = _augmented_features(classifier, labelled[image], augmentation, noise)
     views = torch.stack(
         [_augmented_features(classifier, pool, augmentation, noise) for _ in range(POOL_VIEWS)]
     )
@@ -254,9 +255,7 @@ def fit_head(
     head = ConfidenceHead(positives.shape[1], config.classes, seed)
     _descend(head, positives, views, influence, weighing, streams)
     labels = torch.from_numpy(data.labels)
-    head.fit_distance(
-        positives, labels[torch.arange(LABELLED_COPIES) % len(labels)], views.flatten(0, 1)
-    )
+    head.fit_distance(positives, labels[image], views.flatten(0, 1))
     return head, clean_chance(head.norm(positives), labels, head.norm(views), config.classes)
 
 
