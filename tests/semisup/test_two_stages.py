@@ -7,7 +7,7 @@ import torch
 from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
-from weighmatch.semisup.networks import build_classifier
+from weighmatch.semisup.networks import ConfidenceHead, build_classifier
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.two_stages import clean_chance, fit_head, keep_best, rank_pool
@@ -152,10 +152,51 @@ def test_few_clean_pools_and_all_contaminated_ones_look_contaminated():
     assert all(chance(2.0) < 0.05 for _ in range(5))
 
 
+@pytest.mark.parametrize("labels_per_class", [2, 3, 5])
+def test_few_labels_a_class_do_not_make_a_pool_look_clean(labels_per_class):
+    generator = torch.Generator().manual_seed(0)
+    means = 2 * torch.randn(9, 32, generator=generator)
+    labels = torch.arange(6).repeat(labels_per_class)
+
+    def draw(classes):
+        return means[classes] + torch.randn(len(classes), 32, generator=generator)
+
+    def chance(seen):
+        pool = torch.randint(6, (200,), generator=generator)
+        pool[seen:] = torch.randint(6, 9, (200 - seen,), generator=generator)
+        return clean_chance(draw(labels.repeat(8)), labels, draw(pool)[None], 6)
+
+    assert 0.3 < np.mean([chance(200) for _ in range(20)]) < 0.7
+    assert np.mean([chance(100) < 0.05 for _ in range(10)]) > 0.8
+
+
 def test_where_a_class_has_one_labelled_image_no_pool_looks_clean():
     features = torch.randn(7, 4, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 0, 1, 1, 1, 1, 2])
     assert clean_chance(features, labels, features[None], 3) == 0.0
+
+
+def test_as_many_are_kept_as_the_mlps_find_likely(run_config):
+    data = like_and_unlike(48, 60)
+    config, classifier, first = first_stage(data, run_config, "pu")
+    images = torch.from_numpy(data.unlabelled_images).float() / 255
+
+    def ranked(keep_above):
+        weighing = replace(config.training.weighing, keep_above=keep_above)
+        training = replace(config.training, weighing=weighing)
+        return rank_pool(first, data, replace(config, training=training))
+
+    found = ranked(0.5)
+    head = ConfidenceHead(16 * config.training.width, config.classes, seed=0)
+    head.load_state_dict(found.head)
+    with torch.no_grad():
+        features = classifier.features(images)
+        likely = int((torch.sigmoid(head.members(features).mean(1)) > 0.5).sum())
+        torch.testing.assert_close(torch.sigmoid(head(features)), found.scores)
+    assert 20 < likely < 80
+    assert int((found.scores > found.cut).sum()) == likely
+    assert ranked(0.7).cut > found.cut > ranked(0.3).cut
+    assert ranked(0.0).kept.all()
 
 
 def test_two_stages_cost_more_and_fixmatch_is_matched_to_them(training_set, run_config):

@@ -26,7 +26,7 @@ def test_a_user_sets_source_ratios_seeds_and_arms_alone():
         benchmark = BenchmarkConfig(**base("benchmark", source=source, **four))
         (cell,) = make_cells(benchmark, DATA)
         assert (cell.data.source, cell.data.ratio, cell.data.seeds) == (source, 0.25, (40, 41))
-        assert cell.key(40) == "near+far-r0.25-seed_0040"
+        assert cell.key(40) == "near-r0.25-seed_0040"
 
 
 def test_a_source_has_its_own_sizes_and_training():

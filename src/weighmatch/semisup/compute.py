@@ -1,7 +1,7 @@
 """What an arm costs, counted in floating-point operations so that it does not depend on noise."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,13 @@ from weighmatch.semisup.learned import PROBE_EVERY
 from weighmatch.semisup.networks import Classifier, build_classifier
 from weighmatch.semisup.rounds import PoolInfluence
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
-from weighmatch.semisup.two_stages import WITH_HEAD, rank_pool
+from weighmatch.semisup.two_stages import (
+    FITTED,
+    POOL_VIEWS,
+    WITH_HEAD,
+    fit_to_features,
+    labelled_copies,
+)
 
 # Steps that are counted: with an update of the weights on each, as many as there are between two
 # probes of the curvature, so that a probe is counted with its share.
@@ -128,19 +134,26 @@ def _measuring_flops(
 def _ranking_flops(arm: ArmName, classes: int, config: TrainingConfig, data: TrainingSet) -> float:
     """Operations of ranking a pool once, given its influences.
 
-    What an arm without a head ranks by is as cheap as confidence.
+    What an arm without a head ranks by is as cheap as confidence. Passes are counted by one of
+    one image, as those over a large pool would take as long as the ranking itself.
     """
-    ranker: ArmName = arm if arm in WITH_HEAD else "max_prob"
-    run_config, classifier = _untrained(ranker, classes, config, data)
-    none = torch.zeros(len(data.unlabelled_images))
-    found = {
-        "classifier": classifier.state_dict(),
-        "weighting": {"influence": none, "evidence": none},
-        "config": asdict(run_config),
-    }
+    run_config, classifier = _untrained(arm, classes, config, data)
+    pool, labelled = len(data.unlabelled_images), len(data.labels)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        width = classifier.features(torch.zeros(1, *data.unlabelled_images.shape[1:])).shape[1]
+    one = counter.get_total_flops()
+    if arm not in WITH_HEAD:
+        return float(one * pool)
+    copies, fitted = labelled_copies(labelled), min(pool, FITTED)
+    generator = torch.Generator().manual_seed(0)
+    positives = torch.randn(copies, width, generator=generator)
+    views = torch.randn(POOL_VIEWS, fitted, width, generator=generator)
     with FlopCounterMode(display=False) as counter:
-        rank_pool(found, data, run_config)
-    return float(counter.get_total_flops())
+        head, _ = fit_to_features(positives, torch.from_numpy(data.labels), views, None, run_config)
+        with torch.no_grad():
+            head(views[0])
+    # The whole pool is scored, by features as its images are, and the head's spread is measured.
+    return float(counter.get_total_flops() + one * (copies + POOL_VIEWS * fitted + pool))
 
 
 def _untrained(

@@ -75,7 +75,7 @@ def score_images(
     probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
     state = checkpoint["weighting"]
     if checkpoint["config"]["arm"] == "softmatch" and "ranker" not in checkpoint:
-        mean, variance = state["moments"]["value"].double()
+        mean, variance = state["moments"]["value"].cpu().double()
         weights = truncated_gaussian(scores, mean, variance)
     else:
         weights = confidence_weights(scores, state.get("cut"))

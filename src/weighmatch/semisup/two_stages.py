@@ -37,10 +37,10 @@ from weighmatch.semisup.weightings import otsu_cut
 MEASURED = ("influence", "influence_square", "evidence")
 # Arms with a head on frozen features.
 WITH_HEAD = ("pu", "learned")
-# Parts of the labelled images and of the pool when one is judged by a head that saw the others.
+# Parts of the labelled images and of the pool when one is judged by what the others show.
 FOLDS = 5
-# Augmented copies whose features are kept: of a labelled image, of all of them at most, and of
-# a pool image.
+# Augmented copies whose features are kept: of a labelled image, of all of them together (but
+# one of each), and of a pool image.
 COPIES, LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
 # Images of a large pool that the head is fitted on; all are ranked.
 FITTED = 8192
@@ -172,7 +172,6 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         config: of the run; `training.weighing` says how the head is fitted.
     """
     device = pick_device(config.training.device)
-    found = score_images(first, data.unlabelled_images, device)
     head = None
     if config.arm in WITH_HEAD:
         weighing = config.training.weighing
@@ -180,25 +179,28 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         head, chance = fit_head(classifier, first["weighting"], data, config)
         features = _features(classifier, data.unlabelled_images)
         with torch.no_grad():
+            pseudo_classes = classifier.cpu().head(features).argmax(dim=1)
             head.standardise(features)
             scores = torch.sigmoid(head(features))
             likely = torch.sigmoid(head.members(features).mean(1)) > weighing.keep_above
-        contaminated = chance < weighing.contamination_level
         # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
-        cut = float(scores.quantile(1 - float(likely.float().mean()))) if contaminated else 0.0
+        share, cut = 1.0, 0.0
+        if chance < weighing.contamination_level and not bool(likely.all()):
+            share = float(likely.float().mean())
+            cut = float(scores.quantile(1 - share))
     else:
+        found = score_images(first, data.unlabelled_images, device)
         pool_scores = first["weighting"].get("pool_scores")
         scores = torch.from_numpy(found.scores).float()
         if pool_scores is not None:
             scores = pool_scores.cpu()
+        pseudo_classes = torch.from_numpy(found.probabilities.argmax(axis=1))
         cut = otsu_cut(scores)
-    pseudo_classes = torch.from_numpy(found.probabilities.argmax(axis=1))
+        share = float((scores > cut).float().mean())
     kept = torch.ones(len(scores), dtype=torch.bool)
-    share = float((scores > cut).float().mean())
     if share < 1:
         kept = keep_best(scores, pseudo_classes, share, config.classes)
-    state = None if head is None else head.state_dict()
-    return Ranking(scores, cut, kept, state)
+    return Ranking(scores, cut, kept, None if head is None else head.state_dict())
 
 
 def keep_best(scores: Tensor, classes: Tensor, share: float, count: int) -> Tensor:
@@ -239,22 +241,46 @@ def fit_head(
     Returns:
         The head, whose parts are not standardised yet; and p of `clean_chance`.
     """
-    training, weighing = config.training, config.training.weighing
-    streams, augmentation = Streams(config.seed), Augmentation(training.augmentation)
-    noise = streams["augmentation for the head"]
+    augmentation = Augmentation(config.training.augmentation)
+    noise = Streams(config.seed)["augmentation for the head"]
     chosen = pool_sample(len(data.unlabelled_images), config.seed)
     pool = torch.from_numpy(data.unlabelled_images)[chosen]
     influence = _standardised(weighting)[chosen] if config.arm == "learned" else None
-    labelled = torch.from_numpy(data.labelled_images)
-    image = torch.arange(min(COPIES * len(labelled), LABELLED_COPIES)) % len(labelled)
-    positives = _augmented_features(classifier, labelled[image], augmentation, noise)
+    image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
+    copies = torch.from_numpy(data.labelled_images)[image]
+    positives = _augmented_features(classifier, copies, augmentation, noise)
     views = torch.stack(
         [_augmented_features(classifier, pool, augmentation, noise) for _ in range(POOL_VIEWS)]
     )
+    return fit_to_features(positives, torch.from_numpy(data.labels), views, influence, config)
+
+
+def labelled_copies(count: int) -> int:
+    """Augmented copies of `count` labelled images that a head is fitted to."""
+    return max(count, min(COPIES * count, LABELLED_COPIES))
+
+
+def fit_to_features(
+    positives: Tensor,
+    labels: Tensor,
+    views: Tensor,
+    influence: Tensor | None,
+    config: RunConfig,
+) -> tuple[ConfidenceHead, float]:
+    """`fit_head`, given features of augmented images.
+
+    Args:
+        positives: of the labelled images in turn, (m, width).
+        labels: of the n labelled images, (n,).
+        views: of pool images, (views, N, width).
+        influence: of these, standardised, (N,), or none.
+        config: of the run.
+    """
+    streams = Streams(config.seed)
     seed = derive_seed(config.seed, "initialisation of the head")
     head = ConfidenceHead(positives.shape[1], config.classes, seed)
-    _descend(head, positives, views, influence, weighing, streams)
-    labels = torch.from_numpy(data.labels)
+    _descend(head, positives, views, influence, config.training.weighing, streams)
+    image = torch.arange(len(positives)) % len(labels)
     head.fit_distance(positives, labels[image], views.flatten(0, 1))
     return head, clean_chance(head.norm(positives), labels, head.norm(views), config.classes)
 
@@ -265,9 +291,9 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
     Were labelled images and pool drawn alike, what tells labelled from unlabelled could not know
     a labelled image that it never saw from a pool image that it never saw. Each fold of both is
     scored by a relative Mahalanobis distance estimated on the other folds, and the folds'
-    Mann–Whitney statistics are summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). The
-    features, which were trained with all labels, favour labelled images a little, and overlapping
-    folds err together (Bengio & Grandvalet, 2004), so that p errs towards contamination.
+    Mann–Whitney statistics are summed (Mann & Whitney, 1947; by strata: van Elteren, 1960). p is
+    nominal: the features, which were trained with all labels, favour labelled images a little,
+    and overlapping folds err together (Bengio & Grandvalet, 2004).
 
     Args:
         positives: features of augmented copies, of the labelled images in turn, (m, width).
@@ -276,14 +302,17 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
         classes: how many there are.
 
     Returns:
-        p; 0, so that no pool looks clean, where a class has a single labelled image.
+        p; 0, so that no pool looks clean, where a class has a single labelled image, or the pool.
     """
-    count = min(FOLDS, len(labels), views.shape[1])
-    if count < 2 or 1 in labels.bincount():
+    sizes = labels.bincount()
+    count = min(FOLDS, int(sizes[sizes > 0].min()), views.shape[1])
+    if count < 2:
         return 0.0
-    # Every class in as many folds as it has images for.
+    # Every class in every fold: a labelled image is then judged by class means that lack as much
+    # of its class as of any other, and so is an image of the pool.
     folds = torch.empty_like(labels)
-    folds[labels.argsort(stable=True)] = torch.arange(len(labels)) % count
+    for label in labels.unique():
+        folds[labels == label] = torch.arange(int(sizes[label])) % count
     image = torch.arange(len(positives)) % len(labels)
     pool_folds = torch.arange(views.shape[1]) % count
     excess, variance = 0.0, 0.0

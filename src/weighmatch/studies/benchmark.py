@@ -51,8 +51,11 @@ def plan_runs(
         training: the configuration of all.
     """
     planned = []
-    # An operation count belongs to a shape of images, whatever they show.
-    shapes = {key: arrays["unlabelled_images"].shape[1:] for key, arrays in sets.items()}
+    # An operation count belongs to shapes and numbers of images, whatever they show.
+    shapes = {
+        key: (arrays["labelled_images"].shape, arrays["unlabelled_images"].shape)
+        for key, arrays in sets.items()
+    }
     for shape in dict.fromkeys(shapes.values()):
         alike = {key: arrays for key, arrays in sets.items() if shapes[key] == shape}
         jobs = make_jobs(arms, alike, training, benchmark.stages)
