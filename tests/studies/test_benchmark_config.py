@@ -7,6 +7,7 @@ import yaml
 
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.studies.benchmark import plan_runs
 from weighmatch.studies.benchmark_config import BenchmarkConfig, make_cells, make_training
 
 BASE = Path(__file__).parents[2] / "conf" / "base"
@@ -96,3 +97,12 @@ def test_a_setting_that_does_not_fit_its_source_is_named():
     )
     with pytest.raises(ValueError, match="glyphs must be a group of parameters, got 3"):
         make_cells(broken, DATA)
+
+
+def test_fixmatch_is_matched_to_the_cost_of_ranking_each_size_of_pool(training_set, run_config):
+    benchmark = BenchmarkConfig(**base("benchmark", stages=[4]))
+    small = {**vars(training_set), "unlabelled_images": training_set.unlabelled_images[:20]}
+    sets = {"small-seed_0001": small, "large-seed_0001": vars(training_set)}
+    runs = plan_runs(("fixmatch_matched",), benchmark, sets, run_config().training)
+    steps = {run.key: run.job.config.steps for run in runs}
+    assert steps["small-seed_0001"] < steps["large-seed_0001"]
