@@ -49,6 +49,7 @@ def run_config():
             "influence_batch": 12,
             "fit_batch": 12,
             "head_steps": 60,
+            "head_batch": 12,
             # So few images can look clean by chance; here what follows a ranking is tested.
             "contamination_level": 1.0,
         }

@@ -9,6 +9,7 @@ from weighmatch.semisup import ConfidenceNetwork, build_classifier
 from weighmatch.semisup.networks import (
     SHRINKAGE,
     ConfidenceHead,
+    Moments,
     RelativeMahalanobis,
     _PoolTo2x2,
 )
@@ -67,7 +68,7 @@ def test_the_relative_distance_is_a_ratio_of_normal_densities():
     labelled = means[labels] + torch.randn(40, 3, generator=generator)
     pool, images = (torch.randn(n, 3, generator=generator) + 0.3 for n in (60, 9))
     distance = RelativeMahalanobis(3, classes=3)
-    distance.fit(labelled, labels, pool)
+    distance.fit(Moments.of(labelled, labels, 3), Moments.of(pool))
 
     def shrunk(centred):
         covariance = np.cov(centred.T, bias=True)
@@ -80,6 +81,16 @@ def test_the_relative_distance_is_a_ratio_of_normal_densities():
     expected = torch.from_numpy(np.max(classes, axis=0) - whole).float()
     found = distance(images)
     torch.testing.assert_close(found - found[0], expected - expected[0], atol=1e-4, rtol=1e-4)
+
+
+def test_sums_without_a_part_are_those_of_the_rest():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(12, 4, generator=generator)
+    labels = torch.arange(12) % 3
+    part = labels + torch.arange(12) // 6 > 2
+    found = Moments.of(features, labels, 3).without(Moments.of(features[part], labels[part], 3))
+    for mine, expected in zip(found, Moments.of(features[~part], labels[~part], 3), strict=True):
+        torch.testing.assert_close(mine, expected)
 
 
 def test_a_member_of_the_head_is_an_mlp_of_its_own():
@@ -98,7 +109,7 @@ def test_both_parts_of_the_head_weigh_the_same_on_the_pool():
     generator = torch.Generator().manual_seed(0)
     pool, labelled = (torch.randn(n, 6, generator=generator) for n in (50, 8))
     head = ConfidenceHead(6, classes=2, seed=0)
-    head.fit_distance(labelled, torch.arange(8) % 2, pool)
+    head.fit_distance(head.norm(labelled), torch.arange(8) % 2, head.norm(pool))
     head.standardise(pool)
     with torch.no_grad():
         mlps = head.members(pool).mean(1)

@@ -159,6 +159,7 @@ class WeighingConfig:
         proximity: pulls the weights towards 1, so that they cannot collapse onto few images.
         first_stage: steps of the first of two stages, as a share of the second's.
         head_steps: Adam steps on the MLPs of the head that ranks the pool between two stages.
+        head_batch: images in one of them, half of them labelled; even.
         head_learning_rate: of these.
         influence_weight: β, of the measured influence in that head's objective (arm `learned`).
         keep_above: the MLPs' probability from which an image counts towards the share that is
@@ -185,8 +186,9 @@ class WeighingConfig:
     fit_batch: int = 128
     proximity: float = 1.0
     first_stage: float = 0.5
-    head_steps: int = 250
-    head_learning_rate: float = 3e-3
+    head_steps: int = 75
+    head_batch: int = 256
+    head_learning_rate: float = 1e-2
     influence_weight: float = 0.3
     keep_above: float = 0.5
     contamination_level: float = 0.05
@@ -196,6 +198,9 @@ class WeighingConfig:
             require_integer(f"training.weighing.{name}", getattr(self, name), 1)
         for name in ("fit_steps", "head_steps"):
             require_integer(f"training.weighing.{name}", getattr(self, name), 1)
+        require_multiple(
+            "training.weighing.head_batch", self.head_batch, 2, "half of it is labelled"
+        )
         require_number("training.weighing.first_stage", self.first_stage, 0, 10, above=True)
         require_number(
             "training.weighing.head_learning_rate", self.head_learning_rate, 0, 10, above=True

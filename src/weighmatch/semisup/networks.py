@@ -4,6 +4,8 @@ All of them normalise with GroupNorm (Wu & He, 2018): an image's output does not
 batch that it is in, which curvature products and per-image losses rely on.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -168,6 +170,33 @@ class ConfidenceNetwork(nn.Module):
         return scores
 
 
+class Moments(NamedTuple):
+    """Sums over features by class; those of a set less those of a part are those of the rest.
+
+    Attributes:
+        counts: features of each class, (classes,).
+        sums: of these, (classes, width).
+        squares: Σ x xᵀ over all classes, (width, width).
+    """
+
+    counts: Tensor
+    sums: Tensor
+    squares: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor, labels: Tensor | None = None, classes: int = 1) -> "Moments":
+        """Of features (n, width) with labels (n,), or of a single class."""
+        if labels is None:
+            labels = torch.zeros(len(features), dtype=torch.long)
+        counts = labels.bincount(minlength=classes).to(features.dtype)
+        sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
+        return cls(counts, sums, features.T @ features)
+
+    def without(self, part: "Moments") -> "Moments":
+        """Of what is not in `part`."""
+        return Moments(*(whole - piece for whole, piece in zip(self, part, strict=True)))
+
+
 # Of the covariances of `RelativeMahalanobis`, towards a multiple of the identity.
 SHRINKAGE = 0.7
 
@@ -192,24 +221,24 @@ class RelativeMahalanobis(nn.Module):
         self.register_buffer("constant", torch.zeros(classes))
         self.register_buffer("centre", torch.zeros(width))
 
-    def fit(self, features: Tensor, labels: Tensor, pool: Tensor) -> None:
+    def fit(self, labelled: "Moments", pool: "Moments") -> None:
         """Estimate the densities.
 
         Args:
-            features: of labelled images, (m, width).
-            labels: of these, (m,).
-            pool: features of the pool, (N, width).
+            labelled: of the features of labelled images, by class.
+            pool: of the pool's.
         """
-        self.centre = pool.mean(0)
-        count = labels.bincount(minlength=len(self.constant)).unsqueeze(1)
-        sums = torch.zeros_like(self.linear).index_add_(0, labels, features - self.centre)
-        means = sums / count.clamp(min=1)
-        inside = _precision(features - self.centre - means[labels])
-        self.quadratic = _precision(pool - self.centre) - inside
+        self.centre = pool.sums.sum(0) / pool.counts.sum()
+        counts = labelled.counts.unsqueeze(1)
+        means = labelled.sums / counts.clamp(min=1)
+        inside = _precision(labelled.squares - (counts * means).T @ means, labelled.counts.sum())
+        everywhere = pool.squares - pool.counts.sum() * torch.outer(self.centre, self.centre)
+        self.quadratic = _precision(everywhere, pool.counts.sum()) - inside
+        means = means - self.centre
         self.linear = means @ inside
         constant = -0.5 * (self.linear * means).sum(1)
         # No image is like a class of which none was seen.
-        self.constant = constant.masked_fill(count.squeeze(1) == 0, -torch.inf)
+        self.constant = constant.masked_fill(labelled.counts == 0, -torch.inf)
 
     def forward(self, features: Tensor) -> Tensor:
         centred = features - self.centre
@@ -218,9 +247,9 @@ class RelativeMahalanobis(nn.Module):
         return ratio
 
 
-def _precision(centred: Tensor) -> Tensor:
-    """Inverse of the shrunk covariance of features of mean 0, (width, width)."""
-    covariance = centred.T @ centred / len(centred)
+def _precision(scatter: Tensor, count: Tensor) -> Tensor:
+    """Inverse of the shrunk covariance, (width, width), from Σ (x − mean)(x − mean)ᵀ."""
+    covariance = scatter / count
     level = covariance.diagonal().mean().clamp(min=1e-6)
     identity = torch.eye(len(covariance))
     shrunk = (1 - SHRINKAGE) * covariance + SHRINKAGE * level * identity
@@ -243,7 +272,7 @@ class ConfidenceHead(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, width: int, classes: int, seed: int, hidden: int = 64, members: int = 5
+        self, width: int, classes: int, seed: int, hidden: int = 16, members: int = 5
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -259,13 +288,24 @@ class ConfidenceHead(nn.Module):
 
     def members(self, features: Tensor) -> Tensor:
         """The score of every MLP, (n, members)."""
-        hidden = F.relu(self.hidden(self.norm(features))).unflatten(1, self.output.shape)
+        return self.members_of(self.norm(features))
+
+    def members_of(self, normalised: Tensor) -> Tensor:
+        """`members` of features that went through `norm` before."""
+        hidden = F.relu(self.hidden(normalised)).unflatten(1, self.output.shape)
         scores: Tensor = torch.einsum("nmh,mh->nm", hidden, self.output) + self.bias
         return scores
 
     def fit_distance(self, features: Tensor, labels: Tensor, pool: Tensor) -> None:
-        """Estimate the distance; see `RelativeMahalanobis.fit`."""
-        self.distance.fit(self.norm(features), labels, self.norm(pool))
+        """Estimate the distance.
+
+        Args:
+            features: of labelled images, through `norm`, (m, width).
+            labels: of these, (m,).
+            pool: features of the pool, through `norm`, (N, width).
+        """
+        labelled = Moments.of(features, labels, len(self.distance.constant))
+        self.distance.fit(labelled, Moments.of(pool))
 
     def standardise(self, pool: Tensor) -> None:
         """Give both parts mean 0 and spread 1 on features of the pool, (N, width)."""
@@ -275,8 +315,8 @@ class ConfidenceHead(nn.Module):
 
     def _parts(self, features: Tensor) -> Tensor:
         """What MLPs and distance say, (n, 2)."""
-        distance = self.distance(self.norm(features))
-        return torch.stack([self.members(features).mean(1), distance], dim=1)
+        normalised = self.norm(features)
+        return torch.stack([self.members_of(normalised).mean(1), self.distance(normalised)], dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
         scores: Tensor = ((self._parts(features) - self.location) / self.scale).sum(1)

@@ -27,7 +27,12 @@ from torch import Tensor
 from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
 from weighmatch.semisup.losses import mean_one
-from weighmatch.semisup.networks import Classifier, ConfidenceHead, RelativeMahalanobis
+from weighmatch.semisup.networks import (
+    Classifier,
+    ConfidenceHead,
+    Moments,
+    RelativeMahalanobis,
+)
 from weighmatch.semisup.scoring import BATCH, load_classifier, score_images
 from weighmatch.semisup.streams import Streams, derive_seed
 from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
@@ -279,10 +284,11 @@ def fit_to_features(
     streams = Streams(config.seed)
     seed = derive_seed(config.seed, "initialisation of the head")
     head = ConfidenceHead(positives.shape[1], config.classes, seed)
+    positives, views = head.norm(positives), head.norm(views)
     _descend(head, positives, views, influence, config.training.weighing, streams)
     image = torch.arange(len(positives)) % len(labels)
     head.fit_distance(positives, labels[image], views.flatten(0, 1))
-    return head, clean_chance(head.norm(positives), labels, head.norm(views), config.classes)
+    return head, clean_chance(positives, labels, views, config.classes)
 
 
 def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int) -> float:
@@ -315,16 +321,25 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
         folds[labels == label] = torch.arange(int(sizes[label])) % count
     image = torch.arange(len(positives)) % len(labels)
     pool_folds = torch.arange(views.shape[1]) % count
+    copies = [positives[folds[image] == fold] for fold in range(count)]
+    owners = [image[folds[image] == fold] for fold in range(count)]
+    others = [views[:, pool_folds == fold].flatten(0, 1) for fold in range(count)]
+    labelled = [
+        Moments.of(part, labels[owner], classes) for part, owner in zip(copies, owners, strict=True)
+    ]
+    pool = [Moments.of(part) for part in others]
+    all_labelled, whole_pool = (
+        Moments(*map(sum, zip(*parts, strict=True))) for parts in (labelled, pool)
+    )
+    distance = RelativeMahalanobis(positives.shape[1], classes)
     excess, variance = 0.0, 0.0
     for fold in range(count):
-        seen, known = folds[image] != fold, pool_folds != fold
-        distance = RelativeMahalanobis(positives.shape[1], classes)
-        distance.fit(positives[seen], labels[image[seen]], views[:, known].flatten(0, 1))
-        copies = distance(positives[~seen])
-        mine = torch.stack([copies[image[~seen] == i].mean() for i in image[~seen].unique()])
-        others = distance(views[:, ~known].flatten(0, 1)).view(len(views), -1).mean(0)
-        n, m = len(mine), len(others)
-        excess += float((mine[:, None] > others).float().sum()) - n * m / 2
+        distance.fit(all_labelled.without(labelled[fold]), whole_pool.without(pool[fold]))
+        found, owner = distance(copies[fold]), owners[fold]
+        mine = torch.stack([found[owner == i].mean() for i in owner.unique()])
+        theirs = distance(others[fold]).view(len(views), -1).mean(0)
+        n, m = len(mine), len(theirs)
+        excess += float((mine[:, None] > theirs).float().sum()) - n * m / 2
         variance += n * m * (n + m + 1) / 12
     return 0.5 * math.erfc(excess / math.sqrt(2 * variance))
 
@@ -337,7 +352,10 @@ def _descend(
     weighing: WeighingConfig,
     streams: Streams,
 ) -> None:
-    """Fit every member on the same batches; their losses are summed, so that none sees another."""
+    """Fit every member on the same batches; their losses are summed, so that none sees another.
+
+    Features have gone through the head's `norm`.
+    """
     optimizer = torch.optim.AdamW(
         head.parameters(),
         lr=weighing.head_learning_rate,
@@ -345,13 +363,13 @@ def _descend(
         fused=True,
     )
     generator = streams["batches of the head"]
-    half = max(2, weighing.fit_batch // 2)
+    half = weighing.head_batch // 2
     targets = torch.arange(2 * half).lt(half).float().unsqueeze(1)
     for _ in range(weighing.head_steps):
         likely = torch.randint(len(positives), (half,), generator=generator)
         drawn = torch.randint(views.shape[1], (half,), generator=generator)
         view = torch.randint(len(views), (half,), generator=generator)
-        logits = head.members(torch.cat([positives[likely], views[view, drawn]]))
+        logits = head.members_of(torch.cat([positives[likely], views[view, drawn]]))
         count = logits.shape[1]
         loss = count * F.binary_cross_entropy_with_logits(logits, targets.expand(-1, count))
         if influence is not None:
