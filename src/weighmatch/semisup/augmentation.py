@@ -232,10 +232,11 @@ class Augmentation:
         """The weak view, uint8, part by part; all draws are made before the first."""
         n, _, height, width = images.shape
         reach_y, reach_x = (round(self.config.shift * side) for side in (height, width))
-        dy = torch.randint(-reach_y, reach_y + 1, (n, 1, 1), generator=generator)
-        dx = torch.randint(-reach_x, reach_x + 1, (n, 1, 1), generator=generator)
-        rows = _reflect(torch.arange(height).view(1, -1, 1) + dy, height)
-        columns = _reflect(torch.arange(width).view(1, 1, -1) + dx, width)
+        dy = torch.randint(0, 2 * reach_y + 1, (n,), generator=generator)
+        dx = torch.randint(0, 2 * reach_x + 1, (n,), generator=generator)
+        # Looked up in what every shift comes to: few, where the images are many.
+        rows = _reflected(height, reach_y)[dy].unsqueeze(2)
+        columns = _reflected(width, reach_x)[dx].unsqueeze(1)
         if self.config.flip:
             mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
             columns = torch.where(mirrored.view(n, 1, 1), columns.flip(2), columns)
@@ -292,8 +293,12 @@ def _gathered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     return images.flatten(2).gather(2, index).view_as(images)
 
 
-def _reflect(positions: Tensor, side: int) -> Tensor:
-    """Whole positions mirrored at 0 and side − 1, as numpy's `reflect`."""
+def _reflected(side: int, reach: int) -> Tensor:
+    """Where pixels come from when moved by −reach to reach, (2·reach + 1, side).
+
+    Mirrored at 0 and side − 1, as numpy's `reflect`.
+    """
+    positions = torch.arange(side) + torch.arange(-reach, reach + 1).unsqueeze(1)
     period = max(2 * (side - 1), 1)
     folded = positions.remainder(period)
     return torch.where(folded < side, folded, period - folded)
