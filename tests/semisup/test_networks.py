@@ -7,6 +7,7 @@ from sklearn.covariance import shrunk_covariance
 
 from weighmatch.semisup import ConfidenceNetwork, build_classifier
 from weighmatch.semisup.networks import (
+    DISTANCE_WEIGHT,
     SHRINKAGE,
     ConfidenceHead,
     Moments,
@@ -105,7 +106,7 @@ def test_a_member_of_the_head_is_an_mlp_of_its_own():
     torch.testing.assert_close(scores[:, 1], hidden @ head.output[1] + head.bias[1])
 
 
-def test_both_parts_of_the_head_weigh_the_same_on_the_pool():
+def test_both_parts_of_the_head_have_spread_one_on_the_pool():
     generator = torch.Generator().manual_seed(0)
     pool, labelled = (torch.randn(n, 6, generator=generator) for n in (50, 8))
     head = ConfidenceHead(6, classes=2, seed=0)
@@ -114,5 +115,6 @@ def test_both_parts_of_the_head_weigh_the_same_on_the_pool():
     with torch.no_grad():
         mlps = head.members(pool).mean(1)
         distance = head.distance(head.norm(pool))
-        expected = sum((x - x.mean()) / x.std(correction=0) for x in (mlps, distance))
+        mlps, distance = ((x - x.mean()) / x.std(correction=0) for x in (mlps, distance))
+        expected = mlps + DISTANCE_WEIGHT * distance
         torch.testing.assert_close(head(pool), expected)

@@ -257,12 +257,16 @@ def _precision(scatter: Tensor, count: Tensor) -> Tensor:
     return precision
 
 
+# Of the distance, in the sum that is a `ConfidenceHead`'s score; that of the MLPs is 1.
+DISTANCE_WEIGHT = 2.0
+
+
 class ConfidenceHead(nn.Module):
     """One raw score an image from frozen features, (n, width) -> (n,).
 
-    The sum of what some small MLPs say, which are descended, and of the relative Mahalanobis
-    distance, each over its spread on the pool: the one makes no assumption, the other cannot
-    learn few labelled images by heart. One MLP alone depends much on its start; so there are
+    The weighted sum of what some small MLPs say, which are descended, and of the relative
+    Mahalanobis distance, each over its spread on the pool: the one makes no assumption, the other
+    cannot learn few labelled images by heart. One MLP alone depends much on its start; so there are
     five, side by side in one wide layer, so that fitting all takes little longer than fitting
     one. The features are those of a classifier that is no longer trained, so that the score is a
     function of the image alone and the mixed derivative by one JVP stays exact.
@@ -319,5 +323,6 @@ class ConfidenceHead(nn.Module):
         return torch.stack([self.members_of(normalised).mean(1), self.distance(normalised)], dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        scores: Tensor = ((self._parts(features) - self.location) / self.scale).sum(1)
+        mlps, distance = ((self._parts(features) - self.location) / self.scale).unbind(1)
+        scores: Tensor = mlps + DISTANCE_WEIGHT * distance
         return scores

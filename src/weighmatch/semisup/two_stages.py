@@ -48,7 +48,7 @@ FOLDS = 5
 # one of each), and of a pool image.
 COPIES, LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
 # Images of a large pool that the head is fitted on; all are ranked.
-FITTED = 8192
+FITTED = 2048
 # Fewer images than these a class are kept of no pool.
 FEWEST = 8
 
