@@ -41,7 +41,8 @@ def augmentations(quick: bool, device: Device) -> None:
 
 def training_steps(quick: bool, device: Device) -> None:
     """A step, an update of the weights, and the bare loop."""
-    default = TrainingConfig(**yaml.safe_load(CONFIGURATION.read_text())["training"])
+    parameters = yaml.safe_load(CONFIGURATION.read_text())
+    default = TrainingConfig(**parameters["training"])
     rounds = 2 if quick else 9
     if device == "cpu":
         settings = [steps.digits_cnn(default)]
@@ -65,6 +66,13 @@ def training_steps(quick: bool, device: Device) -> None:
             f"Median (range) of {rounds} rounds, ratios within a round; the learned arm has the "
             f"default IHVP and interval ({default.weighing.interval} steps), once its weights are "
             f"learned, which they are from {default.weighing.warmup:.0%} of a run on.",
+        )
+        stages = parameters["runs"]["stages"]
+        show(
+            "Rankings of the pool",
+            steps.ranking_table(settings, stages, min(rounds, 5), Path(folder)),
+            "Median (range), ratios within a round; the learned arm ranks the pool after each of "
+            f"its {stages} rounds and trains as FixMatch does in between.",
         )
         if device != "cpu":
             peak = torch.cuda.max_memory_allocated() / 2**30

@@ -15,7 +15,9 @@ from benchmarks.tables import markdown, spread
 from benchmarks.timing import by_turns, seconds_of
 from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
 from weighmatch.semisup.learned import PROBE_EVERY, Learned
+from weighmatch.semisup.rounds import measure_pool
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
+from weighmatch.semisup.two_stages import rank_pool
 
 FOREVER = 10**9
 
@@ -29,12 +31,14 @@ class Setting:
         data: images; only their shape matters here.
         training: the configuration, its weighing that of the learned arm.
         steps: that are timed together; the weights are updated at the last of them.
+        run_steps: of a whole run, which rankings of the pool are a part of.
     """
 
     name: str
     data: TrainingSet
     training: TrainingConfig
     steps: int
+    run_steps: int
 
 
 def digits_cnn(training: TrainingConfig) -> Setting:
@@ -42,7 +46,8 @@ def digits_cnn(training: TrainingConfig) -> Setting:
     digits = load_digits()
     images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
     data = TrainingSet(images[:24], np.arange(24) % 6, images[100:700])
-    return Setting("CNN on digits", data, training, steps=training.weighing.interval)
+    interval = training.weighing.interval
+    return Setting("CNN on digits", data, training, interval, run_steps=training.steps)
 
 
 def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> Setting:
@@ -51,7 +56,8 @@ def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> S
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (pool + 40, 3, 32, 32), dtype=np.uint8)
     data = TrainingSet(images[:40], np.arange(40) % 10, images[40:])
-    return Setting("WRN-28-2 at 32×32", data, replace(training, network=network), steps)
+    training = replace(training, network=network)
+    return Setting("WRN-28-2 at 32×32", data, training, steps, run_steps=10_000)
 
 
 def _run(arm: ArmName, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
@@ -172,6 +178,44 @@ def step_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
     header += ["learned step without update / FixMatch", "one update in steps"]
     header += ["learned arm / FixMatch, updates included", "over a run, warm-up included"]
     return markdown(header, rows)
+
+
+def ranking_table(settings: list[Setting], stages: int, rounds: int, folder: Path) -> list[str]:
+    """What a ranking of the pool by the learned arm takes, and all rankings of a run in rounds."""
+    rows = []
+    for setting in settings:
+        run = _run("fixmatch", setting, folder)
+        times = by_turns(
+            {
+                "steps": partial(run.train_steps, setting.steps),
+                "ranking": lambda run=run, setting=setting: _rank(run, setting),  # type: ignore[misc]
+            },
+            rounds,
+        )
+        in_steps = [
+            setting.steps * ranking / steps
+            for ranking, steps in zip(times["ranking"], times["steps"], strict=True)
+        ]
+        rows.append(
+            [
+                setting.name,
+                f"{len(setting.data.unlabelled_images):,}",
+                spread(in_steps),
+                f"{setting.run_steps:,}",
+                spread([1 + stages * count / setting.run_steps for count in in_steps]),
+            ]
+        )
+    header = ["problem", "images in the pool", "one ranking in steps", "steps of a run"]
+    return markdown([*header, f"learned arm in {stages} rounds / FixMatch"], rows)
+
+
+def _rank(run: Run, setting: Setting) -> None:
+    """Measure the influence of the pool and rank it, as the learned arm does after a round."""
+    config = replace(run.config, arm="learned")
+    trained = run.result()
+    kept = torch.ones(len(setting.data.unlabelled_images), dtype=torch.bool)
+    measured = measure_pool(trained, setting.data, kept, {}, config)
+    rank_pool({**trained, "weighting": measured}, setting.data, config)
 
 
 def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:

@@ -47,12 +47,16 @@ def test_scaling_has_a_column_a_batch():
 
 def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp_path):
     training = run_config(weighing={"interval": 4}).training
-    setting = steps.Setting("tiny CNN", training_set, training, steps=4)
+    setting = steps.Setting("tiny CNN", training_set, training, steps=4, run_steps=40)
     times = steps.time_steps(setting, rounds=2, folder=tmp_path)
     assert all(len(column) == 2 for column in dataclasses.astuple(times))
     assert min(times.bare + times.fixmatch + times.learned) > 0
     table = steps.step_table([setting], rounds=1, folder=tmp_path / "table")
     assert len(table) == 3
+    ranked = steps.ranking_table([setting], stages=3, rounds=1, folder=tmp_path / "ranking")
+    assert ranked[0].endswith("| learned arm in 3 rounds / FixMatch |")
+    share, whole = (float(ranked[2].split(" | ")[k].split()[0]) for k in (2, 4))
+    assert whole == pytest.approx(1 + 3 * share / 40, abs=0.01)
     assert len(steps.throughput_table([setting], rounds=1, folder=tmp_path / "rate")) == 4
 
 
@@ -60,7 +64,7 @@ def test_options_are_timed_beside_the_step_as_it_is(
     run_config, training_set, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    setting = steps.Setting("tiny CNN", training_set, run_config().training, steps=2)
+    setting = steps.Setting("tiny CNN", training_set, run_config().training, 2, run_steps=40)
     table = steps.option_table(setting, rounds=1, folder=tmp_path)
     assert [line.split(" | ")[0] for line in table[2:]] == [
         "| as it is",
