@@ -90,7 +90,11 @@ def test_sums_without_a_part_are_those_of_the_rest():
     labels = torch.arange(12) % 3
     part = labels + torch.arange(12) // 6 > 2
     found = Moments.of(features, labels, 3).without(Moments.of(features[part], labels[part], 3))
-    for mine, expected in zip(found, Moments.of(features[~part], labels[~part], 3), strict=True):
+    rest = Moments.of(features[~part], labels[~part], 3)
+    for mine, expected in zip(found, rest, strict=True):
+        torch.testing.assert_close(mine, expected)
+    whole = Moments.together([rest, Moments.of(features[part], labels[part], 3)])
+    for mine, expected in zip(whole, Moments.of(features, labels, 3), strict=True):
         torch.testing.assert_close(mine, expected)
 
 

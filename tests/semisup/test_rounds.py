@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -8,10 +9,24 @@ import torch.nn.functional as F
 from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import RoundsTrainer, Trainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
-from weighmatch.semisup.config import RANKED_ANEW
+from weighmatch.semisup.config import RANKED_ANEW, RESTARTED, schedules
 from weighmatch.semisup.rounds import measure_pool
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import load_classifier, score_images
+
+
+def test_restarts_alone_keep_the_whole_pool(training_set, run_config, tmp_path):
+    found = RoundsTrainer(run_config(RESTARTED), 4).fit(training_set, tmp_path)
+    first = Trainer(run_config("fixmatch", steps=10)).fit(training_set, tmp_path / "alone")
+    assert found["history"]["step"] == [10, 20, 30, 40]
+    assert bool((found["history"]["weights"] == 1).all())
+    torch.testing.assert_close(
+        found["history"]["confidence"][0], first["history"]["confidence"][-1]
+    )
+    assert math.isnan(found["update_seconds"])
+    assert "ranker" not in found
+    assert schedules(RESTARTED, (1, 2, 4)) == (4,)
+    assert schedules(RESTARTED, (1, 2)) == (1,)
 
 
 @pytest.mark.parametrize("arm", RANKED_ANEW)

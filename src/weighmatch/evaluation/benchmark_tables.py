@@ -19,7 +19,9 @@ Arrays = Mapping[str, NDArray[Any]]
 
 CELL = ("source", "regime", "setting", "labels_per_class", "ratio")
 # Each arm is compared with those of these that come before it, or with all if it is none of them.
-AGAINST = (BASELINE, "fixmatch_matched", "fixmatch_converged", "pu")
+AGAINST = (BASELINE, "fixmatch_matched", "fixmatch_converged", "fixmatch_rounds", "pu")
+# Of these, those that have stages.
+STAGED = AGAINST[-2:]
 NEAR = "unseen"
 
 
@@ -139,7 +141,7 @@ def _mean(values: NDArray[Any]) -> float:
 def compare_arms(benchmark: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of accuracy within each setting and ratio.
 
-    An arm with stages is compared with `pu` of as many stages.
+    An arm with stages is compared with `pu` and `fixmatch_rounds` of as many stages.
 
     Args:
         benchmark: of `judge_runs`.
@@ -161,7 +163,7 @@ def compare_arms(benchmark: pd.DataFrame) -> pd.DataFrame:
         for (arm, stages), accuracy in arms.items():
             before = AGAINST[: AGAINST.index(arm)] if arm in AGAINST else AGAINST
             for against in before:
-                baseline = arms.get((against, stages if against == "pu" else 1))
+                baseline = arms.get((against, stages if against in STAGED else 1))
                 if baseline is None:
                     continue
                 numbers = _compare(accuracy, baseline, arms.get((CEILING, 1)), arm, against)

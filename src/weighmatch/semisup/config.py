@@ -18,6 +18,7 @@ ArmName = Literal[
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    "fixmatch_rounds",
     "oracle",
     "max_prob",
     "softmatch",
@@ -34,6 +35,7 @@ ARMS: tuple[ArmName, ...] = (
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    "fixmatch_rounds",
     "oracle",
     "max_prob",
     "softmatch",
@@ -51,12 +53,16 @@ RANKED_ANEW: tuple[ArmName, ...] = ("max_prob", "pu", "learned")
 # Schedules of the weighted arms: in one stage, weights are learned while training; in two, they
 # are learned, frozen, and a classifier is trained anew; more than two are as many rounds.
 MOST_STAGES = 100
-# Those that weigh no image: they have one stage, and nothing to score an image by.
+# FixMatch in as many rounds, which drops no image: what the restarts alone bring.
+RESTARTED: ArmName = "fixmatch_rounds"
+# Those that weigh no image: they have one stage (`RESTARTED`: or rounds), and nothing to score an
+# image by.
 UNWEIGHTED: tuple[ArmName, ...] = (
     "supervised",
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    RESTARTED,
     "oracle",
 )
 SolverName = Literal["identity", "neumann", "conjugate_gradient"]
@@ -85,10 +91,11 @@ OPERATIONS = (
 def schedules(arm: ArmName, stages: Sequence[int]) -> tuple[int, ...]:
     """Of these numbers of stages, those that an arm can be trained in, or else one.
 
-    From 3 they are rounds, for arms that can rank the pool anew.
+    From 3 they are rounds, for `RESTARTED` and arms that can rank the pool anew.
     """
-    able = () if arm in UNWEIGHTED else stages
-    return tuple(count for count in able if count <= 2 or arm in RANKED_ANEW) or (1,)
+    in_rounds = arm == RESTARTED or arm in RANKED_ANEW
+    able = (in_rounds if count > 2 else arm not in UNWEIGHTED for count in stages)
+    return tuple(count for count, is_able in zip(stages, able, strict=True) if is_able) or (1,)
 
 
 @dataclass(frozen=True)
@@ -315,7 +322,7 @@ class RunsConfig:
     """
 
     arms: tuple[ArmName, ...] = ARMS
-    stages: int = 6
+    stages: int = 4
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:

@@ -4,6 +4,7 @@ All of them normalise with GroupNorm (Wu & He, 2018): an image's output does not
 batch that it is in, which curvature products and per-image losses rely on.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -191,6 +192,12 @@ class Moments(NamedTuple):
         counts = labels.bincount(minlength=classes).to(features.dtype)
         sums = features.new_zeros(classes, features.shape[1]).index_add_(0, labels, features)
         return cls(counts, sums, features.T @ features)
+
+    @classmethod
+    def together(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Of all parts."""
+        counts, sums, squares = (torch.stack(terms).sum(0) for terms in zip(*parts, strict=True))
+        return cls(counts, sums, squares)
 
     def without(self, part: "Moments") -> "Moments":
         """Of what is not in `part`."""

@@ -13,6 +13,7 @@ So ranking and training alternate. Every round
 All rounds together take `RunConfig.steps` steps.
 """
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from weighmatch.semisup.augmentation import Augmentation
+from weighmatch.semisup.config import RESTARTED
 from weighmatch.semisup.learned import Learned
 from weighmatch.semisup.losses import PseudoLabels
 from weighmatch.semisup.networks import Classifier
@@ -47,7 +49,8 @@ class RoundsTrainer:
     """Trains one arm with one seed in rounds.
 
     Args:
-        config: of the run; `arm` is one of `config.RANKED_ANEW`.
+        config: of the run; `arm` is one of `config.RANKED_ANEW`, or `config.RESTARTED`, which
+            keeps the whole pool in all rounds.
         rounds: how many.
 
     Raises:
@@ -80,7 +83,8 @@ class RoundsTrainer:
             "weighting" with the pool's "scores", "cut" and "kept" and, of the arm `learned`, its
             influences. "history" has a snapshot a round: what it trained on, with weights of
             mean 1, and confidences at its end. "seconds" and metrics are those of all rounds,
-            rankings included; "update_seconds" is the mean time of a ranking.
+            rankings included; "update_seconds" is the mean time of a ranking. The arm
+            `RESTARTED` has no "ranker", and its "weighting" is empty.
 
         Raises:
             FloatingPointError: if a loss is no longer finite.
@@ -97,7 +101,9 @@ class RoundsTrainer:
             config = self._config(number, done)
             chosen = replace(data, unlabelled_images=data.unlabelled_images[kept.numpy()])
             trained = Trainer(config).fit(chosen, folder, progress, trained.get("classifier"))
-            ranking, measured, spent = self._rank(trained, data, kept, measured, folder)
+            ranking, spent = None, 0.0
+            if self.config.arm != RESTARTED:
+                ranking, measured, spent = self._rank(trained, data, kept, measured, folder)
             metrics += [
                 {**line, "step": line["step"] + done, "seconds": line["seconds"] + seconds}
                 for line in trained["metrics"]
@@ -106,18 +112,12 @@ class RoundsTrainer:
             history.append(describe_kept(trained, kept, data, done))
             seconds += trained["seconds"] + spent
             ranking_seconds += spent
-            if number < self.rounds - 1:
+            if ranking is not None and number < self.rounds - 1:
                 kept = ranking.kept
-        ranker = {name: trained[name] for name in ("classifier", "weighting")}
+        found = {} if ranking is None else self._ranked(trained, ranking, kept, measured)
         return {
             **trained,
-            "weighting": {
-                "scores": ranking.scores,
-                "cut": ranking.cut,
-                "kept": kept,
-                **measured,
-            },
-            "ranker": {**ranker, "config": self._ranker(trained), "head": ranking.head},
+            **found,
             "history": {
                 "step": [step for snapshot in history for step in snapshot["step"]],
                 **{
@@ -126,9 +126,20 @@ class RoundsTrainer:
                 },
             },
             "seconds": seconds,
-            "update_seconds": ranking_seconds / self.rounds,
+            "update_seconds": ranking_seconds / self.rounds if found else math.nan,
             "config": {**asdict(self.config), "stages": self.rounds},
             "metrics": metrics,
+        }
+
+    def _ranked(
+        self, trained: dict[str, Any], ranking: Ranking, kept: Tensor, measured: State
+    ) -> dict[str, Any]:
+        """What the last ranking adds to the answer."""
+        weighting = {"scores": ranking.scores, "cut": ranking.cut, "kept": kept, **measured}
+        ranker = {name: trained[name] for name in ("classifier", "weighting")}
+        return {
+            "weighting": weighting,
+            "ranker": {**ranker, "config": self._ranker(trained), "head": ranking.head},
         }
 
     def _config(self, number: int, done: int) -> RunConfig:

@@ -18,7 +18,7 @@ import torch
 from tqdm import tqdm
 
 from weighmatch.semisup.compute import matched_steps
-from weighmatch.semisup.config import ARMS, ArmName, TrainingConfig, schedules
+from weighmatch.semisup.config import ARMS, RESTARTED, ArmName, TrainingConfig, schedules
 from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.trainer import (
     RunConfig,
@@ -30,6 +30,9 @@ from weighmatch.semisup.trainer import (
 from weighmatch.semisup.two_stages import TwoStageTrainer
 
 log = logging.getLogger(__name__)
+
+# FixMatch with the compute of `learned`.
+AS_DEAR: tuple[ArmName, ...] = ("fixmatch_matched", RESTARTED)
 
 
 @dataclass(frozen=True)
@@ -60,19 +63,19 @@ def make_jobs(
         arms: what to run.
         sets: by a key that ends in `_<seed>`, the arrays of a `TrainingSet`.
         training: the configuration that all share.
-        stages: schedules, each 1, 2 or a number of rounds; `fixmatch_matched` has the compute of
-            the dearest of `learned`.
+        stages: schedules, each 1, 2 or a number of rounds; `fixmatch_matched` and
+            `fixmatch_rounds` have the compute of the dearest of `learned`.
     """
     jobs: list[Job] = []
     matched = 0
     for key, arrays in sets.items():
         data, seed = TrainingSet(**arrays), int(key.rpartition("_")[2])
         classes = int(data.labels.max()) + 1
-        if not matched and {"fixmatch_matched", "fixmatch_converged"} & set(arms):
+        if not matched and {*AS_DEAR, "fixmatch_converged"} & set(arms):
             # The same for every seed: their data have the same shapes.
             with one_thread():
                 matched = max(matched_steps(classes, training, data, count) for count in stages)
-        steps = {"fixmatch_matched": matched, "fixmatch_converged": 2 * matched}
+        steps = {**dict.fromkeys(AS_DEAR, matched), "fixmatch_converged": 2 * matched}
         for arm in arms:
             config = RunConfig(arm, seed, steps.get(arm, training.steps), classes, training)
             for count in schedules(arm, stages):

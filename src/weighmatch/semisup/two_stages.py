@@ -328,9 +328,7 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
         Moments.of(part, labels[owner], classes) for part, owner in zip(copies, owners, strict=True)
     ]
     pool = [Moments.of(part) for part in others]
-    all_labelled, whole_pool = (
-        Moments(*map(sum, zip(*parts, strict=True))) for parts in (labelled, pool)
-    )
+    all_labelled, whole_pool = Moments.together(labelled), Moments.together(pool)
     distance = RelativeMahalanobis(positives.shape[1], classes)
     excess, variance = 0.0, 0.0
     for fold in range(count):
