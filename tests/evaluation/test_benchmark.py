@@ -198,7 +198,7 @@ def test_compute_has_a_panel_a_setting_and_ratio_with_every_arm():
         "shifted: inverted: 75 % of the pool OOD",
     ]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert len(labels) == len(ARMS) + 2
+    assert len(labels) == len(ARMS) + 3
     assert "learned weights, 2 stages" in labels
     # Panels share their axes: no point of any lies outside.
     for axes in figure.axes:
@@ -220,7 +220,7 @@ def test_the_gap_is_that_of_fixmatch_at_equal_compute():
     assert "FixMatch, learned arm's compute" in [text.get_text() for text in axes.texts]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[-1] == "learned weights, 2 stages"
-    assert len(labels) == 4
+    assert len(labels) == 6
     wild = comparison.assign(gap_closed_low=-50.0, gap_closed_high=50.0)
     low, high = figures.draw_gap(wild).axes[0].get_xlim()
     assert (low, high) == (-200, 200)
