@@ -70,7 +70,7 @@ def training_steps(quick: bool, device: Device) -> None:
         stages = parameters["runs"]["stages"]
         show(
             "Rankings of the pool",
-            steps.ranking_table(settings, stages, min(rounds, 5), Path(folder)),
+            steps.ranking_table(settings, stages, min(rounds, 3), Path(folder)),
             "Median (range), ratios within a round; the learned arm ranks the pool after each of "
             f"its {stages} rounds and trains as FixMatch does in between.",
         )
