@@ -40,7 +40,7 @@ def augmentations(quick: bool, device: Device) -> None:
 
 
 def training_steps(quick: bool, device: Device) -> None:
-    """A step, an update of the weights, and the bare loop."""
+    """A step, an update of the weights, a ranking of the pool, and the bare loop."""
     parameters = yaml.safe_load(CONFIGURATION.read_text())
     default = TrainingConfig(**parameters["training"])
     rounds = 2 if quick else 9

@@ -57,6 +57,7 @@ def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> S
     images = rng.integers(0, 256, (pool + 40, 3, 32, 32), dtype=np.uint8)
     data = TrainingSet(images[:40], np.arange(40) % 10, images[40:])
     training = replace(training, network=network)
+    # Few for such a network (Sohn et al., 2020, take 2^20), so that rankings rather count too much.
     return Setting("WRN-28-2 at 32×32", data, training, steps, run_steps=10_000)
 
 
@@ -188,7 +189,7 @@ def ranking_table(settings: list[Setting], stages: int, rounds: int, folder: Pat
         times = by_turns(
             {
                 "steps": partial(run.train_steps, setting.steps),
-                "ranking": lambda run=run, setting=setting: _rank(run, setting),  # type: ignore[misc]
+                "ranking": partial(_rank, run, setting),
             },
             rounds,
         )

@@ -14,7 +14,7 @@ from weighmatch.evaluation.tables import CEILING
 
 # Plain FixMatch, longer and longer: what weights have to lie above.
 LONGER = AGAINST[:3]
-MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*")
 # Shares of the gap beyond these (%) are cut off.
 MOST_SHOWN = 200.0
 
@@ -80,7 +80,7 @@ def _draw_panel(axes: Axes, cell: pd.DataFrame, arms: list[tuple[str, int]]) -> 
 
 
 def draw_gap(comparison: pd.DataFrame) -> Figure:
-    """Share of the way from FixMatch to the oracle that each weighted arm goes, by setting.
+    """Share of the way from FixMatch to the oracle that arms in rounds or with weights go.
 
     FixMatch is the strictest of those that were run: at equal compute, or else at equal steps.
     """
@@ -125,7 +125,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
         )
     seeds = int(comparison["seeds"].max()) if len(comparison) else 0
     figure.suptitle(
-        f"{_source(comparison)}: how far weights go from FixMatch to the oracle\n"
+        f"{_source(comparison)}: how far arms go from FixMatch to the oracle\n"
         f"mean and 95 % bootstrap interval over {_seeds(seeds)}",
         fontsize=12,
     )

@@ -24,7 +24,7 @@ ARM_NAMES = {
     "fixmatch": "FixMatch",
     "fixmatch_matched": "FixMatch, learned arm's compute",
     "fixmatch_converged": "FixMatch, twice that compute",
-    "fixmatch_rounds": "FixMatch in rounds",
+    "fixmatch_rounds": "FixMatch restarted",
     "max_prob": "weights = confidence",
     "softmatch": "SoftMatch",
     "energy": "weights by energy",

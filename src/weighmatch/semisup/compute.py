@@ -99,7 +99,7 @@ def relative_costs(
 
     With two stages, weighted arms take the second and, for `first_stage` of its steps, the arm's
     own; rounds are steps of FixMatch. Ranking the pool is counted too: the passes that it makes,
-    fitting a head, and what `learned` measures of the whole pool.
+    fitting a head, and what `learned` measures of the pool.
     """
     counted = [arm for arm in arms if arm not in UNWEIGHTED or arm == "supervised"]
     costs = dict.fromkeys(arms, 1.0)
@@ -152,7 +152,7 @@ def _ranking_flops(arm: ArmName, classes: int, config: TrainingConfig, data: Tra
         head, _ = fit_to_features(positives, torch.from_numpy(data.labels), views, None, run_config)
         with torch.no_grad():
             head(views[0])
-    # The whole pool is scored, by features as its images are, and the head's spread is measured.
+    # The whole pool is scored, by features as its images are; the head itself is a hundredth of it.
     return float(counter.get_total_flops() + one * (copies + POOL_VIEWS * fitted + pool))
 
 

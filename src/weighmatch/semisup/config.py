@@ -165,9 +165,9 @@ class WeighingConfig:
         fit_batch: images in one of them.
         proximity: pulls the weights towards 1, so that they cannot collapse onto few images.
         first_stage: steps of the first of two stages, as a share of the second's.
-        head_steps: Adam steps on the MLPs of the head that ranks the pool between two stages.
+        head_steps: Adam steps on the MLPs of the head that ranks the pool between stages or rounds.
         head_batch: images in one of them, half of them labelled; even.
-        head_learning_rate: of these.
+        head_learning_rate: of those Adam steps.
         influence_weight: β, of the measured influence in that head's objective (arm `learned`).
         keep_above: the MLPs' probability from which an image counts towards the share that is
             kept. At ½ it is more like a labelled image than like one of the pool.

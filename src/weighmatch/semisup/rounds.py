@@ -5,7 +5,7 @@ So ranking and training alternate. Every round
 
 1. goes on with the averaged classifier of the round before (the first one starts anew, with the
    whole pool) and trains it by FixMatch on what is kept, the learning rate from the start;
-2. measures, for the arm `learned`, the influence of every image of the pool at the classifier so
+2. measures, for the arm `learned`, the influence of pool images (`two_stages.pool_sample`) at the classifier so
    found: the hypergradient with respect to its weight;
 3. fits a head on the classifier's frozen features (`two_stages.fit_head`), ranks the whole pool
    with it, and keeps the best of each pseudo-class: an image left out may come back.
@@ -184,7 +184,7 @@ class RoundsTrainer:
 def measure_pool(
     trained: dict[str, Any], data: TrainingSet, kept: Tensor, before: State, config: RunConfig
 ) -> State:
-    """Influence of every image of the pool at a trained classifier, averaged with earlier ones.
+    """Influence of images of the pool at a trained classifier, averaged with earlier ones.
 
     Args:
         trained: what `Trainer.fit` returned.
@@ -206,7 +206,7 @@ def measure_pool(
 
 
 class PoolInfluence(Learned):
-    """Influences of a whole pool on a classifier trained with equal weights.
+    """Influences of a pool (`two_stages.pool_sample`) on a classifier trained with equal weights.
 
     One solve serves all images: the averaged classifier at the end of a round moves little.
     """

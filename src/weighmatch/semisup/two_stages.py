@@ -47,7 +47,7 @@ FOLDS = 5
 # Augmented copies whose features are kept: of a labelled image, of all of them together (but
 # one of each), and of a pool image.
 COPIES, LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
-# Images of a large pool that the head is fitted on; all are ranked.
+# Images of a large pool that the head is fitted on and whose influence is measured; all are ranked.
 FITTED = 2048
 # Fewer images than these a class are kept of no pool.
 FEWEST = 8

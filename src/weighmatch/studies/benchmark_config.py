@@ -48,7 +48,7 @@ class BenchmarkConfig:
         seeds: of splits and training.
         arms: names of `ARMS`, a list or names joined by "+".
         stages: schedules of the weighted arms: 1, 2, or from 3 a number of rounds, for arms of
-            `RANKED_ANEW`; the others have one stage.
+            `RANKED_ANEW` and `RESTARTED`; the others have one stage.
         regime: "fixed_total" or "added", see `DataConfig`.
         labels_per_class: labelled images of each class; None: the source's.
         steps: of training; None: the source's.

@@ -44,18 +44,18 @@ class StudyConfig:
         workers: processes; "auto": one a core.
     """
 
-    networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4", "mlp-256")
-    seeds: tuple[int, ...] = (0, 1)
+    networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
+    seeds: tuple[int, ...] = (0,)
     inner: int = 100
     outer: int = 300
     label_noise: float = 0.2
     steps: int = 300
-    stages: tuple[float, ...] = (0.0, 0.5, 1.0)
+    stages: tuple[float, ...] = (0.5, 1.0)
     indefinite: bool = True
-    l2: tuple[float, ...] = (1e-2, 1e-3)
-    dampings: tuple[float, ...] = (0.01, 0.0, 0.1)
+    l2: tuple[float, ...] = (1e-2,)
+    dampings: tuple[float, ...] = (0.01, 0.1)
     budgets: tuple[int, ...] = (5, 10, 20, 40)
-    batches: int = 4
+    batches: int = 2
     batch_size: int = 40
     largest_dense: int = 3000
     all_combinations: bool = False
