@@ -5,8 +5,8 @@ So ranking and training alternate. Every round
 
 1. goes on with the averaged classifier of the round before (the first one starts anew, with the
    whole pool) and trains it by FixMatch on what is kept, the learning rate from the start;
-2. measures, for the arm `learned`, the influence of pool images (`two_stages.pool_sample`) at the classifier so
-   found: the hypergradient with respect to its weight;
+2. measures, for the arm `learned`, the influence of pool images (`two_stages.pool_sample`) at the
+   classifier so found: the hypergradient with respect to an image's weight;
 3. fits a head on the classifier's frozen features (`two_stages.fit_head`), ranks the whole pool
    with it, and keeps the best of each pseudo-class: an image left out may come back.
 
