@@ -190,7 +190,7 @@ def test_predictions_cover_every_run_and_image(outputs):
     table = pd.read_parquet(outputs / "07_model_output" / "predictions.parquet")
     counts = table.groupby(["arm", "seed", "split"]).size()
     assert (counts == 60).all()  # 60 test images; 30 in-distribution and 30 OOD held out
-    assert len(counts) == 7 * 2 * 2
+    assert len(counts) == 8 * 2 * 2
     sums = table[[c for c in table.columns if c.startswith("p_")]].sum(axis=1)
     assert sums.between(0.999, 1.001).all()
 
