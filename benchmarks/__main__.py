@@ -63,7 +63,8 @@ def training_steps(quick: bool, device: Device) -> None:
         show(
             "A step of training",
             steps.step_table(settings, rounds, Path(folder)),
-            f"Median (range) of {rounds} rounds, ratios within a round; the learned arm has the "
+            f"Median (range) of {rounds} rounds, thrice as many on the CNN, ratios within a round; "
+            "the learned arm has the "
             f"default IHVP and interval ({default.weighing.interval} steps), once its weights are "
             f"learned, which they are from {default.weighing.warmup:.0%} of a run on.",
         )

@@ -16,7 +16,7 @@ from benchmarks.timing import by_turns, seconds_of
 from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
 from weighmatch.semisup.learned import PROBE_EVERY, Learned
 from weighmatch.semisup.rounds import measure_pool
-from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
+from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, TrainingSet
 from weighmatch.semisup.two_stages import rank_pool
 
 FOREVER = 10**9
@@ -30,15 +30,19 @@ class Setting:
         name: for the table.
         data: images; only their shape matters here.
         training: the configuration, its weighing that of the learned arm.
-        steps: that are timed together; the weights are updated at the last of them.
+        steps: that are timed together.
+        updated_steps: that are timed together where the last of them updates the weights.
         run_steps: of a whole run, which rankings of the pool are a part of.
+        turns: rounds of timing, for one where a step takes long.
     """
 
     name: str
     data: TrainingSet
     training: TrainingConfig
     steps: int
+    updated_steps: int
     run_steps: int
+    turns: int = 1
 
 
 def digits_cnn(training: TrainingConfig) -> Setting:
@@ -47,7 +51,8 @@ def digits_cnn(training: TrainingConfig) -> Setting:
     images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
     data = TrainingSet(images[:24], np.arange(24) % 6, images[100:700])
     interval = training.weighing.interval
-    return Setting("CNN on digits", data, training, interval, run_steps=training.steps)
+    # As many steps as training itself augments together.
+    return Setting("CNN on digits", data, training, CHUNK, interval, training.steps, turns=3)
 
 
 def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> Setting:
@@ -58,7 +63,7 @@ def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> S
     data = TrainingSet(images[:40], np.arange(40) % 10, images[40:])
     training = replace(training, network=network)
     # Few for such a network (Sohn et al., 2020, take 2^20), so that rankings rather count too much.
-    return Setting("WRN-28-2 at 32×32", data, training, steps, run_steps=10_000)
+    return Setting("WRN-28-2 at 32×32", data, training, steps, steps, run_steps=10_000)
 
 
 def _run(arm: ArmName, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
@@ -127,33 +132,33 @@ def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
 
     An update is what a block of steps takes longer with one at its end.
     """
-    count = setting.steps
+    count, updated_count = setting.steps, setting.updated_steps
     plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
-    updated = _run("learned", setting, folder, interval=count)
+    updated = _run("learned", setting, folder, interval=updated_count)
     weighting = updated.weighting
     assert isinstance(weighting, Learned)
     # One that was never updated would score images on the fly.
-    updated.train_steps(count)
+    updated.train_steps(updated_count)
     learned.weighting.load_state_dict(weighting.state_dict())
 
     def block(*, probing: bool) -> None:
         weighting.updates = 0 if probing else 1
-        updated.train_steps(count)
+        updated.train_steps(updated_count)
 
     calls: dict[str, Callable[[], object]] = {
         "bare": bare_loop(plain, count),
         "fixmatch": lambda: plain.train_steps(count),
-        "learned": lambda: learned.train_steps(count),
+        "learned": lambda: learned.train_steps(updated_count),
         "update": lambda: block(probing=False),
         "probing_update": lambda: block(probing=True),
     }
-    times = by_turns(calls, rounds)
+    times = by_turns(calls, rounds * setting.turns)
     for name in ("update", "probing_update"):
         times[name] = [
             whole - steps for whole, steps in zip(times[name], times["learned"], strict=True)
         ]
-    for name in ("bare", "fixmatch", "learned"):
-        times[name] = [seconds / count for seconds in times[name]]
+    for name, size in (("bare", count), ("fixmatch", count), ("learned", updated_count)):
+        times[name] = [seconds / size for seconds in times[name]]
     return StepTimes(**times)
 
 

@@ -47,7 +47,7 @@ def test_scaling_has_a_column_a_batch():
 
 def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp_path):
     training = run_config(weighing={"interval": 4}).training
-    setting = steps.Setting("tiny CNN", training_set, training, steps=4, run_steps=40)
+    setting = steps.Setting("tiny CNN", training_set, training, 4, 4, run_steps=40)
     times = steps.time_steps(setting, rounds=2, folder=tmp_path)
     assert all(len(column) == 2 for column in dataclasses.astuple(times))
     assert min(times.bare + times.fixmatch + times.learned) > 0
@@ -64,7 +64,7 @@ def test_options_are_timed_beside_the_step_as_it_is(
     run_config, training_set, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(torch, "compile", lambda module: module)
-    setting = steps.Setting("tiny CNN", training_set, run_config().training, 2, run_steps=40)
+    setting = steps.Setting("tiny CNN", training_set, run_config().training, 2, 2, run_steps=40)
     table = steps.option_table(setting, rounds=1, folder=tmp_path)
     assert [line.split(" | ")[0] for line in table[2:]] == [
         "| as it is",

@@ -118,11 +118,10 @@ def affine(images: Tensor, matrices: Tensor, fill: float, mode: str = "bilinear"
     # Straight into [-1, 1], which grid_sample counts in.
     size = matrices.new_tensor([width, height]).view(1, 2, 1)
     scaled = 2 * matrices / size
-    along_x, along_y, offset = scaled.unsqueeze(3).unbind(2)
-    columns, rows = along_x * x + (offset - 1), along_y * y
-    grid = torch.empty(len(images), height, width, 2, device=images.device, dtype=images.dtype)
-    for axis in (0, 1):
-        torch.add(columns[:, axis].unsqueeze(1), rows[:, axis].unsqueeze(2), out=grid[..., axis])
+    # Both coordinates as one complex number: they are added where they have to lie, side by side.
+    along_x, along_y, offset = torch.complex(*scaled.unbind(1)).unsqueeze(2).unbind(1)
+    columns, rows = along_x * x + (offset - complex(1, 1)), along_y * y
+    grid = torch.view_as_real(columns.unsqueeze(1) + rows.unsqueeze(2))
     if fill == 0:
         return F.grid_sample(images, grid, mode=mode, align_corners=False)
     # grid_sample fills with zeros: sample the difference to the fill.

@@ -179,7 +179,7 @@ class WeighingConfig:
     width: int = 8
     learning_rate: float = 6e-3
     weight_decay: float = 1e-2
-    interval: int = 40
+    interval: int = 48
     warmup: float = 0.2
     solver: SolverName = "conjugate_gradient"
     max_products: int = 3

@@ -74,9 +74,10 @@ def fixmatch_loss(
     factors = pseudo.mask * (unlabelled_weight / len(pseudo.mask))
     if weights is not None:
         factors = weights * factors
-    # One cross-entropy over all: on a small network every operation more shows.
-    losses = F.cross_entropy(logits, torch.cat([labels, pseudo.labels]), reduction="none")
-    return losses @ torch.cat([factors.new_full(labels.shape, 1 / len(labels)), factors])
+    # One cross-entropy over all, of few operations: on a small network each of them shows.
+    targets = torch.cat([labels, pseudo.labels])
+    losses = F.nll_loss(logits.log_softmax(dim=1), targets, reduction="none")
+    return losses.dot(torch.cat([factors.new_full(labels.shape, 1 / len(labels)), factors]))
 
 
 def mean_one(scores: Tensor) -> Tensor:

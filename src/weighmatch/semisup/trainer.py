@@ -44,7 +44,7 @@ from weighmatch.semisup.weightings import (
 
 # Steps whose images are augmented together, and the bytes that their views may take: one pass
 # over many images instead of many passes.
-CHUNK, CHUNK_BYTES = 50, 2**28
+CHUNK, CHUNK_BYTES = 100, 2**28
 
 
 @dataclass(frozen=True)
