@@ -198,7 +198,7 @@ class WeighingConfig:
     head_learning_rate: float = 1e-2
     influence_weight: float = 0.3
     keep_above: float = 0.5
-    contamination_level: float = 0.05
+    contamination_level: float = 0.2
 
     def __post_init__(self) -> None:
         for name in ("interval", "outer_batch", "curvature_batch", "influence_batch"):
