@@ -151,6 +151,18 @@ def test_no_operation_and_no_cutout_is_the_weak_view():
     images = torch.from_numpy(draw_images(3))
     config = AugmentationConfig(operations=("identity",), cutout=0.0)
     augmentation = Augmentation(config)
-    weak = augmentation.weak(images, torch.Generator().manual_seed(5))
-    strong = augmentation.strong(images, torch.Generator().manual_seed(5))
-    torch.testing.assert_close(strong, weak, atol=1e-5, rtol=0)
+    # One at a time: an image's first draws are those of the shift.
+    for image in images.split(1):
+        weak = augmentation.weak(image, torch.Generator().manual_seed(5))
+        strong = augmentation.strong(image, torch.Generator().manual_seed(5))
+        torch.testing.assert_close(strong, weak, atol=1e-5, rtol=0)
+
+
+def test_views_do_not_depend_on_how_many_are_drawn_together():
+    images = torch.from_numpy(draw_images(3)).repeat(3, 1, 1, 1)
+    augmentation = Augmentation(AugmentationConfig(flip=True))
+    for draw in (augmentation.weak, augmentation.strong):
+        together = draw(images, torch.Generator().manual_seed(5))
+        generator = torch.Generator().manual_seed(5)
+        parts = [draw(part, generator) for part in images.split(4)]
+        assert torch.equal(together, torch.cat(parts))

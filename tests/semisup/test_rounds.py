@@ -52,7 +52,7 @@ def test_the_first_round_is_fixmatch_and_the_next_goes_on_with_its_classifier(
 ):
     config = run_config("pu")
     RoundsTrainer(config, 4).fit(training_set, tmp_path / "rounds")
-    first = Trainer(run_config("fixmatch", steps=10)).fit(training_set, tmp_path / "alone")
+    first = Trainer(run_config("fixmatch")).fit(training_set, tmp_path / "alone", until=10)
     state = torch.load(tmp_path / "rounds" / "round_0" / "checkpoint.pt", weights_only=True)
     assert same(state["average"], first["classifier"])
     # Ten steps from there end nearer to it than ten steps from anywhere else.
@@ -67,9 +67,27 @@ def test_the_first_round_is_fixmatch_and_the_next_goes_on_with_its_classifier(
 
 
 @pytest.mark.parametrize("arm", ["pu", "learned"])
+def test_a_pool_that_never_looks_contaminated_is_trained_on_as_fixmatch_does(
+    arm, training_set, run_config, tmp_path
+):
+    told = []
+    config = run_config(arm, weighing={"contamination_level": 0.0})
+    found = RoundsTrainer(config, 3).fit(training_set, tmp_path / "rounds", told.append)
+    assert found["weighting"]["kept"].all()
+    alone = Trainer(run_config("fixmatch")).fit(training_set, tmp_path / "alone")
+    assert same(found["classifier"], alone["classifier"])
+    assert sum(told) == 40
+    assert [line["step"] for line in found["metrics"]] == [13, 26, 40]
+    assert found["seconds"] >= found["metrics"][-1]["seconds"] > found["metrics"][0]["seconds"]
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0])
+@pytest.mark.parametrize("arm", ["pu", "learned"])
 @pytest.mark.parametrize("killed_at", [10, 25])
-def test_killed_rounds_resume_to_the_same_end(arm, killed_at, training_set, run_config, tmp_path):
-    trainer = RoundsTrainer(run_config(arm), 3)
+def test_killed_rounds_resume_to_the_same_end(
+    level, arm, killed_at, training_set, run_config, tmp_path
+):
+    trainer = RoundsTrainer(run_config(arm, weighing={"contamination_level": level}), 3)
     whole = trainer.fit(training_set, tmp_path / "whole")
 
     fit_until_killed(trainer, training_set, tmp_path / "killed", killed_at)

@@ -43,6 +43,32 @@ def fit_until_killed(trainer, data, folder, killed_at):
         trainer.fit(data, folder, kill)
 
 
+@pytest.mark.parametrize("arm", ["supervised", "fixmatch", "learned"])
+def test_the_images_augmented_together_change_nothing(
+    arm, training_set, run_config, tmp_path, monkeypatch
+):
+    first = Trainer(run_config(arm)).fit(training_set, tmp_path / "a")
+    monkeypatch.setattr("weighmatch.semisup.trainer.CHUNK", 7)
+    second = Trainer(run_config(arm)).fit(training_set, tmp_path / "b")
+    assert same(first["classifier"], second["classifier"])
+
+
+def test_a_run_that_stops_goes_on_in_another_folder(training_set, run_config, tmp_path):
+    trainer = Trainer(run_config())
+    half = trainer.fit(training_set, tmp_path / "half", until=13)
+    again = trainer.fit(training_set, tmp_path / "half", until=13)
+    assert same(half, again)
+    assert half["metrics"][-1]["step"] == 13
+    rest = trainer.fit(training_set, tmp_path / "rest", earlier=tmp_path / "half")
+    whole = trainer.fit(training_set, tmp_path / "whole")
+    assert same(rest["classifier"], whole["classifier"])
+    assert rest["metrics"][0] == half["metrics"][0]
+    # What another run left is nothing to go on from.
+    other = Trainer(run_config(seed=7))
+    fresh = other.fit(training_set, tmp_path / "fresh")
+    assert same(other.fit(training_set, tmp_path / "c", earlier=tmp_path / "half"), fresh)
+
+
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_trains_and_repeats_to_the_bit(arm, training_set, run_config, tmp_path):
     first = Trainer(run_config(arm)).fit(training_set, tmp_path / "a")

@@ -182,6 +182,9 @@ GEOMETRIC: dict[str, tuple[float, float]] = {
 COLUMNS = list(GEOMETRIC)
 
 
+# Numbers that an image draws to be shifted and flipped.
+SHIFT_DRAWS = 3
+
 # Values that go through all operations together on the CPU: what a cache holds.
 PART = 512 * 3 * 32 * 32
 
@@ -190,7 +193,8 @@ class Augmentation:
     """Draws weak and strong views of uint8 images (n, C, H, W) on their own device.
 
     Both views come as float32 in [0, 1]. Randomness comes from the generator given (on the
-    CPU, so that a GPU run sees the same draws).
+    CPU, so that a GPU run sees the same draws), a row of numbers an image: what an image draws
+    does not depend on how many are augmented together.
     """
 
     def __init__(self, config: AugmentationConfig) -> None:
@@ -199,17 +203,20 @@ class Augmentation:
     def weak(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by whole pixels, reflecting at the border, and flip where that is on."""
         views = torch.empty(images.shape, device=images.device)
-        for part, shifted in self._shifted(images, generator):
+        uniform = torch.rand(len(images), SHIFT_DRAWS, generator=generator)
+        for part, shifted in self._shifted(images, uniform):
             torch.div(shifted, 255, out=views[part])
         return views
 
     def strong(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Weak view, then RandAugment and cutout."""
-        config, n = self.config, len(images)
-        parts = self._shifted(images, generator)
-        choices = torch.randint(len(config.operations), (config.draws, n), generator=generator)
-        levels = torch.rand(config.draws, n, generator=generator)
-        corners = torch.rand(2, n, generator=generator)
+        config = self.config
+        columns = [SHIFT_DRAWS, config.draws, config.draws, 2]
+        uniform = torch.rand(len(images), sum(columns), generator=generator)
+        shifts, operations, levels, corners = uniform.split(columns, dim=1)
+        parts = self._shifted(images, shifts)
+        choices = (operations.T * len(config.operations)).long()
+        levels, corners = levels.T.contiguous(), corners.T.contiguous()
         matrices, turned = self._placements(choices, levels, *images.shape[-2:])
         views = torch.empty(images.shape, device=images.device)
         for part, shifted in parts:
@@ -225,19 +232,17 @@ class Augmentation:
             cutout(pixels, centres, config.cutout, config.fill, scale=1 / 255, out=views[part])
         return views
 
-    def _shifted(
-        self, images: Tensor, generator: torch.Generator
-    ) -> Iterator[tuple[slice, Tensor]]:
-        """The weak view, uint8, part by part; all draws are made before the first."""
+    def _shifted(self, images: Tensor, uniform: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The weak view, uint8, part by part, from numbers in [0, 1), (n, `SHIFT_DRAWS`)."""
         n, _, height, width = images.shape
         reach_y, reach_x = (round(self.config.shift * side) for side in (height, width))
-        dy = torch.randint(0, 2 * reach_y + 1, (n,), generator=generator)
-        dx = torch.randint(0, 2 * reach_x + 1, (n,), generator=generator)
+        dy = (uniform[:, 0] * (2 * reach_y + 1)).long()
+        dx = (uniform[:, 1] * (2 * reach_x + 1)).long()
         # Looked up in what every shift comes to: few, where the images are many.
         rows = _reflected(height, reach_y)[dy].unsqueeze(2)
         columns = _reflected(width, reach_x)[dx].unsqueeze(1)
         if self.config.flip:
-            mirrored = torch.rand(n, 1, 1, 1, generator=generator) < 0.5
+            mirrored = uniform[:, 2] < 0.5
             columns = torch.where(mirrored.view(n, 1, 1), columns.flip(2), columns)
         rows, columns = (t.to(images.device, non_blocking=True) for t in (rows, columns))
         size = max(n, 1)

@@ -4,7 +4,9 @@ What tells near OOD from useful images are the classifier's features, and intrud
 So ranking and training alternate. Every round
 
 1. goes on with the averaged classifier of the round before (the first one starts anew, with the
-   whole pool) and trains it by FixMatch on what is kept, the learning rate from the start;
+   whole pool) and trains it by FixMatch on what is kept, the learning rate from the start; but as
+   long as no round has dropped anything, it goes on with FixMatch's own run, so that a pool that
+   never looks contaminated costs nothing but its rankings;
 2. measures, for the arm `learned`, the influence of pool images (`two_stages.pool_sample`) at the
    classifier so found: the hypergradient with respect to an image's weight;
 3. fits a head on the classifier's frozen features (`two_stages.fit_head`), ranks the whole pool
@@ -96,24 +98,44 @@ class RoundsTrainer:
         metrics: list[dict[str, Any]] = []
         history: list[dict[str, Any]] = []
         seconds, ranking_seconds, done = 0.0, 0.0, 0
+        whole = self.config.arm != RESTARTED
         for number in range(self.rounds):
             folder = checkpoint_dir / f"round_{number}"
-            config = self._config(number, done)
-            chosen = replace(data, unlabelled_images=data.unlabelled_images[kept.numpy()])
-            trained = Trainer(config).fit(chosen, folder, progress, trained.get("classifier"))
+            end = (number + 1) * self.config.steps // self.rounds
+            if whole:
+                before, offset = trained.get("seconds", 0.0), 0
+                trained = Trainer(replace(self.config, arm="fixmatch")).fit(
+                    data,
+                    folder,
+                    _beyond(done, progress),
+                    until=end,
+                    earlier=checkpoint_dir / f"round_{number - 1}",
+                )
+            else:
+                before, offset = 0.0, done
+                chosen = replace(data, unlabelled_images=data.unlabelled_images[kept.numpy()])
+                trained = Trainer(self._config(number, end - done)).fit(
+                    chosen, folder, progress, trained.get("classifier")
+                )
             ranking, spent = None, 0.0
             if self.config.arm != RESTARTED:
                 ranking, measured, spent = self._rank(trained, data, kept, measured, folder)
             metrics += [
-                {**line, "step": line["step"] + done, "seconds": line["seconds"] + seconds}
+                {
+                    **line,
+                    "step": line["step"] + offset,
+                    "seconds": line["seconds"] - before + seconds,
+                }
                 for line in trained["metrics"]
+                if line["step"] + offset > done
             ]
-            done += config.steps
+            done = end
             history.append(describe_kept(trained, kept, data, done))
-            seconds += trained["seconds"] + spent
+            seconds += trained["seconds"] - before + spent
             ranking_seconds += spent
             if ranking is not None and number < self.rounds - 1:
                 kept = ranking.kept
+                whole = whole and bool(kept.all())
         found = {} if ranking is None else self._ranked(trained, ranking, kept, measured)
         return {
             **trained,
@@ -142,12 +164,11 @@ class RoundsTrainer:
             "ranker": {**ranker, "config": self._ranker(trained), "head": ranking.head},
         }
 
-    def _config(self, number: int, done: int) -> RunConfig:
+    def _config(self, number: int, steps: int) -> RunConfig:
         """Of a round: FixMatch, with random streams of its own."""
         seed = self.config.seed
         if number:
             seed = derive_seed(seed, f"round {number}")
-        steps = (number + 1) * self.config.steps // self.rounds - done
         return replace(self.config, arm="fixmatch", seed=seed, steps=steps)
 
     def _ranker(self, trained: dict[str, Any]) -> dict[str, Any]:
@@ -179,6 +200,19 @@ class RoundsTrainer:
         torch.save({"fingerprint": run, **state}, partial)
         os.replace(partial, path)
         return ranking, measured, seconds
+
+
+def _beyond(done: int, progress: Callable[[int], None]) -> Callable[[int], None]:
+    """`progress` without the first `done` steps, which it was told of before."""
+    known = done
+
+    def report(steps: int) -> None:
+        nonlocal known
+        told = min(known, steps)
+        known -= told
+        progress(steps - told)
+
+    return report
 
 
 def measure_pool(

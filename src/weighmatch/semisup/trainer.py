@@ -108,8 +108,12 @@ class Trainer:
         checkpoint_dir: Path,
         progress: Callable[[int], None] = lambda steps: None,
         start: dict[str, Tensor] | None = None,
+        until: int | None = None,
+        earlier: Path | None = None,
     ) -> dict[str, Any]:
         """Train to the last step, or go on from the last checkpoint, or return at once if done.
+
+        A run that stops at some step and goes on in another folder ends as one that never stopped.
 
         Args:
             data: what to train on.
@@ -117,10 +121,13 @@ class Trainer:
                 holds of another run (other data, seed, configuration or code) is replaced.
             progress: called with the number of steps done since the last call.
             start: state of the classifier to begin with; None: the seed's.
+            until: the step to stop at; None: the last.
+            earlier: where a call that stopped before left this run's checkpoint, to go on from
+                if `checkpoint_dir` holds none.
 
         Returns:
-            The final checkpoint: "classifier" (the EMA's state), "weighting", "history" (of the
-            pool's weights and confidences, (snapshots, N)), "seconds" spent training,
+            The checkpoint at that step: "classifier" (the EMA's state), "weighting", "history"
+            (of the pool's weights and confidences, (snapshots, N)), "seconds" spent training,
             "update_seconds" that one update of the weights took (NaN: there was none), "config"
             and "metrics" (the lines of `metrics.jsonl`).
 
@@ -129,10 +136,13 @@ class Trainer:
             ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
         with _algorithms(self.config.training.deterministic):
-            run = Run(self.config, data, checkpoint_dir, start)
+            run = Run(self.config, data, checkpoint_dir, start, earlier)
             progress(run.step)
-            while run.step < self.config.steps:
-                progress(run.train_steps())
+            last = self.config.steps if until is None else until
+            while run.step < last:
+                progress(run.train_steps(min(run.chunk(), last - run.step)))
+            if until is not None:
+                run.save()
             return run.result()
 
 
@@ -191,6 +201,7 @@ class Run:
         data: TrainingSet,
         directory: Path,
         start: dict[str, Tensor] | None = None,
+        earlier: Path | None = None,
     ) -> None:
         self.config, self.training = config, config.training
         self.directory = directory
@@ -238,7 +249,7 @@ class Run:
         self._snapshots = {round((k + 1) * config.steps / count) for k in range(count)}
         self.history: dict[str, list[Any]] = {"step": [], "weights": [], "confidence": []}
         directory.mkdir(parents=True, exist_ok=True)
-        self._resume()
+        self._resume(directory if earlier is None else earlier)
 
     # --- building ---------------------------------------------------------------------------
 
@@ -305,7 +316,7 @@ class Run:
     def train_steps(self, limit: int | None = None) -> int:
         """Train for up to `limit` steps; write metrics and, where due, a checkpoint."""
         started = time.perf_counter()
-        size = min(limit or self._chunk(), self.config.steps - self.step)
+        size = min(limit or self.chunk(), self.config.steps - self.step)
         before = self.step
         losses = [self._train_step(batch) for batch in self._views(size)]
         self.seconds += time.perf_counter() - started
@@ -314,10 +325,11 @@ class Run:
         done = self.step >= self.config.steps
         every = self.training.checkpoint_every
         if done or self.step // every > before // every:
-            self._save()
+            self.save()
         return size
 
-    def _chunk(self) -> int:
+    def chunk(self) -> int:
+        """How many steps' images are augmented together; no result depends on it."""
         views = self.training.batch_size + 2 * self._unlabelled_batch()
         return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * self.pool.shape[1:].numel())))
 
@@ -346,16 +358,17 @@ class Run:
             len(self.pool), (size * unlabelled,), generator=self.streams["unlabelled batches"]
         )
         images = self.pool[chosen]
-        noise = self.streams["augmentation of unlabelled images"]
-        weak = self._arranged(self.augmentation.weak(images, noise)).split(unlabelled)
-        strong = self.augmentation.strong(images, noise)
+        weak = self.augmentation.weak(images, self.streams["weak views of unlabelled images"])
+        weak_batches = self._arranged(weak).split(unlabelled)
+        strong = self.augmentation.strong(images, self.streams["strong views of unlabelled images"])
         # Only what is differentiated shares a pass: the weak view needs no backward.
         both = torch.cat(
             [labelled.unflatten(0, (size, batch)), strong.unflatten(0, (size, unlabelled))], dim=1
         )
         together = self._arranged(both.flatten(0, 1)).split(batch + unlabelled)
         indices = chosen.to(self.device, non_blocking=True).split(unlabelled)
-        return [Batch(*parts) for parts in zip(together, labels, weak, indices, strict=True)]
+        columns = zip(together, labels, weak_batches, indices, strict=True)
+        return [Batch(*parts) for parts in columns]
 
     def _unlabelled_batch(self) -> int:
         if self.config.arm == "supervised":
@@ -487,7 +500,8 @@ class Run:
 
     # --- checkpoints ------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Write the checkpoint."""
         state = {
             "fingerprint": self.fingerprint,
             "step": self.step,
@@ -508,11 +522,18 @@ class Run:
             torch.save(state, file)
         os.replace(partial, target)
 
-    def _resume(self) -> None:
-        """Go on from a checkpoint of this very run; anything else there is started over."""
-        path, metrics = self.directory / "checkpoint.pt", self.directory / "metrics.jsonl"
-        state = _load_checkpoint(path)
-        if state is None or state["fingerprint"] != self.fingerprint:
+    def _resume(self, earlier: Path) -> None:
+        """Go on from a checkpoint of this very run; anything else there is started over.
+
+        Args:
+            earlier: where to look for one if the run's own folder has none.
+        """
+        metrics = self.directory / "metrics.jsonl"
+        for folder in (self.directory, earlier):
+            state = _load_checkpoint(folder / "checkpoint.pt")
+            if state is not None and state["fingerprint"] == self.fingerprint:
+                break
+        else:
             metrics.write_text("")
             return
         self.classifier.load_state_dict(state["classifier"])
@@ -525,7 +546,8 @@ class Run:
         self.history = state["history"]
         self.step, self.seconds = state["step"], state["seconds"]
         self.updates, self.update_seconds = state["updates"], state["update_seconds"]
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        found = folder / metrics.name
+        lines = found.read_text().splitlines() if found.exists() else []
         kept = [line for line in lines if _step_of(line) <= self.step]
         metrics.write_text("".join(line + "\n" for line in kept))
 
