@@ -48,7 +48,6 @@ def test_the_whole_graph_runs_and_reports(outputs):
         "supervised",
         "fixmatch",
         "fixmatch_matched",
-        "fixmatch_rounds",
         "max_prob",
         "pu",
         "learned",
