@@ -275,7 +275,9 @@ def test_a_restored_weighting_weighs_the_same(arm, training_set, run_config, tmp
     fresh = Run(run_config(arm), training_set, tmp_path / "b")
     fresh.classifier.load_state_dict(run.classifier.state_dict())
     images = torch.from_numpy(training_set.unlabelled_images).float() / 255
-    pseudo, everyone = pseudo_label(run.classifier(images), 0.4), torch.arange(40)
+    # From hardly sure to as sure as the classifier is.
+    logits = torch.linspace(0.1, 1, 40).unsqueeze(1) * run.classifier(images)
+    pseudo, everyone = pseudo_label(logits, 0.4), torch.arange(40)
     expected = run.weighting.scores(images, pseudo, everyone)
     assert not torch.equal(fresh.weighting.scores(images, pseudo, everyone), expected)
     fresh.weighting.load_state_dict(run.weighting.state_dict())
