@@ -148,17 +148,17 @@ def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
     calls: dict[str, Callable[[], object]] = {
         "bare": bare_loop(plain, count),
         "fixmatch": lambda: plain.train_steps(count),
-        "learned": lambda: learned.train_steps(updated_count),
+        "learned": lambda: learned.train_steps(count),
+        "block": lambda: learned.train_steps(updated_count),
         "update": lambda: block(probing=False),
         "probing_update": lambda: block(probing=True),
     }
     times = by_turns(calls, rounds * setting.turns)
+    blocks = times.pop("block")
     for name in ("update", "probing_update"):
-        times[name] = [
-            whole - steps for whole, steps in zip(times[name], times["learned"], strict=True)
-        ]
-    for name, size in (("bare", count), ("fixmatch", count), ("learned", updated_count)):
-        times[name] = [seconds / size for seconds in times[name]]
+        times[name] = [whole - steps for whole, steps in zip(times[name], blocks, strict=True)]
+    for name in ("bare", "fixmatch", "learned"):
+        times[name] = [seconds / count for seconds in times[name]]
     return StepTimes(**times)
 
 
@@ -220,7 +220,7 @@ def _rank(run: Run, setting: Setting) -> None:
     config = replace(run.config, arm="learned")
     trained = run.result()
     kept = torch.ones(len(setting.data.unlabelled_images), dtype=torch.bool)
-    measured = measure_pool(trained, setting.data, kept, {}, config)
+    measured = measure_pool(trained, setting.data, kept, {}, config, config.seed)
     rank_pool({**trained, "weighting": measured}, setting.data, config)
 
 

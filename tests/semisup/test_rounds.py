@@ -81,6 +81,28 @@ def test_a_pool_that_never_looks_contaminated_is_trained_on_as_fixmatch_does(
     assert found["seconds"] >= found["metrics"][-1]["seconds"] > found["metrics"][0]["seconds"]
 
 
+def test_other_rounds_of_the_same_run_do_not_go_on_from_too_far(training_set, run_config, tmp_path):
+    config = run_config("pu", weighing={"contamination_level": 0.0})
+    RoundsTrainer(config, 2).fit(training_set, tmp_path / "rounds")
+    found = RoundsTrainer(config, 3).fit(training_set, tmp_path / "rounds")
+    assert same(found, RoundsTrainer(config, 3).fit(training_set, tmp_path / "fresh"))
+
+
+def test_every_round_measures_influence_with_draws_of_its_own(
+    training_set, run_config, tmp_path, monkeypatch
+):
+    seeds = []
+
+    def measure(*arguments):
+        seeds.append(arguments[-1])
+        return measure_pool(*arguments)
+
+    monkeypatch.setattr("weighmatch.semisup.rounds.measure_pool", measure)
+    config = run_config("learned", weighing={"contamination_level": 0.0})
+    RoundsTrainer(config, 3).fit(training_set, tmp_path)
+    assert len(set(seeds)) == 3
+
+
 @pytest.mark.parametrize("level", [0.0, 1.0])
 @pytest.mark.parametrize("arm", ["pu", "learned"])
 @pytest.mark.parametrize("killed_at", [10, 25])
@@ -121,7 +143,7 @@ def test_influence_is_the_cosine_with_the_outer_gradient_where_curvature_is_damp
     config = run_config("learned", steps=20, weighing=weighing, augmentation=plain)
     trained = Trainer(replace(config, arm="fixmatch")).fit(training_set, tmp_path)
     kept = torch.ones(40, dtype=torch.bool)
-    influence = measure_pool(trained, training_set, kept, {}, config)["influence"]
+    influence = measure_pool(trained, training_set, kept, {}, config, 0)["influence"]
 
     classifier = load_classifier(trained, 1)
     labelled = torch.from_numpy(training_set.labelled_images).float() / 255

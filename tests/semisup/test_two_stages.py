@@ -129,6 +129,15 @@ def test_the_head_tells_like_from_unlike(level, clean, run_config):
     assert clean or 0 < ranking.cut < 1
 
 
+def test_at_level_one_no_pool_is_clean(run_config, monkeypatch):
+    data = like_and_unlike(48, 60)
+    _, _, first = first_stage(data, run_config, "pu")
+    monkeypatch.setattr("weighmatch.semisup.two_stages.clean_chance", lambda *_: 1.0)
+    for level, clean in ((0.99, True), (1.0, False)):
+        config = run_config("pu", weighing={"contamination_level": level})
+        assert bool(rank_pool(first, data, config).kept.all()) == clean
+
+
 def test_a_clean_pool_is_kept_whole(run_config):
     data = like_and_unlike(100, 0)
     _, _, first = first_stage(data, run_config, "pu")

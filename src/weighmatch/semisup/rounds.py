@@ -119,7 +119,9 @@ class RoundsTrainer:
                 )
             ranking, spent = None, 0.0
             if self.config.arm != RESTARTED:
-                ranking, measured, spent = self._rank(trained, data, kept, measured, folder)
+                ranking, measured, spent = self._rank(
+                    trained, data, kept, measured, folder, self._seed(number)
+                )
             metrics += [
                 {
                     **line,
@@ -166,10 +168,13 @@ class RoundsTrainer:
 
     def _config(self, number: int, steps: int) -> RunConfig:
         """Of a round: FixMatch, with random streams of its own."""
-        seed = self.config.seed
-        if number:
-            seed = derive_seed(seed, f"round {number}")
+        seed = self._seed(number)
         return replace(self.config, arm="fixmatch", seed=seed, steps=steps)
+
+    def _seed(self, number: int) -> int:
+        """Of a round's random streams."""
+        seed = self.config.seed
+        return derive_seed(seed, f"round {number}") if number else seed
 
     def _ranker(self, trained: dict[str, Any]) -> dict[str, Any]:
         """The configuration of a round under the arm's name, by which its criterion is known."""
@@ -182,6 +187,7 @@ class RoundsTrainer:
         kept: Tensor,
         measured: State,
         folder: Path,
+        seed: int,
     ) -> tuple[Ranking, State, float]:
         """That of an earlier call for the same run, or a new one; and the seconds it took."""
         path, run = folder / "ranking.pt", fingerprint(self.config, data, trained["classifier"])
@@ -191,7 +197,7 @@ class RoundsTrainer:
                 return Ranking(**known["ranking"]), known["measured"], known["seconds"]
         started = time.perf_counter()
         if self.config.arm == "learned":
-            measured = measure_pool(trained, data, kept, measured, self.config)
+            measured = measure_pool(trained, data, kept, measured, self.config, seed)
         found = {**trained, "weighting": measured, "config": self._ranker(trained)}
         ranking = rank_pool(found, data, self.config)
         seconds = time.perf_counter() - started
@@ -216,7 +222,12 @@ def _beyond(done: int, progress: Callable[[int], None]) -> Callable[[int], None]
 
 
 def measure_pool(
-    trained: dict[str, Any], data: TrainingSet, kept: Tensor, before: State, config: RunConfig
+    trained: dict[str, Any],
+    data: TrainingSet,
+    kept: Tensor,
+    before: State,
+    config: RunConfig,
+    seed: int,
 ) -> State:
     """Influence of images of the pool at a trained classifier, averaged with earlier ones.
 
@@ -226,13 +237,14 @@ def measure_pool(
         kept: which of its images were trained on, (N,) bool.
         before: what this function returned of an earlier classifier, or nothing.
         config: of the run.
+        seed: of what is drawn; another one each time, so that the average loses noise.
 
     Returns:
         "influence", "influence_square" and "evidence", each (N,), as `Learned` keeps them.
     """
     classifier = load_classifier(trained, data.unlabelled_images.shape[1])
     device = pick_device(config.training.device)
-    meter = PoolInfluence(data, config, trained["config"]["seed"], device)
+    meter = PoolInfluence(data, config, seed, device)
     for name, value in before.items():
         setattr(meter, name, value.to(device))
     meter.measure(classifier.to(device), kept.nonzero().squeeze(1))

@@ -113,7 +113,8 @@ class Trainer:
     ) -> dict[str, Any]:
         """Train to the last step, or go on from the last checkpoint, or return at once if done.
 
-        A run that stops at some step and goes on in another folder ends as one that never stopped.
+        A run that stops at some step and goes on in another folder ends as one that never stopped,
+        but for where the lines of metrics are cut.
 
         Args:
             data: what to train on.
@@ -136,12 +137,12 @@ class Trainer:
             ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
         with _algorithms(self.config.training.deterministic):
-            run = Run(self.config, data, checkpoint_dir, start, earlier)
+            run = Run(self.config, data, checkpoint_dir, start, until, earlier)
             progress(run.step)
             last = self.config.steps if until is None else until
             while run.step < last:
                 progress(run.train_steps(min(run.chunk(), last - run.step)))
-            if until is not None:
+            if run.step != run.saved:
                 run.save()
             return run.result()
 
@@ -201,6 +202,7 @@ class Run:
         data: TrainingSet,
         directory: Path,
         start: dict[str, Tensor] | None = None,
+        until: int | None = None,
         earlier: Path | None = None,
     ) -> None:
         self.config, self.training = config, config.training
@@ -249,7 +251,8 @@ class Run:
         self._snapshots = {round((k + 1) * config.steps / count) for k in range(count)}
         self.history: dict[str, list[Any]] = {"step": [], "weights": [], "confidence": []}
         directory.mkdir(parents=True, exist_ok=True)
-        self._resume(directory if earlier is None else earlier)
+        self.saved: int | None = None  # the step of the checkpoint in `directory`
+        self._resume(config.steps if until is None else until, earlier or directory)
 
     # --- building ---------------------------------------------------------------------------
 
@@ -502,6 +505,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint."""
+        self.saved = self.step
         state = {
             "fingerprint": self.fingerprint,
             "step": self.step,
@@ -522,16 +526,19 @@ class Run:
             torch.save(state, file)
         os.replace(partial, target)
 
-    def _resume(self, earlier: Path) -> None:
+    def _resume(self, until: int, earlier: Path) -> None:
         """Go on from a checkpoint of this very run; anything else there is started over.
 
         Args:
+            until: the step that a checkpoint may not be beyond.
             earlier: where to look for one if the run's own folder has none.
         """
         metrics = self.directory / "metrics.jsonl"
         for folder in (self.directory, earlier):
             state = _load_checkpoint(folder / "checkpoint.pt")
-            if state is not None and state["fingerprint"] == self.fingerprint:
+            if state is None or state["fingerprint"] != self.fingerprint:
+                continue
+            if state["step"] <= until:
                 break
         else:
             metrics.write_text("")
@@ -545,6 +552,7 @@ class Run:
         self.streams.load_state_dict(state["streams"])
         self.history = state["history"]
         self.step, self.seconds = state["step"], state["seconds"]
+        self.saved = self.step if folder == self.directory else None
         self.updates, self.update_seconds = state["updates"], state["update_seconds"]
         found = folder / metrics.name
         lines = found.read_text().splitlines() if found.exists() else []

@@ -51,8 +51,8 @@ COPIES, LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
 FITTED = 2048
 # Fewer images than these a class are kept of no pool.
 FEWEST = 8
-# That a p of rank sums counts for, in the test whether the pool is clean: down to .004 was seen in
-# clean pools, and less than a thousandth in pools where three quarters are OOD.
+# Times that a p of rank sums is taken in the test whether the pool is clean: down to .004 was seen
+# in clean pools, and less than a thousandth in pools where three quarters are OOD.
 RANK_SUM_FACTOR = 100
 
 
@@ -193,7 +193,9 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
             likely = torch.sigmoid(head.members(features).mean(1)) > weighing.keep_above
         # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
         share, cut = 1.0, 0.0
-        if chance < weighing.contamination_level and not bool(likely.all()):
+        level = weighing.contamination_level
+        contaminated = level >= 1 or chance < level
+        if contaminated and not bool(likely.all()):
             share = float(likely.float().mean())
             cut = float(scores.quantile(1 - share))
     else:
@@ -303,8 +305,8 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
     p counts:
 
     - the lowest labelled image: if a share q of the pool lies below all n of them, (1 − q)ⁿ, the
-      mean over their augmented copies (which is nominal: twice a mean of p-values is one, however
-      they depend on each other; Vovk & Wang, 2020);
+      mean over groups of as many copies as a pool image has views (nominal: twice a mean of
+      p-values is one, however they depend on each other; Vovk & Wang, 2020);
     - the folds' Mann–Whitney statistics, summed (Mann & Whitney, 1947; by strata: van Elteren,
       1960), p taken `RANK_SUM_FACTOR` times.
 
