@@ -39,7 +39,7 @@ from weighmatch.semisup.losses import (
 from weighmatch.semisup.networks import Classifier
 from weighmatch.semisup.runs import one_thread
 from weighmatch.semisup.streams import Streams
-from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, TrainingSet
+from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
 from weighmatch.studies.snapshot_config import SnapshotConfig
 
 # Images whose Jacobians are taken in one pass: more would leave the cache.
@@ -175,7 +175,7 @@ def train(data: TrainingSet, config: SnapshotConfig, classes: int, seed: int) ->
         for stage in sorted(config.stages):
             step = max(1, round(stage * config.steps))
             while run.step < step:
-                run.train_steps(min(CHUNK, step - run.step))
+                run.train_steps(min(run.chunk(), step - run.step))
             yield Snapshot(stage, step, copy.deepcopy(run.classifier))
 
 
