@@ -36,7 +36,7 @@ def test_a_source_has_its_own_sizes_and_training():
     assert make_cells(digits, DATA)[0].data.pool_size == DATA.pool_size
     assert make_training(digits, TRAINING) == TRAINING
     assert make_cells(glyphs, DATA)[0].data.pool_size == 4000
-    assert make_training(glyphs, TRAINING).steps == 2000
+    assert make_training(glyphs, TRAINING).steps == 6000
     fewer = BenchmarkConfig(**base("benchmark", steps=50, labels_per_class=3))
     assert make_training(fewer, TRAINING).steps == 50
     assert make_cells(fewer, DATA)[0].data.labels_per_class == 3
