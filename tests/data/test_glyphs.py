@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from weighmatch.data import glyphs
 from weighmatch.data.config import DataConfig
 from weighmatch.data.glyphs import CHARACTERS, FONTS, SHIFTS, GlyphConfig, render
 from weighmatch.data.sources import load_photographs
@@ -61,6 +62,30 @@ def test_only_shifted_images_are_shifted(photographs, shift):
         assert np.abs(images[half] - same[half]).mean() > 5
 
 
+@pytest.mark.parametrize("split", FONTS)
+def test_where_fonts_shift_shifted_characters_are_slanted_and_others_upright(
+    photographs, split, monkeypatch
+):
+    fonts = []
+    sheet = glyphs._sheet
+    monkeypatch.setattr(glyphs, "_sheet", lambda font, c: fonts.append(font) or sheet(font, c))
+    half = np.arange(60) % 2 == 1
+    drawn(photographs, [2] * 60, split, half, shift="fonts", clutter=0)
+    slanted = {"DejaVuSans-Oblique", "STIXGeneralItalic", "DejaVuSerif-Italic", "cmti10"}
+    slanted |= {"DejaVuSans-BoldOblique", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"}
+    slanted |= {"DejaVuSerif-BoldItalic", "STIXGeneralBolIta", "cmmi10"}
+    assert [font in slanted for font in fonts] == half.tolist()
+
+
+def test_many_images_are_drawn_a_part_at_a_time(photographs, monkeypatch):
+    monkeypatch.setattr(glyphs, "AT_ONCE", 50)
+    first = drawn(photographs, [0] * 50)
+    images = drawn(photographs, [0] * 120)
+    assert images.shape == (120, 1, 16, 16)
+    np.testing.assert_array_equal(images[:50], first)
+    assert (images[50:100] != first).any()
+
+
 def test_splits_are_seeded_and_share_what_they_must(photographs):
     first = make_glyph_splits(photographs, config(), 3)
     again = make_glyph_splits(photographs, config(), 3)
@@ -87,6 +112,7 @@ def test_the_pool_is_contaminated_as_asked(photographs):
         ({"glyphs": {"seen": "A"}}, "two characters"),
         ({"glyphs": {"seen": "ABG"}}, "data.glyphs.unseen has G"),
         ({"glyphs": {"size": 4}}, "data.glyphs.size"),
+        ({"glyphs": {"size": 129}}, "data.glyphs.size must be at most 128"),
         ({"glyphs": {"channels": 2}}, "data.glyphs.channels"),
         ({"glyphs": {"shift": "moon"}}, "data.glyphs.shift"),
         ({"glyphs": {"fonts": 3}}, "data.glyphs has no parameter fonts"),

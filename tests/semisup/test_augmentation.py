@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
 from weighmatch.semisup import augmentation as augment
 from weighmatch.semisup.augmentation import GEOMETRIC, PHOTOMETRIC, Augmentation
@@ -77,6 +77,56 @@ def test_geometric_operations_are_pillows_away_from_the_border(name, mode):
         difference = np.abs(moved[k].numpy() - from_pil(expected).astype(np.float32))[:, keep]
         assert keep.sum() > 60
         assert (difference <= 1.01).mean() > 0.995, (name, k, difference.max())
+
+
+PILLOWS_MATRICES = {
+    "shear_x": lambda v, side: (1, v, -v * side / 2, 0, 1, 0),
+    "shear_y": lambda v, side: (1, 0, 0, v, 1, -v * side / 2),
+    "translate_x": lambda v, side: (1, 0, v * side, 0, 1, 0),
+    "translate_y": lambda v, side: (1, 0, 0, 0, 1, v * side),
+}
+
+
+@pytest.mark.parametrize("name", sorted(PILLOWS_MATRICES))
+def test_shears_and_moves_go_where_pillows_matrix_takes_them(name):
+    for value in (-0.25, 0.1, 0.3):
+        amounts = torch.zeros(1, len(GEOMETRIC))
+        amounts[0, list(GEOMETRIC).index(name)] = value
+        found = augment.place(amounts, 20, 20).flatten()
+        expected = torch.tensor(PILLOWS_MATRICES[name](value, 20), dtype=torch.float32)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("degrees", [-30.0, -7.0, 12.0, 30.0])
+def test_rotations_are_pillows(degrees):
+    images = draw_images(3)
+    amounts = torch.zeros(len(images), len(GEOMETRIC))
+    amounts[:, list(GEOMETRIC).index("rotate")] = degrees
+    turned = augment.affine(torch.from_numpy(images).float(), augment.place(amounts, 20, 20), 0.0)
+    for k, image in enumerate(images):
+        expected = from_pil(to_pil(image).rotate(degrees, Image.Resampling.BILINEAR))
+        inside = from_pil(to_pil(np.full_like(image, 255)).rotate(degrees))[0] == 255
+        difference = np.abs(turned[k].numpy() - expected.astype(np.float32))[:, _eroded(inside)]
+        assert (difference <= 1.01).mean() > 0.995, (k, difference.max())
+
+
+def test_cutout_is_pillows_rectangle():
+    image = draw_images(3, n=2, seed=4)[1]
+    for y, x in ((0.5, 0.5), (0.0, 0.95), (0.8, 0.1)):
+        cut = augment.cutout(
+            torch.from_numpy(image[None]).float(), torch.tensor([[y], [x]]), fraction=0.5, fill=0.0
+        )
+        expected = to_pil(image)
+        top, left = int(y * 20) - 5, int(x * 20) - 5
+        ImageDraw.Draw(expected).rectangle((left, top, left + 9, top + 9), fill=(0, 0, 0))
+        assert np.array_equal(cut[0].numpy(), from_pil(expected))
+
+
+@pytest.mark.parametrize("view", ["weak", "strong"])
+def test_images_that_are_not_uint8_are_refused(view):
+    floats = torch.rand(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"must be uint8, 0 to 255, got torch\.float32"):
+        getattr(Augmentation(AugmentationConfig()), view)(floats, torch.Generator())
 
 
 def _eroded(mask):

@@ -222,11 +222,13 @@ def test_half_precision_is_for_the_classifiers_passes_alone(training_set, run_co
 def test_repeatable_algorithms_are_asked_for_and_given_back(
     wanted, training_set, run_config, tmp_path
 ):
+    asked = torch.are_deterministic_algorithms_enabled
     during = []
-    watch = lambda steps: during.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+    watch = lambda steps: during.append((asked(), torch.backends.cudnn.allow_tf32))  # noqa: E731
+    before = torch.backends.cudnn.allow_tf32
     Trainer(run_config(deterministic=wanted)).fit(training_set, tmp_path, watch)
-    assert set(during) == {wanted}
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert set(during) == {(wanted, False)}
+    assert (asked(), torch.backends.cudnn.allow_tf32) == (False, before)
 
 
 @pytest.mark.slow

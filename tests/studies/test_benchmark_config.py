@@ -72,6 +72,8 @@ def test_every_known_setting_can_be_drawn_from_glyphs():
         ({"known_settings": 3}, "benchmark.known_settings must be a group of parameters, got 3"),
         ({"glyphs": {"dta": {}}}, "benchmark.glyphs has no parameter dta; it has data, training"),
         ({"digits": {"data": 3}}, "benchmark.digits.data must be a group of parameters, got 3"),
+        ({"known_settings": {2024: {}}}, "names must be text, got 2024; put it in quotes"),
+        ({"ratios": [0.5, 0.50000001]}, "benchmark.ratios must differ in six digits"),
         (
             {"known_settings": {"a b": {}, "a-b": {}}, "settings": ["a b", "a-b"]},
             "benchmark.settings differ in punctuation alone",
@@ -97,6 +99,12 @@ def test_a_setting_that_does_not_fit_its_source_is_named():
     )
     with pytest.raises(ValueError, match="glyphs must be a group of parameters, got 3"):
         make_cells(broken, DATA)
+
+
+def test_what_the_benchmark_sets_itself_is_refused_in_a_setting():
+    settings = {"settings": ["a"], "known_settings": {"a": {"ratio": 0.9}}}
+    with pytest.raises(ValueError, match=r"a\.ratio has no effect; set benchmark\.ratios instead"):
+        make_cells(BenchmarkConfig(**base("benchmark", **settings)), DATA)
 
 
 def test_fixmatch_is_matched_to_the_cost_of_ranking_each_size_of_pool(training_set, run_config):

@@ -48,17 +48,16 @@ FONTS: dict[FontSplit, tuple[str, ...]] = {
         "cmr10",
     ),
 }
-# Of the training fonts, those of the labelled images where fonts are what shifts.
-UPRIGHT = tuple(
-    name for name in FONTS["train"] if not any(part in name for part in ("Obl", "Ita", "cmmi"))
-)
-SLANTED = tuple(name for name in FONTS["train"] if name not in UPRIGHT)
+# What tells the slanted fonts, those of the shifted domain where fonts are what shifts.
+SLANTED_PARTS = ("Obl", "Ita", "cmmi", "cmti")
 
 Shift = Literal["none", "inverted", "background", "fonts"]
 SHIFTS: tuple[Shift, ...] = ("none", "inverted", "background", "fonts")
 
 # Glyphs are drawn once at this height of a capital, on a square of this side, and cut from there.
 CAPITAL, SHEET = 64, 128
+# Images that are drawn together: what a million of them would take while being made is too much.
+AT_ONCE = 2**16
 # Pixels drawn for one that is kept, along a side.
 OVERSAMPLING = 3
 
@@ -76,7 +75,7 @@ class GlyphConfig:
         noise: standard deviation of the noise, grey levels.
         shift: what differs between the labelled images and the share `data.shifted` of the
             unlabelled and test images: "inverted" contrast, a photograph as "background", or
-            slanted "fonts" (the labelled ones are upright).
+            slanted "fonts" (all others are upright).
     """
 
     seen: str = "ABCDEF"
@@ -101,6 +100,11 @@ class GlyphConfig:
                 "take it out of one"
             )
         require_integer("data.glyphs.size", self.size, 8)
+        if self.size > SHEET:
+            raise ValueError(
+                f"data.glyphs.size must be at most {SHEET}, the side that characters are drawn "
+                f"at, got {self.size}; lower it"
+            )
         if self.channels not in (1, 3):
             raise ValueError(f"data.glyphs.channels must be 1 or 3, got {self.channels!r}")
         require_integer("data.glyphs.clutter", self.clutter, 0)
@@ -124,7 +128,7 @@ def render(
     photographs: Images,
     rng: np.random.Generator,
 ) -> Images:
-    """Draw one image a character.
+    """Draw one image a character, `AT_ONCE` at a time.
 
     Args:
         characters: (n,) indices into `CHARACTERS`.
@@ -137,18 +141,31 @@ def render(
     Returns:
         (n, channels, size, size) uint8.
     """
+    images = np.empty((len(characters), config.channels, config.size, config.size), np.uint8)
+    for first in range(0, len(characters), AT_ONCE):
+        part = slice(first, first + AT_ONCE)
+        images[part] = _render(characters[part], split, shifted[part], config, photographs, rng)
+    return images
+
+
+def _render(
+    characters: NDArray[np.int64],
+    split: FontSplit,
+    shifted: NDArray[np.bool_],
+    config: GlyphConfig,
+    photographs: Images,
+    rng: np.random.Generator,
+) -> Images:
     n, size = len(characters), config.size
     glyphs = np.empty((n, size, size), np.float32)
     clutter = np.zeros((n, size, size), np.float32)
     names = FONTS[split]
     fonts = rng.integers(0, len(names), n)
-    if config.shift == "fonts" and split == "train":
-        # Upright labelled images, slanted shifted ones; other splits have both kinds.
-        fonts = np.where(
-            shifted,
-            np.array([names.index(name) for name in SLANTED])[rng.integers(0, len(SLANTED), n)],
-            np.array([names.index(name) for name in UPRIGHT])[rng.integers(0, len(UPRIGHT), n)],
-        )
+    if config.shift == "fonts":
+        slanted = np.array([any(part in name for part in SLANTED_PARTS) for name in names])
+        groups = (np.flatnonzero(group) for group in (slanted, ~slanted))
+        drawn = [group[rng.integers(0, len(group), n)] for group in groups]
+        fonts = np.where(shifted, *drawn)
     pose = _poses(n, rng)
     for k in range(n):
         sheet = _sheet(names[fonts[k]], CHARACTERS[characters[k]])

@@ -233,7 +233,13 @@ class Augmentation:
         return views
 
     def _shifted(self, images: Tensor, uniform: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """The weak view, uint8, part by part, from numbers in [0, 1), (n, `SHIFT_DRAWS`)."""
+        """The weak view, uint8, part by part, from numbers in [0, 1), (n, `SHIFT_DRAWS`).
+
+        Raises:
+            ValueError: if the images are not uint8.
+        """
+        if images.dtype != torch.uint8:
+            raise ValueError(f"images to augment must be uint8, 0 to 255, got {images.dtype}")
         n, _, height, width = images.shape
         reach_y, reach_x = (round(self.config.shift * side) for side in (height, width))
         dy = (uniform[:, 0] * (2 * reach_y + 1)).long()

@@ -35,7 +35,14 @@ from weighmatch.semisup.networks import Classifier
 from weighmatch.semisup.scoring import load_classifier
 from weighmatch.semisup.store import ImageStore
 from weighmatch.semisup.streams import Streams, derive_seed
-from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.trainer import (
+    RunConfig,
+    Trainer,
+    TrainingSet,
+    algorithms,
+    fingerprint,
+    pick_device,
+)
 from weighmatch.semisup.two_stages import (
     MEASURED,
     Ranking,
@@ -196,10 +203,11 @@ class RoundsTrainer:
             if known["fingerprint"] == run:
                 return Ranking(**known["ranking"]), known["measured"], known["seconds"]
         started = time.perf_counter()
-        if self.config.arm == "learned":
-            measured = measure_pool(trained, data, kept, measured, self.config, seed)
-        found = {**trained, "weighting": measured, "config": self._ranker(trained)}
-        ranking = rank_pool(found, data, self.config)
+        with algorithms(self.config.training.deterministic):
+            if self.config.arm == "learned":
+                measured = measure_pool(trained, data, kept, measured, self.config, seed)
+            found = {**trained, "weighting": measured, "config": self._ranker(trained)}
+            ranking = rank_pool(found, data, self.config)
         seconds = time.perf_counter() - started
         state = {"ranking": vars(ranking), "measured": measured, "seconds": seconds}
         partial = path.with_suffix(".partial")

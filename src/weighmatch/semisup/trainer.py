@@ -136,7 +136,7 @@ class Trainer:
             FloatingPointError: if the loss is no longer finite.
             ValueError: if `checkpoint_dir` holds a damaged checkpoint.
         """
-        with _algorithms(self.config.training.deterministic):
+        with algorithms(self.config.training.deterministic):
             run = Run(self.config, data, checkpoint_dir, start, until, earlier)
             progress(run.step)
             last = self.config.steps if until is None else until
@@ -148,19 +148,26 @@ class Trainer:
 
 
 @contextmanager
-def _algorithms(deterministic: bool) -> Iterator[None]:
-    """Repeatable algorithms, or else, on a GPU, the fastest for the shapes at hand."""
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Repeatable algorithms, or else, on a GPU, the fastest for the shapes at hand.
+
+    Either way single precision is that, in convolutions, too, which cuDNN would cut to 10 bits
+    (TF32): curvature products and hypergradients rely on it.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
     if deterministic:
         # cuBLAS reads it when a process first multiplies matrices on the GPU.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic or before[0])
     torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 def fingerprint(

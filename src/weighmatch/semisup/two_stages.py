@@ -35,7 +35,14 @@ from weighmatch.semisup.networks import (
 )
 from weighmatch.semisup.scoring import BATCH, load_classifier, score_images
 from weighmatch.semisup.streams import Streams, derive_seed
-from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.trainer import (
+    RunConfig,
+    Trainer,
+    TrainingSet,
+    algorithms,
+    fingerprint,
+    pick_device,
+)
 from weighmatch.semisup.weightings import otsu_cut
 
 # Of the first stage's weighting, what the checkpoint repeats of the pool's images.
@@ -121,7 +128,8 @@ class TwoStageTrainer:
             state: dict[str, Any] = torch.load(path, weights_only=True)
             if state.pop("fingerprint") == run:
                 return Ranking(**state)
-        ranking = rank_pool(first, data, self.config)
+        with algorithms(self.config.training.deterministic):
+            ranking = rank_pool(first, data, self.config)
         partial = path.with_suffix(".partial")
         torch.save({"fingerprint": run, **vars(ranking)}, partial)
         os.replace(partial, path)

@@ -22,6 +22,8 @@ from weighmatch.semisup.config import (
 from weighmatch.studies.config import listed
 
 GROUP = "benchmark"
+# Of the group data, what the benchmark sets itself, and by which parameter.
+ELSEWHERE = {"source": "source", "ratio": "ratios", "regime": "regime", "seeds": "seeds"}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,11 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         require_choice(f"{GROUP}.source", self.source, SOURCES)
         _require_dictionary(f"{GROUP}.known_settings", self.known_settings)
+        odd = [name for name in self.known_settings if not isinstance(name, str)]
+        if odd:
+            raise ValueError(
+                f"{GROUP}.known_settings: names must be text, got {odd[0]!r}; put it in quotes"
+            )
         for name in ("settings", "ratios", "stages"):
             object.__setattr__(self, name, listed(f"{GROUP}.{name}", getattr(self, name)))
         for setting in self.settings:
@@ -84,6 +91,11 @@ class BenchmarkConfig:
             )
         for ratio in self.ratios:
             require_number(f"{GROUP}.ratios", ratio, 0, 1)
+        if len({f"{ratio:g}" for ratio in self.ratios}) < len(self.ratios):
+            raise ValueError(
+                f"{GROUP}.ratios must differ in six digits, which names of files keep, got "
+                f"{list(self.ratios)}; take one out"
+            )
         for stages in self.stages:
             require_stages(f"{GROUP}.stages", stages)
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
@@ -137,6 +149,8 @@ def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
     for setting in benchmark.settings:
         name = f"{GROUP}.known_settings.{setting}"
         changes = _merged(getattr(benchmark, source).data, benchmark.known_settings[setting], name)
+        for key in ELSEWHERE.keys() & benchmark.known_settings[setting].keys():
+            raise ValueError(f"{name}.{key} has no effect; set {GROUP}.{ELSEWHERE[key]} instead")
         for ratio in benchmark.ratios:
             try:
                 config = with_changes("data", data, {**changes, **own, "ratio": ratio})
