@@ -4,7 +4,8 @@
 
 Prints tables in Markdown: augmentation beside Pillow, torchvision and kornia; products, solves,
 hypergradients and memory beside other packages (`benchmarks.ihvp_peers`); a step of training
-beside the bare loop, and what learned weights add; how these grow; and start-up.
+beside the bare loop, and what learned weights add; how these grow, what memory they take and
+where their time goes; many runs at once; and start-up.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import yaml  # type: ignore[import-untyped]
 from benchmarks import augmentation, ihvp_peers, startup, steps
 from benchmarks.tables import conditions, show
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.runs import default_workers
 
 Device = Literal["cpu", "cuda"]
 CONFIGURATION = Path(__file__).parents[1] / "conf" / "base" / "parameters_training.yml"
@@ -46,8 +48,11 @@ def training_steps(quick: bool, device: Device) -> None:
     rounds = 2 if quick else 9
     if device == "cpu":
         settings = [steps.digits_cnn(default)]
-        if not quick:
-            settings.append(steps.wide_resnet(default))
+        # Small, where time is short: the same calls as on a GPU.
+        few = replace(default, batch_size=2, unlabelled_ratio=2)
+        few = replace(few, weighing=replace(few.weighing, outer_batch=4, curvature_batch=4))
+        small = steps.wide_resnet(few, pool=16, labelled=10)
+        settings.append(small if quick else steps.wide_resnet(default))
     else:
         # FixMatch's own batch (Sohn et al., 2020), as a GPU has room for it.
         big = replace(
@@ -75,15 +80,44 @@ def training_steps(quick: bool, device: Device) -> None:
             "Median (range), ratios within a round; the learned arm ranks the pool after each of "
             f"its {stages} rounds and trains as FixMatch does in between.",
         )
-        if device != "cpu":
-            peak = torch.cuda.max_memory_allocated() / 2**30
-            print(f"\nPeak memory of the device: {peak:.2f} GiB.")
+        show("Memory of training", steps.memory_table(settings, Path(folder)))
+        for setting in settings:
+            show(
+                f"Where a step of FixMatch goes: {setting.name}",
+                steps.profile_table(setting, Path(folder) / setting.name.split()[0]),
+            )
         if not quick:
             show(
                 f"Options of training: {settings[0].name}",
                 steps.option_table(settings[0], rounds, Path(folder)),
             )
             show("Images a second against the batch", scaling(default, device, Path(folder)))
+            pools = [
+                replace(
+                    steps.digits_cnn(replace(default, device=device), pool), name=f"CNN, {pool:,}"
+                )
+                for pool in (600, 4_000, 32_000, 256_000)
+            ]
+            show(
+                "A ranking against the images of the pool",
+                steps.ranking_table(pools, stages, 3, Path(folder)),
+                "Median (range) of 3 rounds.",
+            )
+
+
+def many_runs(quick: bool, device: Device) -> None:
+    """Runs side by side."""
+    parameters = yaml.safe_load(CONFIGURATION.read_text())["training"]
+    setting = steps.digits_cnn(TrainingConfig(**{**parameters, "device": device}))
+    workers = [1, 2, 4] if device == "cuda" else [1, default_workers(torch.device("cpu"))]
+    with tempfile.TemporaryDirectory() as folder:
+        show(
+            "Many runs: the CNN on digits, one thread a run",
+            steps.many_runs_table(
+                setting, 100 if quick else 1000, workers, 1 if quick else 5, Path(folder)
+            ),
+            "Steps of all runs together; each runs in a process of its own.",
+        )
 
 
 def scaling(training: TrainingConfig, device: Device, folder: Path) -> list[str]:
@@ -113,6 +147,7 @@ def start_up(quick: bool, device: Device) -> None:
 SECTIONS: dict[str, Callable[[bool, Device], None]] = {
     "augmentation": augmentations,
     "steps": training_steps,
+    "runs": many_runs,
     "ihvps": ihvps,
     "startup": start_up,
 }

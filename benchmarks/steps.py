@@ -10,14 +10,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.tables import markdown, spread
 from benchmarks.timing import by_turns, seconds_of
+from weighmatch.data.glyphs import CHARACTERS, GlyphConfig, render
+from weighmatch.data.sources import load_photographs
 from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
 from weighmatch.semisup.learned import PROBE_EVERY, Learned
 from weighmatch.semisup.rounds import measure_pool
+from weighmatch.semisup.runs import Job, finish_all
 from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, TrainingSet
 from weighmatch.semisup.two_stages import rank_pool
+from weighmatch.studies.memory import peak_memory
 
 FOREVER = 10**9
 
@@ -45,22 +50,28 @@ class Setting:
     turns: int = 1
 
 
-def digits_cnn(training: TrainingConfig) -> Setting:
-    """The default: a small CNN on 8×8 digits, a pool of 600."""
+def digits_cnn(training: TrainingConfig, pool: int = 600) -> Setting:
+    """The default: a small CNN on 8×8 digits, a pool of 600 or of as many as wanted, repeated."""
     digits = load_digits()
     images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
-    data = TrainingSet(images[:24], np.arange(24) % 6, images[100:700])
+    unlabelled = np.resize(images[100:], (pool, *images.shape[1:]))
+    data = TrainingSet(images[:24], np.arange(24) % 6, unlabelled)
     interval = training.weighing.interval
     # As many steps as training itself augments together.
     return Setting("CNN on digits", data, training, CHUNK, interval, training.steps, turns=3)
 
 
-def wide_resnet(training: TrainingConfig, pool: int = 4096, steps: int = 2) -> Setting:
-    """A WRN-28-2 on 32×32 colour noise."""
+def wide_resnet(
+    training: TrainingConfig, pool: int = 4096, labelled: int = 40, steps: int = 2
+) -> Setting:
+    """A WRN-28-2 on 32×32 glyphs in colour, ten classes."""
     network: NetworkName = "wrn_28_2"
+    letters = np.arange(labelled + pool) % 10
+    glyphs = GlyphConfig(seen=CHARACTERS[:10], unseen=CHARACTERS[10:], size=32, channels=3)
+    same = np.zeros(len(letters), bool)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (pool + 40, 3, 32, 32), dtype=np.uint8)
-    data = TrainingSet(images[:40], np.arange(40) % 10, images[40:])
+    images = render(letters, "train", same, glyphs, load_photographs(), rng)
+    data = TrainingSet(images[:labelled], letters[:labelled], images[labelled:])
     training = replace(training, network=network)
     # Few for such a network (Sohn et al., 2020, take 2^20), so that rankings rather count too much.
     return Setting("WRN-28-2 at 32×32", data, training, steps, steps, run_steps=10_000)
@@ -248,11 +259,12 @@ def option_table(setting: Setting, rounds: int, folder: Path) -> list[str]:
 
     The first call, which `torch.compile` warms up in, is told apart.
     """
-    plain = setting.training
+    plain = replace(setting.training, precision="float32", channels_last=False)
     options = {
         "as it is": plain,
         "channels_last": replace(plain, channels_last=True),
         "bfloat16": replace(plain, precision="bfloat16"),
+        "channels_last and bfloat16": replace(plain, channels_last=True, precision="bfloat16"),
         "compile": replace(plain, compile=True),
     }
     calls: dict[str, Callable[[], object]] = {}
@@ -268,3 +280,76 @@ def option_table(setting: Setting, rounds: int, folder: Path) -> list[str]:
         warming = first[name] - statistics.median(found)
         rows.append([name, spread(ratios), f"{warming:.1f}"])
     return markdown(["option", "step / step as it is", "seconds of warming up"], rows)
+
+
+def memory_table(settings: list[Setting], folder: Path) -> list[str]:
+    """Peak memory of blocks of steps; on a GPU of all that lies there, the pool included."""
+    rows = []
+    for setting in settings:
+        found = []
+        for arm in ("fixmatch", "learned"):
+            run = _run(arm, setting, folder / "memory", interval=setting.updated_steps)
+            run.train_steps(setting.updated_steps)
+            block = partial(run.train_steps, setting.updated_steps)
+            if run.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                block()
+                peak = torch.cuda.max_memory_allocated()
+            else:
+                peak = peak_memory(block)
+            found.append(f"{peak / 2**20:,.2f}")
+            del run, block
+        rows.append([setting.name, f"{setting.updated_steps}", *found])
+    header = ["problem", "steps in a block", "MiB, FixMatch", "MiB, learned arm with an update"]
+    return markdown(header, rows)
+
+
+def profile_table(setting: Setting, folder: Path, longest: int = 12) -> list[str]:
+    """Where a step of FixMatch goes: the operations that take most time themselves."""
+    run = _run("fixmatch", setting, folder / "profile")
+    run.train_steps(setting.steps)
+    on_gpu = run.device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    with profile(activities=activities) as recorded:
+        run.train_steps(setting.steps)
+    times = {
+        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
+        for event in recorded.key_averages()
+    }
+    total = sum(time for time, _ in times.values())
+    ordered = sorted(times.items(), key=lambda item: -item[1][0])[:longest]
+    rows = [
+        [name, f"{time / total:.1%}", f"{event.count / setting.steps:.3g}"]
+        for name, (time, event) in ordered
+    ]
+    return markdown(["operation", "share of the time", "calls a step"], rows)
+
+
+def many_runs_table(
+    setting: Setting, steps: int, workers: list[int], rounds: int, folder: Path
+) -> list[str]:
+    """As many runs of FixMatch as the largest number of workers, at once and one after another."""
+    training = replace(setting.training, steps=steps, snapshots=1, checkpoint_every=FOREVER)
+    classes = int(setting.data.labels.max()) + 1
+    jobs = [
+        Job(f"run {seed}", RunConfig("fixmatch", seed, steps, classes, training), setting.data)
+        for seed in range(max(workers))
+    ]
+    times: dict[int, list[float]] = {count: [] for count in workers}
+    for turn in range(rounds + 1):
+        for count in workers:
+            # Workers are kept as long as their number does, and start before they are timed.
+            finish_all(jobs, folder / f"start {turn} {count}", count)
+            seconds = seconds_of(partial(finish_all, jobs, folder / f"{turn} {count}", count))
+            if turn:
+                times[count].append(seconds)
+    alone = times[workers[0]]
+    rows = [
+        [
+            f"{count}",
+            f"{len(jobs) * steps / statistics.median(found):,.0f}",
+            spread([one / own for one, own in zip(alone, found, strict=True)]),
+        ]
+        for count, found in times.items()
+    ]
+    return markdown(["runs at a time", "steps a second", f"times as many as {workers[0]}"], rows)

@@ -6,6 +6,7 @@ import platform
 import statistics
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -36,7 +37,7 @@ def conditions(packages: Iterable[str], device: str = "cpu") -> str:
             versions.append(f"{name} {version(name)}")
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{gpu}{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch "
+        f"{gpu}{os.cpu_count()} CPUs ({_processor()}), {torch.get_num_threads()} torch "
         f"thread, torch {torch.__version__}, {', '.join(versions)}"
     )
 
@@ -47,3 +48,12 @@ def show(title: str, lines: Iterable[str], note: str = "") -> None:
     if note:
         print(f"{note}\n")
     print("\n".join(lines), flush=True)
+
+
+def _processor() -> str:
+    """Its model where Linux tells, or else the architecture."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +61,29 @@ def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp
     assert len(steps.throughput_table([setting], rounds=1, folder=tmp_path / "rate")) == 4
 
 
+def test_memory_profile_and_runs_at_once_are_measured(run_config, training_set, tmp_path):
+    training = run_config(weighing={"interval": 4}).training
+    setting = steps.Setting("tiny CNN", training_set, training, 4, 4, run_steps=40)
+    memory = steps.memory_table([setting], folder=tmp_path)
+    assert all(float(cell.strip(" |").replace(",", "")) > 0 for cell in memory[2].split(" | ")[2:])
+    profile = steps.profile_table(setting, folder=tmp_path, longest=3)
+    shares = [float(line.split(" | ")[1].rstrip("%")) for line in profile[2:]]
+    assert shares == sorted(shares, reverse=True)
+    assert 0 < sum(shares) < 100
+    runs = steps.many_runs_table(setting, 4, [1, 2], rounds=1, folder=tmp_path)
+    assert [line.split(" | ")[0] for line in runs[2:]] == ["| 1", "| 2"]
+    assert runs[2].split(" | ")[2].startswith("1.00 (1.00")
+
+
+def test_settings_have_the_images_that_were_asked_for(run_config):
+    training = run_config().training
+    digits = steps.digits_cnn(training, pool=2000).data.unlabelled_images
+    assert digits.shape == (2000, 1, 8, 8)
+    wide = steps.wide_resnet(training, pool=12, labelled=20).data
+    assert wide.unlabelled_images.shape == (12, 3, 32, 32)
+    assert np.bincount(wide.labels).tolist() == [2] * 10
+
+
 def test_options_are_timed_beside_the_step_as_it_is(
     run_config, training_set, tmp_path, monkeypatch
 ):
@@ -70,6 +94,7 @@ def test_options_are_timed_beside_the_step_as_it_is(
         "| as it is",
         "| channels_last",
         "| bfloat16",
+        "| channels_last and bfloat16",
         "| compile",
     ]
     assert table[2].split(" | ")[1].startswith("1.00 (1.00")
