@@ -82,7 +82,7 @@ def _draw_panel(axes: Axes, cell: pd.DataFrame, arms: list[tuple[str, int]]) -> 
 def draw_gap(comparison: pd.DataFrame) -> Figure:
     """Share of the way from FixMatch to the oracle that arms in rounds or with weights go.
 
-    FixMatch is the strictest of those that were run: at equal compute, or else at equal steps.
+    FixMatch is that at equal compute, or else, where that was not run, at equal steps.
     """
     reference = next(
         (arm for arm in (LONGER[1], LONGER[0]) if (comparison["against"] == arm).any()), LONGER[0]

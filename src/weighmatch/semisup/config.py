@@ -241,7 +241,8 @@ class TrainingConfig:
     Attributes:
         network: "small_cnn" for images of about 8×8, "wrn_28_2" for 32×32.
         width: first-layer channels of "small_cnn".
-        steps: of the arms other than `fixmatch_matched` and `fixmatch_converged`.
+        steps: of the arms other than `fixmatch_matched`, `fixmatch_converged` and
+            `fixmatch_rounds`.
         batch_size: labelled images in a step, B.
         unlabelled_ratio: µ; a step sees µB unlabelled images.
         threshold: τ, the confidence from which a pseudo-label counts.
