@@ -212,8 +212,10 @@ def test_half_precision_is_for_the_classifiers_passes_alone(training_set, run_co
     run.train_steps(10)  # the tenth step updates the weights
     assert set(seen) == {torch.bfloat16, torch.float32}
     assert all(p.dtype == torch.float32 for p in run.classifier.parameters())
-    half = Trainer(config).fit(training_set, tmp_path / "half")
-    whole = Trainer(run_config("learned", steps=40)).fit(training_set, tmp_path / "whole")
+    # Two steps: after many, rounding has led the runs apart, on some processors by more than this.
+    few = run_config("learned", steps=2, precision="bfloat16")
+    half = Trainer(few).fit(training_set, tmp_path / "half")
+    whole = Trainer(run_config("learned", steps=2)).fit(training_set, tmp_path / "whole")
     assert half["metrics"][0]["loss"] == pytest.approx(whole["metrics"][0]["loss"], rel=0.05)
     assert not torch.equal(final(half), final(whole))
 
