@@ -91,16 +91,32 @@ def judge(**more):
 
 
 def test_influences_are_judged_where_they_were_measured():
-    row = judge(pool_influence=np.array([0.5, np.nan, -1.0, 0.2, 0.1], np.float32))
+    row = judge(
+        pool_weights=np.ones(5),
+        pool_labels=np.array([1, 0, 1, 1, 0]),
+        pool_influence=np.array([0.5, np.nan, -1.0, 0.2, 0.1], np.float32),
+    )
     # Against the intruder's .1: above, below, above.
     assert row["auroc_influence"] == row["auroc_influence_near"] == pytest.approx(2 / 3)
+    # The first one's pseudo-label is wrong, and its influence above both of those that are right.
+    assert row["auroc_influence_labels"] == 0.0
     assert math.isnan(judge()["auroc_influence"])
+
+
+def test_wrong_pseudo_labels_of_useful_images_are_told_apart():
+    row = judge(
+        pool_weights=np.array([2.0, 0.2, 0.4, 0.3, 5.0]), pool_labels=np.array([0, 1, 0, 1, 1])
+    )
+    assert row["right_labels"] == 0.5
+    assert row["weight_right"] == pytest.approx(1.15)
+    assert row["weight_wrong"] == pytest.approx(0.3)
 
 
 def test_a_run_is_judged_on_test_held_out_and_pool_images():
     row = judge(
         heldout_scores=np.array([0.9, 0.3, 0.5, 0.1, 0.2, 0.2]),
         pool_weights=np.array([2.0, 0.1, 0.1, 0.1, 0.2]),
+        pool_labels=np.zeros(5, int),
         mask_rate=np.array(0.4),
     )
     assert "run" not in row

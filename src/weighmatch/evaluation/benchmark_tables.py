@@ -50,10 +50,13 @@ def judge_runs(
         unseen classes), `auroc_far` (against the rest of OOD) and `auroc_confidence` of the
         classifier's; of the pool at the end `mask_rate`, the mean weights `weight_id`,
         `weight_ood` and `weight_shifted` (in-distribution, shifted), `worst_class_kept`: of the
-        seen class of which least is kept, the share with at least half of the largest weight, and
+        seen class of which least is kept, the share with at least half of the largest weight;
+        of its in-distribution images `right_labels`, the share whose last pseudo-label is right,
+        and the mean weights of those and of the others, `weight_right` and `weight_wrong`;
         `auroc_influence` and `auroc_influence_near` of the measured influences alone, against all
-        OOD and against unseen classes; `seconds` of training and `update_seconds` of one update
-        of the weights. Shares are fractions.
+        OOD and against unseen classes, and `auroc_influence_labels` of in-distribution images with
+        a right pseudo-label against those with a wrong one; `seconds` of training and
+        `update_seconds` of one update of the weights. Shares are fractions.
     """
     near = source_names.index(NEAR)
     rows = []
@@ -63,7 +66,8 @@ def judge_runs(
         found = predictions[name]()
         scored = _on_test(found, test_labels[key]) | _on_heldout(found, truth[key], near)
         times = {column: float(found[column]) for column in ("seconds", "update_seconds")}
-        pool = _on_pool(found, truth[key]) | _influence(found, truth[key], near)
+        pool = _on_pool(found, truth[key]) | _on_labels(found, truth[key])
+        pool |= _influence(found, truth[key], near)
         rows.append({**run, **scored, **pool, **times})
     return pd.DataFrame(rows)
 
@@ -121,17 +125,30 @@ def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
     return {"mask_rate": float(found.get("mask_rate", np.nan)), **row}
 
 
+def _on_labels(found: Arrays, truth: Arrays) -> dict[str, float]:
+    if "pool_labels" not in found:
+        return dict.fromkeys(("right_labels", "weight_right", "weight_wrong"), np.nan)
+    is_id = truth["pool_sources"] == 0
+    right = (found["pool_labels"] == truth["pool_classes"])[is_id]
+    weights = found["pool_weights"][is_id].astype(np.float64)
+    return {
+        "right_labels": _mean(right),
+        "weight_right": _mean(weights[right]),
+        "weight_wrong": _mean(weights[~right]),
+    }
+
+
 def _influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
-    names = ("auroc_influence", "auroc_influence_near")
+    names = ("auroc_influence", "auroc_influence_near", "auroc_influence_labels")
     if "pool_influence" not in found:
         return dict.fromkeys(names, np.nan)
     influence, sources = found["pool_influence"], truth["pool_sources"]
     measured = ~np.isnan(influence)
     values = influence[measured]
     is_id, is_near = sources[measured] == 0, sources[measured] == near
-    return dict(
-        zip(names, (_auroc(values, is_id, ~is_id), _auroc(values, is_id, is_near)), strict=True)
-    )
+    right = (found["pool_labels"] == truth["pool_classes"])[measured]
+    pairs = ((is_id, ~is_id), (is_id, is_near), (is_id & right, is_id & ~right))
+    return {name: _auroc(values, *pair) for name, pair in zip(names, pairs, strict=True)}
 
 
 def _mean(values: NDArray[Any]) -> float:

@@ -129,7 +129,9 @@ def train_runs(
 
 
 def _final_checkpoint(run: Planned, folder: Path) -> Checkpoint:
-    """What `Trainer.fit` returned, of the pool only the last snapshot; and the splits' key."""
+    """What `Trainer.fit` returned, and the splits' key; of the pool only the last snapshot, with
+    `labels`, the classes that the classifier sees in its images in the end.
+    """
     result = read_run(run.job, folder)
     # Clones: a row of a table would be saved with the whole table.
     last = {
@@ -137,6 +139,10 @@ def _final_checkpoint(run: Planned, folder: Path) -> Checkpoint:
         for name in ("weights", "confidence")
         if result["history"]["step"]
     }
+    if last and run.job.config.arm != "oracle":
+        with one_thread():
+            scored = score_images(result, run.job.data.unlabelled_images)
+        last["labels"] = torch.from_numpy(scored.probabilities.argmax(axis=1))
     kept = ("config", "classifier", "weighting", "seconds", "update_seconds", "ranker")
     found = {name: result[name] for name in kept if name in result}
     return {"key": run.key, "pool": last, **found}
@@ -152,9 +158,10 @@ def predict(checkpoint: Checkpoint, images: Mapping[str, NDArray[np.uint8]]) -> 
     Returns:
         `test_probabilities` and `heldout_probabilities` (n, classes), `seconds` and
         `update_seconds` (); where there are any, `heldout_scores` (n,), which rank the held-out
-        images, `pool_weights` (N,) of mean 1, `pool_influence` (N,), the mean influence of each
-        image, NaN where none was measured, and `mask_rate` (), the share of the pool with a
-        confidence of at least τ.
+        images, `pool_weights` (N,) of mean 1, `pool_labels` (N,), the classifier's last
+        pseudo-labels, `pool_influence` and `pool_influence_variance` (N,), mean and variance of
+        each image's measured influence, NaN where none was measured, and `mask_rate` (), the share
+        of the pool with a confidence of at least τ.
     """
     config = checkpoint["config"]
     with one_thread():
@@ -175,9 +182,13 @@ def predict(checkpoint: Checkpoint, images: Mapping[str, NDArray[np.uint8]]) -> 
     # The oracle's pool is another one than the truth describes.
     if pool and config["arm"] != "oracle":
         found["pool_weights"] = pool["weights"].numpy()
+        found["pool_labels"] = pool["labels"].numpy()
     weighting = checkpoint["weighting"]
     if "evidence" in weighting:
         known = weighting["evidence"] > 0
-        mean = weighting["influence"] / weighting["evidence"].clamp(min=1e-12)
+        evidence = weighting["evidence"].clamp(min=1e-12)
+        mean, square = weighting["influence"] / evidence, weighting["influence_square"] / evidence
+        variance = (square - mean.square()).clamp(min=0)
         found["pool_influence"] = mean.masked_fill(~known, torch.nan).numpy()
+        found["pool_influence_variance"] = variance.masked_fill(~known, torch.nan).numpy()
     return found
