@@ -227,6 +227,19 @@ def test_compute_has_a_panel_a_setting_and_ratio_with_every_arm():
     assert line.get_xdata() == pytest.approx([2.0, 2.4, 4.8], abs=0.15)
 
 
+def test_panels_and_rows_tell_regimes_apart():
+    one = table(settings=("near+far",), ratios=(0.5,))
+    both = pd.concat([one, one.assign(regime="added")])
+    titles = [axes.get_title(loc="left") for axes in figures.draw_compute(both).axes]
+    assert titles == [
+        "near+far, fixed total: 50 % of the pool OOD",
+        "near+far, added: 50 % of the pool OOD",
+    ]
+    (axes,) = figures.draw_gap(compare_arms(both)).axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["near+far, fixed total\n50 % OOD", "near+far, added\n50 % OOD"]
+
+
 def test_the_gap_is_that_of_fixmatch_at_equal_compute():
     comparison = compare_arms(table())
     figure = figures.draw_gap(comparison)

@@ -42,6 +42,19 @@ def test_a_source_has_its_own_sizes_and_training():
     assert make_cells(fewer, DATA)[0].data.labels_per_class == 3
 
 
+@pytest.mark.parametrize("regimes", ["fixed_total+added", ["fixed_total", "added"]])
+def test_both_regimes_can_be_compared(regimes):
+    benchmark = BenchmarkConfig(**base("benchmark", regime=regimes, ratios=[0.5, 0.75], seeds=[7]))
+    cells = {cell.key(7): cell.data for cell in make_cells(benchmark, DATA)}
+    assert set(cells) == {
+        f"near+far{regime}-r{ratio}-seed_0007" for regime in ("", "_added") for ratio in (0.5, 0.75)
+    }
+    assert cells["near+far-r0.75-seed_0007"].pool_id == 1000
+    assert cells["near+far_added-r0.75-seed_0007"].pool_id == 1000
+    assert cells["near+far-r0.5-seed_0007"].pool_id == 2000
+    assert cells["near+far_added-r0.5-seed_0007"].pool_id == 1000
+
+
 def test_every_known_setting_can_be_drawn_from_glyphs():
     settings = base("benchmark")["known_settings"]
     benchmark = BenchmarkConfig(**base("benchmark", settings=list(settings), ratios=[0.0, 0.75]))
@@ -69,6 +82,7 @@ def test_every_known_setting_can_be_drawn_from_glyphs():
         ({"stages": [0]}, "benchmark.stages must be an integer of at least 1, got 0"),
         ({"stages": [101]}, "benchmark.stages must be at most 100, got 101"),
         ({"regime": "both"}, "benchmark.regime 'both' is unknown; choose from fixed_total, added"),
+        ({"regime": []}, "benchmark.regime must be a list of different values, got []"),
         ({"known_settings": 3}, "benchmark.known_settings must be a group of parameters, got 3"),
         ({"glyphs": {"dta": {}}}, "benchmark.glyphs has no parameter dta; it has data, training"),
         ({"digits": {"data": 3}}, "benchmark.digits.data must be a group of parameters, got 3"),

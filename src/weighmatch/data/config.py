@@ -17,6 +17,7 @@ from weighmatch.data.sources import DIGITS_PER_CLASS, MIXED, OodSource
 Source = Literal["digits", "glyphs"]
 SOURCES: tuple[Source, ...] = ("digits", "glyphs")
 Regime = Literal["fixed_total", "added"]
+REGIMES: tuple[Regime, ...] = ("fixed_total", "added")
 
 
 def seed_key(seed: int) -> str:
@@ -81,7 +82,7 @@ class DataConfig:
         object.__setattr__(self, "glyphs", glyphs)
         self._check_classes()
         self._check_ood_source()
-        require_choice("data.regime", self.regime, ("fixed_total", "added"))
+        require_choice("data.regime", self.regime, REGIMES)
         require_number("data.ratio", self.ratio, 0, 1)
         require_number("data.shifted", self.shifted, 0, 1, below=False)
         if (self.shifted > 0) != (self.source == "glyphs" and self.glyphs.shift != "none"):

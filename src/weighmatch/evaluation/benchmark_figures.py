@@ -21,6 +21,7 @@ MOST_SHOWN = 200.0
 
 def draw_compute(benchmark: pd.DataFrame) -> Figure:
     """Test accuracy against the compute of a run, every arm, a panel a setting and ratio."""
+    benchmark = _by_regime(benchmark)
     settings, ratios = (benchmark[name].unique().tolist() for name in ("setting", "ratio"))
     ratios.sort()
     width = max(8.0, 1.2 + 4.2 * len(ratios))
@@ -84,6 +85,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
 
     FixMatch is that at equal compute, or else, where that was not run, at equal steps.
     """
+    comparison = _by_regime(comparison)
     reference = next(
         (arm for arm in (LONGER[1], LONGER[0]) if (comparison["against"] == arm).any()), LONGER[0]
     )
@@ -130,6 +132,13 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
         fontsize=12,
     )
     return figure
+
+
+def _by_regime(rows: pd.DataFrame) -> pd.DataFrame:
+    """Where there are several regimes, the names of settings tell them apart."""
+    if rows["regime"].nunique() < 2:
+        return rows
+    return rows.assign(setting=rows["setting"] + ", " + rows["regime"].str.replace("_", " "))
 
 
 def _limits(found: tuple[float, float]) -> tuple[float, float]:

@@ -1,5 +1,6 @@
 """Parameters of the benchmark (`params:benchmark`) and what follows from them; imports no torch."""
 
+import itertools
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ from weighmatch.checks import (
     require_seeds,
     with_changes,
 )
-from weighmatch.data.config import SOURCES, DataConfig, Regime, Source, seed_key
+from weighmatch.data.config import REGIMES, SOURCES, DataConfig, Regime, Source, seed_key
 from weighmatch.semisup.config import (
     ArmName,
     TrainingConfig,
@@ -41,7 +42,7 @@ class SourceConfig:
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """Arm × setting × ratio × stages × seed.
+    """Arm × setting × regime × ratio × stages × seed.
 
     Attributes:
         source: "glyphs" or "digits".
@@ -51,7 +52,7 @@ class BenchmarkConfig:
         arms: names of `ARMS`, a list or names joined by "+".
         stages: schedules of the weighted arms: 1, 2, or from 3 a number of rounds, for arms of
             `RANKED_ANEW` and `RESTARTED`; the others have one stage.
-        regime: "fixed_total" or "added", see `DataConfig`.
+        regime: "fixed_total", "added" (see `DataConfig`) or both, a list or joined by "+".
         labels_per_class: labelled images of each class; None: the source's.
         steps: of training; None: the source's.
         known_settings: by name, what a setting changes in the group `data`.
@@ -66,7 +67,7 @@ class BenchmarkConfig:
     arms: tuple[ArmName, ...]
     known_settings: dict[str, dict[str, Any]]
     stages: tuple[int, ...] = (6,)
-    regime: Regime = "fixed_total"
+    regime: tuple[Regime, ...] = ("fixed_total",)
     labels_per_class: int | None = None
     steps: int | None = None
     digits: SourceConfig = field(default_factory=SourceConfig)
@@ -100,7 +101,10 @@ class BenchmarkConfig:
             require_stages(f"{GROUP}.stages", stages)
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
-        require_choice(f"{GROUP}.regime", self.regime, ("fixed_total", "added"))
+        regimes = self.regime.split("+") if isinstance(self.regime, str) else self.regime
+        object.__setattr__(self, "regime", listed(f"{GROUP}.regime", regimes))
+        for regime in self.regime:
+            require_choice(f"{GROUP}.regime", regime, REGIMES)
         for name in ("labels_per_class", "steps"):
             if getattr(self, name) is not None:
                 require_integer(f"{GROUP}.{name} (or null)", getattr(self, name), 1)
@@ -113,7 +117,7 @@ class BenchmarkConfig:
 
 @dataclass(frozen=True)
 class Cell:
-    """One setting at one ratio.
+    """One setting in one regime at one ratio.
 
     Attributes:
         setting: name.
@@ -125,11 +129,12 @@ class Cell:
 
     def key(self, seed: int) -> str:
         """Name of the files of a seed, such as near+far-r0.75-seed_0010."""
-        return f"{_slug(self.setting)}-r{self.data.ratio:g}-{seed_key(seed)}"
+        regime = "" if self.data.regime == REGIMES[0] else f"_{self.data.regime}"
+        return f"{_slug(self.setting)}{regime}-r{self.data.ratio:g}-{seed_key(seed)}"
 
 
 def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
-    """Every setting at every ratio.
+    """Every setting in every regime at every ratio.
 
     What is set later wins: `data`, the source's changes, the setting's, the benchmark's own
     ratio, regime, seeds and labels per class.
@@ -141,7 +146,6 @@ def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
     own: dict[str, Any] = {
         "source": source,
         "seeds": benchmark.seeds,
-        "regime": benchmark.regime,
     }
     if benchmark.labels_per_class is not None:
         own["labels_per_class"] = benchmark.labels_per_class
@@ -151,9 +155,10 @@ def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
         changes = _merged(getattr(benchmark, source).data, benchmark.known_settings[setting], name)
         for key in ELSEWHERE.keys() & benchmark.known_settings[setting].keys():
             raise ValueError(f"{name}.{key} has no effect; set {GROUP}.{ELSEWHERE[key]} instead")
-        for ratio in benchmark.ratios:
+        for regime, ratio in itertools.product(benchmark.regime, benchmark.ratios):
+            place = {"regime": regime, "ratio": ratio}
             try:
-                config = with_changes("data", data, {**changes, **own, "ratio": ratio})
+                config = with_changes("data", data, {**changes, **own, **place})
             except ValueError as error:
                 raise ValueError(
                     f"{name} with {GROUP}.source {source} at ratio {ratio:g}: {error}"
