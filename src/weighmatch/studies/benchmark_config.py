@@ -101,7 +101,8 @@ class BenchmarkConfig:
             require_stages(f"{GROUP}.stages", stages)
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
-        regimes = self.regime.split("+") if isinstance(self.regime, str) else self.regime
+        given: Any = self.regime
+        regimes = given.split("+") if isinstance(given, str) else given
         object.__setattr__(self, "regime", listed(f"{GROUP}.regime", regimes))
         for regime in self.regime:
             require_choice(f"{GROUP}.regime", regime, REGIMES)
