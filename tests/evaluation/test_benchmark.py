@@ -17,6 +17,7 @@ ARMS = {
     "fixmatch": (2000, 0.8),
     "fixmatch_matched": (2400, 0.82),
     "fixmatch_converged": (4800, 0.86),
+    "fixmatch_realigned": (2400, 0.83),
     "fixmatch_rounds": (2400, 0.84),
     "pu": (2200, 0.87),
     "learned": (2400, 0.89),
@@ -180,7 +181,7 @@ def test_every_arm_is_compared_once_with_each_baseline():
     found = compare_arms(table(settings=("near",), ratios=(0.5,)))
     pairs = [tuple(p) for p in found[["arm", "stages", "against"]].to_numpy()]
     assert len(pairs) == len(set(pairs))
-    longer = ("fixmatch", "fixmatch_matched", "fixmatch_converged")
+    longer = ("fixmatch", "fixmatch_matched", "fixmatch_converged", "fixmatch_realigned")
     for stages in (1, 2):
         mine = [a for arm, s, a in pairs if (arm, s) == ("learned", stages)]
         assert mine == [*longer, "fixmatch_rounds", "pu"]
@@ -249,7 +250,7 @@ def test_the_gap_is_that_of_fixmatch_at_equal_compute():
     assert "FixMatch, learned arm's compute" in [text.get_text() for text in axes.texts]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[-1] == "learned weights, 2 stages"
-    assert len(labels) == 6
+    assert len(labels) == 7
     wild = comparison.assign(gap_closed_low=-50.0, gap_closed_high=50.0)
     low, high = figures.draw_gap(wild).axes[0].get_xlim()
     assert (low, high) == (-200, 200)

@@ -3,7 +3,7 @@ import torch
 
 from weighmatch.semisup.losses import pseudo_label
 from weighmatch.semisup.running import DECAY, DistributionAlignment, RunningMean
-from weighmatch.semisup.trainer import Run
+from weighmatch.semisup.trainer import Run, Trainer
 
 CPU = torch.device("cpu")
 
@@ -66,3 +66,15 @@ def test_alignment_changes_what_is_trained(arm, training_set, run_config, tmp_pa
             assert float(run.alignment.predicted.value.sum()) == pytest.approx(1, abs=1e-4)
             assert arm != "learned" or run.weighting.align is run.alignment
     assert losses[False] != losses[True]
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+def test_the_realigned_arm_is_fixmatch_with_the_other_alignment(
+    aligned, training_set, run_config, tmp_path
+):
+    found = {}
+    for arm, wanted in (("fixmatch_realigned", aligned), ("fixmatch", not aligned)):
+        config = run_config(arm, distribution_alignment=wanted)
+        found[arm] = Trainer(config).fit(training_set, tmp_path / arm)
+    realigned, plain = (run["classifier"] for run in found.values())
+    assert all(torch.equal(realigned[name], value) for name, value in plain.items())

@@ -73,11 +73,17 @@ def test_costs_are_those_of_whole_runs_beside_fixmatch(training_set, run_config)
 
 
 def test_converged_fixmatch_has_twice_the_matched_steps(sets, run_config):
-    arms = ("fixmatch_converged", "fixmatch_rounds", "fixmatch_matched", "fixmatch")
+    arms = (
+        "fixmatch_converged",
+        "fixmatch_realigned",
+        "fixmatch_rounds",
+        "fixmatch_matched",
+        "fixmatch",
+    )
     jobs = make_jobs(arms, sets, run_config().training)
-    converged, restarted, matched, plain = (job.config.steps for job in jobs[:4])
+    converged, realigned, restarted, matched, plain = (job.config.steps for job in jobs[:5])
     assert converged == 2 * matched
-    assert restarted == matched
+    assert realigned == restarted == matched
     assert matched > plain == 40
     alone = make_jobs(("fixmatch_converged",), sets, run_config().training)
     assert alone[0].config == jobs[0].config

@@ -14,7 +14,7 @@ from weighmatch.evaluation.tables import CEILING
 
 # Plain FixMatch, longer and longer: what weights have to lie above.
 LONGER = AGAINST[:3]
-MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*", (4, 1, 0))
 # Shares of the gap beyond these (%) are cut off.
 MOST_SHOWN = 200.0
 

@@ -19,7 +19,14 @@ Arrays = Mapping[str, NDArray[Any]]
 
 CELL = ("source", "regime", "setting", "labels_per_class", "ratio")
 # Each arm is compared with those of these that come before it, or with all if it is none of them.
-AGAINST = (BASELINE, "fixmatch_matched", "fixmatch_converged", "fixmatch_rounds", "pu")
+AGAINST = (
+    BASELINE,
+    "fixmatch_matched",
+    "fixmatch_converged",
+    "fixmatch_realigned",
+    "fixmatch_rounds",
+    "pu",
+)
 # Of these, those that have stages.
 STAGED = AGAINST[-2:]
 NEAR = "unseen"

@@ -17,13 +17,14 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
 # Tol (2021), muted: for what is more than eight.
 INDIGO, WINE, OLIVE, SAND, PURPLE = "#332288", "#882255", "#999933", "#DDCC77", "#AA4499"
-TEAL = "#44AA99"
+TEAL, BROWN = "#44AA99", "#661100"
 
 ARM_NAMES = {
     "supervised": "supervised only",
     "fixmatch": "FixMatch",
     "fixmatch_matched": "FixMatch, learned arm's compute",
     "fixmatch_converged": "FixMatch, twice that compute",
+    "fixmatch_realigned": "FixMatch, the other alignment",
     "fixmatch_rounds": "FixMatch restarted",
     "max_prob": "weights = confidence",
     "softmatch": "SoftMatch",
@@ -40,6 +41,7 @@ ARM_COLOURS = {
     "fixmatch": BLUE,
     "fixmatch_matched": SKY,
     "fixmatch_converged": BLACK,
+    "fixmatch_realigned": BROWN,
     "fixmatch_rounds": TEAL,
     "max_prob": ORANGE,
     "softmatch": SAND,

@@ -18,6 +18,7 @@ from weighmatch.evaluation.tables import BASELINE, CEILING, LEARNED
 # What learned weights must be held against before they are said to be of use.
 CONTROLS = {
     "fixmatch_matched": "FixMatch with the learned arm's total compute",
+    "fixmatch_realigned": "FixMatch with that compute and the other choice of alignment",
     "fixmatch_rounds": "FixMatch with that compute and as many restarts, which ranks nothing",
     "pu": "weights from a classifier of labelled against pool images, which need no hypergradient",
 }

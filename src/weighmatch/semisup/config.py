@@ -18,6 +18,7 @@ ArmName = Literal[
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    "fixmatch_realigned",
     "fixmatch_rounds",
     "oracle",
     "max_prob",
@@ -35,6 +36,7 @@ ARMS: tuple[ArmName, ...] = (
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    "fixmatch_realigned",
     "fixmatch_rounds",
     "oracle",
     "max_prob",
@@ -55,6 +57,8 @@ RANKED_ANEW: tuple[ArmName, ...] = ("max_prob", "pu", "learned")
 MOST_STAGES = 100
 # FixMatch in as many rounds, which drops no image: what the restarts alone bring.
 RESTARTED: ArmName = "fixmatch_rounds"
+# FixMatch aligned where the other arms are not, and not where they are.
+REALIGNED: ArmName = "fixmatch_realigned"
 # Those that weigh no image: they have one stage (`RESTARTED`: or rounds), and nothing to score an
 # image by.
 UNWEIGHTED: tuple[ArmName, ...] = (
@@ -62,6 +66,7 @@ UNWEIGHTED: tuple[ArmName, ...] = (
     "fixmatch",
     "fixmatch_matched",
     "fixmatch_converged",
+    REALIGNED,
     RESTARTED,
     "oracle",
 )
@@ -241,14 +246,15 @@ class TrainingConfig:
     Attributes:
         network: "small_cnn" for images of about 8×8, "wrn_28_2" for 32×32.
         width: first-layer channels of "small_cnn".
-        steps: of the arms other than `fixmatch_matched`, `fixmatch_converged` and
-            `fixmatch_rounds`.
+        steps: of the arms other than `fixmatch_matched`, `fixmatch_converged`,
+            `fixmatch_realigned` and `fixmatch_rounds`.
         batch_size: labelled images in a step, B.
         unlabelled_ratio: µ; a step sees µB unlabelled images.
         threshold: τ, the confidence from which a pseudo-label counts.
         unlabelled_weight: λ_u.
         distribution_alignment: whether pseudo-labels' probabilities are multiplied by the ratio
-            of the labelled images' classes to those predicted (Berthelot et al., 2020).
+            of the labelled images' classes to those predicted (Berthelot et al., 2020);
+            of the arm `fixmatch_realigned`, whether they are not.
         learning_rate: of SGD with Nesterov momentum; decays as cos(7πk/16K).
         momentum: of SGD.
         weight_decay: of SGD.

@@ -18,7 +18,14 @@ import torch
 from tqdm import tqdm
 
 from weighmatch.semisup.compute import matched_steps
-from weighmatch.semisup.config import ARMS, RESTARTED, ArmName, TrainingConfig, schedules
+from weighmatch.semisup.config import (
+    ARMS,
+    REALIGNED,
+    RESTARTED,
+    ArmName,
+    TrainingConfig,
+    schedules,
+)
 from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.trainer import (
     RunConfig,
@@ -32,7 +39,7 @@ from weighmatch.semisup.two_stages import TwoStageTrainer
 log = logging.getLogger(__name__)
 
 # FixMatch with the compute of `learned`.
-AS_DEAR: tuple[ArmName, ...] = ("fixmatch_matched", RESTARTED)
+AS_DEAR: tuple[ArmName, ...] = ("fixmatch_matched", REALIGNED, RESTARTED)
 
 
 @dataclass(frozen=True)
@@ -63,8 +70,8 @@ def make_jobs(
         arms: what to run.
         sets: by a key that ends in `_<seed>`, the arrays of a `TrainingSet`.
         training: the configuration that all share.
-        stages: schedules, each 1, 2 or a number of rounds; `fixmatch_matched` and
-            `fixmatch_rounds` have the compute of the dearest of `learned`.
+        stages: schedules, each 1, 2 or a number of rounds; `fixmatch_matched`,
+            `fixmatch_realigned` and `fixmatch_rounds` have the compute of the dearest of `learned`.
     """
     jobs: list[Job] = []
     matched = 0

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.config import OUTER_ARMS, ArmName, TrainingConfig
+from weighmatch.semisup.config import OUTER_ARMS, REALIGNED, ArmName, TrainingConfig
 from weighmatch.semisup.controls import (
     Energy,
     FreeWeights,
@@ -249,7 +249,7 @@ class Run:
             fused=True,
         )
         self.alignment: DistributionAlignment | None = None
-        if self.training.distribution_alignment:
+        if self.training.distribution_alignment != (config.arm == REALIGNED):
             self.alignment = DistributionAlignment(self.labels, config.classes)
         self.weighting = self._build_weighting()
         self.step, self.seconds = 0, 0.0

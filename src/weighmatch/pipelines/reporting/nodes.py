@@ -20,6 +20,7 @@ SHOWN = (
     "supervised",
     "fixmatch_matched",
     "fixmatch_converged",
+    "fixmatch_realigned",
     "fixmatch_rounds",
     "oracle",
 )
