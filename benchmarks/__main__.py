@@ -13,18 +13,19 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import yaml  # type: ignore[import-untyped]
 
 from benchmarks import augmentation, ihvp_peers, startup, steps
 from benchmarks.tables import conditions, show
+from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.runs import default_workers
 
 Device = Literal["cpu", "cuda"]
-CONFIGURATION = Path(__file__).parents[1] / "conf" / "base" / "parameters_training.yml"
+CONFIGURATION = Path(__file__).parents[1] / "conf" / "base"
 PACKAGES = ("weighmatch", "pillow", "torchvision", "kornia")
 
 
@@ -43,7 +44,7 @@ def augmentations(quick: bool, device: Device) -> None:
 
 def training_steps(quick: bool, device: Device) -> None:
     """A step, an update of the weights, a ranking of the pool, and the bare loop."""
-    parameters = yaml.safe_load(CONFIGURATION.read_text())
+    parameters = _parameters("training")
     default = TrainingConfig(**parameters["training"])
     rounds = 2 if quick else 9
     if device == "cpu":
@@ -82,6 +83,16 @@ def training_steps(quick: bool, device: Device) -> None:
             "Median (range), ratios within a round; the learned arm ranks the pool after each of "
             f"its {stages} rounds and trains as FixMatch does in between.",
         )
+        if device == "cpu":
+            data = DataConfig(**_parameters("data")["data"])
+            short = replace(default, steps=100) if quick else default
+            show(
+                f"Whole runs of {short.steps:,} steps: CNN on digits, as in `kedro run`",
+                steps.whole_run_table(
+                    steps.training_set(data), short, stages, rounds, Path(folder)
+                ),
+                "Median (range), ratios within a round.",
+            )
         show("Memory of training", steps.memory_table(settings, Path(folder)))
         for setting in settings:
             show(
@@ -107,10 +118,16 @@ def training_steps(quick: bool, device: Device) -> None:
             )
 
 
+def _parameters(group: str) -> dict[str, Any]:
+    """The file of the base configuration that has this group."""
+    found: dict[str, Any] = yaml.safe_load((CONFIGURATION / f"parameters_{group}.yml").read_text())
+    return found
+
+
 def many_runs(quick: bool, device: Device) -> None:
     """Runs side by side."""
-    parameters = yaml.safe_load(CONFIGURATION.read_text())["training"]
-    setting = steps.digits_cnn(TrainingConfig(**{**parameters, "device": device}))
+    training = TrainingConfig(**_parameters("training")["training"])
+    setting = steps.digits_cnn(replace(training, device=device))
     workers = [1, 2, 4] if device == "cuda" else [1, default_workers(torch.device("cpu"))]
     with tempfile.TemporaryDirectory() as folder:
         show(

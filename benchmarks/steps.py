@@ -5,22 +5,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.tables import markdown, spread
 from benchmarks.timing import by_turns, seconds_of
+from weighmatch.data.config import DataConfig
 from weighmatch.data.glyphs import CHARACTERS, GlyphConfig, render
-from weighmatch.data.sources import load_photographs
+from weighmatch.data.sources import load_digits, load_photographs
+from weighmatch.data.splits import draw_splits
 from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
 from weighmatch.semisup.learned import PROBE_EVERY, Learned
-from weighmatch.semisup.rounds import measure_pool
+from weighmatch.semisup.rounds import RoundsTrainer, measure_pool
 from weighmatch.semisup.runs import Job, finish_all
-from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, TrainingSet
+from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, Trainer, TrainingSet
 from weighmatch.semisup.two_stages import rank_pool
 from weighmatch.studies.memory import peak_memory
 
@@ -52,13 +54,19 @@ class Setting:
 
 def digits_cnn(training: TrainingConfig, pool: int = 600) -> Setting:
     """The default: a small CNN on 8×8 digits, a pool of 600 or of as many as wanted, repeated."""
-    digits = load_digits()
-    images = (digits.images * 255 / 16).astype(np.uint8)[:, None]
+    images, _ = load_digits()
     unlabelled = np.resize(images[100:], (pool, *images.shape[1:]))
     data = TrainingSet(images[:24], np.arange(24) % 6, unlabelled)
     interval = training.weighing.interval
     # As many steps as training itself augments together.
     return Setting("CNN on digits", data, training, CHUNK, interval, training.steps, turns=3)
+
+
+def training_set(config: DataConfig) -> TrainingSet:
+    """What `kedro run` trains on with its first seed."""
+    digits, labels = load_digits()
+    splits = draw_splits(digits, labels, load_photographs(), config, config.seeds[0])
+    return TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
 
 
 def wide_resnet(
@@ -224,6 +232,31 @@ def ranking_table(settings: list[Setting], stages: int, rounds: int, folder: Pat
         )
     header = ["problem", "images in the pool", "one ranking in steps", "steps of a run"]
     return markdown([*header, f"learned arm in {stages} rounds / FixMatch"], rows)
+
+
+def whole_run_table(
+    data: TrainingSet, training: TrainingConfig, stages: int, rounds: int, folder: Path
+) -> list[str]:
+    """Whole runs, checkpoints and all: the learned arm's in one stage and in rounds, FixMatch's."""
+    classes = int(data.labels.max()) + 1
+    learned = RunConfig("learned", 0, training.steps, classes, training)
+    trainers: dict[str, Trainer | RoundsTrainer] = {
+        "FixMatch": Trainer(replace(learned, arm="fixmatch")),
+        "learned weights, one stage": Trainer(learned),
+        f"learned weights, {stages} rounds": RoundsTrainer(learned, stages),
+    }
+
+    def train(trainer: Trainer | RoundsTrainer) -> None:
+        with TemporaryDirectory(dir=folder) as anew:
+            trainer.fit(data, Path(anew))
+
+    calls = {name: partial(train, trainer) for name, trainer in trainers.items()}
+    times = by_turns(calls, rounds)
+    rows = []
+    for name, found in times.items():
+        ratios = [own / plain for own, plain in zip(found, times["FixMatch"], strict=True)]
+        rows.append([name, f"{statistics.median(found):.3g}", spread(ratios)])
+    return markdown(["run", "seconds", "run / FixMatch's"], rows)
 
 
 def _rank(run: Run, setting: Setting) -> None:

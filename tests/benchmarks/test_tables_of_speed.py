@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ import torch
 from benchmarks import __main__ as everything
 from benchmarks import augmentation, startup, steps
 from benchmarks.timing import by_turns
+from weighmatch.data.config import DataConfig
 
 
 def test_calls_take_turns_and_the_first_round_is_for_warming_up():
@@ -59,6 +59,16 @@ def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp
     share, whole = (float(ranked[2].split(" | ")[k].split()[0]) for k in (2, 4))
     assert whole == pytest.approx(1 + 3 * share / 40, abs=0.01)
     assert len(steps.throughput_table([setting], rounds=1, folder=tmp_path / "rate")) == 4
+
+
+def test_whole_runs_are_timed_beside_fixmatch(run_config, training_set, tmp_path):
+    training = run_config(steps=12, weighing={"interval": 4}).training
+    table = steps.whole_run_table(training_set, training, stages=3, rounds=2, folder=tmp_path)
+    plain, one_stage, in_rounds = (line.strip("| ").split(" | ") for line in table[2:])
+    assert plain[2].startswith("1.00 (1.00")
+    assert one_stage[0] == "learned weights, one stage"
+    assert in_rounds[0] == "learned weights, 3 rounds"
+    assert not list(tmp_path.iterdir())  # every run starts anew
 
 
 def test_memory_profile_and_runs_at_once_are_measured(run_config, training_set, tmp_path):
@@ -120,4 +130,10 @@ def test_unknown_sections_are_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         everything.main()
     assert "magic is unknown; choose from augmentation" in capsys.readouterr().err
-    assert Path(everything.CONFIGURATION).is_file()
+
+
+def test_the_configuration_is_that_of_the_main_job():
+    assert {"training", "runs"} <= everything._parameters("training").keys()
+    data = steps.training_set(DataConfig(**everything._parameters("data")["data"]))
+    assert data.labelled_images.shape == (24, 1, 8, 8)
+    assert data.unlabelled_images.shape == (600, 1, 8, 8)
