@@ -460,6 +460,7 @@ def command(monkeypatch, tmp_path):
         ("data.labels_per_class=400", "only 177 images; lower it"),
         ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from mix, unseen"),
         ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
+        ("data.seeds=10", "got 10; Kedro's --params carries no lists: set it in a file in conf"),
         ("data.rato=0.5", "data has no parameter 'rato'"),
         ("runs.arms=fixmatch+foo", "runs.arms 'foo' is unknown; choose from supervised"),
         ("training.threshold=1.2", "training.threshold must be a number above 0 and below 1"),
@@ -495,7 +496,7 @@ def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, me
     ("params", "message"),
     [
         ("benchmark.source=moon", "benchmark.source 'moon' is unknown; choose from digits, glyphs"),
-        ("benchmark.settings=near", "benchmark.settings must be a list of different values"),
+        ("benchmark.settings=near", "Kedro's --params carries no lists: set it in a file in conf"),
         ("benchmark.arms=learned+foo", "benchmark.arms 'foo' is unknown; choose from supervised"),
         ("benchmark.ratio=0.5", "benchmark has no parameter 'ratio'"),
         ("benchmark.steps=0", "benchmark.steps (or null) must be an integer of at least 1, got 0"),

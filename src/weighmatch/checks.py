@@ -63,9 +63,29 @@ def require_seeds(name: str, seeds: Any) -> tuple[int, ...]:
     if not whole or len(set(seeds)) < len(seeds):
         raise ValueError(
             f"{name} must be a list of different whole numbers from 0, such as [10, 11, 12], "
-            f"got {seeds!r}"
+            f"got {seeds!r}{_file_for_lists(seeds)}"
         )
     return tuple(seeds)
+
+
+def require_list(name: str, values: Any) -> tuple[Any, ...]:
+    """The values as a tuple; a ValueError unless they are a list of different ones."""
+    if (
+        not isinstance(values, list | tuple)
+        or not values
+        or any(values.count(value) > 1 for value in values)
+    ):
+        raise ValueError(
+            f"{name} must be a list of different values, got {values!r}{_file_for_lists(values)}"
+        )
+    return tuple(values)
+
+
+def _file_for_lists(given: Any) -> str:
+    """The cure where a single value was given for a list, most likely by `--params`."""
+    if isinstance(given, list | tuple):
+        return ""
+    return "; Kedro's --params carries no lists: set it in a file in conf/local, or an environment"
 
 
 def require_group(name: str, value: Any, kind: type[T]) -> T:

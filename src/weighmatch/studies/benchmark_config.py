@@ -9,6 +9,7 @@ from weighmatch.checks import (
     require_choice,
     require_group,
     require_integer,
+    require_list,
     require_number,
     require_seeds,
     with_changes,
@@ -20,7 +21,6 @@ from weighmatch.semisup.config import (
     require_arms,
     require_stages,
 )
-from weighmatch.studies.config import listed
 
 GROUP = "benchmark"
 # Of the group data, what the benchmark sets itself, and by which parameter.
@@ -82,7 +82,7 @@ class BenchmarkConfig:
                 f"{GROUP}.known_settings: names must be text, got {odd[0]!r}; put it in quotes"
             )
         for name in ("settings", "ratios", "stages"):
-            object.__setattr__(self, name, listed(f"{GROUP}.{name}", getattr(self, name)))
+            object.__setattr__(self, name, require_list(f"{GROUP}.{name}", getattr(self, name)))
         for setting in self.settings:
             require_choice(f"{GROUP}.settings", setting, tuple(self.known_settings))
         if len({_slug(setting) for setting in self.settings}) < len(self.settings):
@@ -103,7 +103,7 @@ class BenchmarkConfig:
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
         given: Any = self.regime
         regimes = given.split("+") if isinstance(given, str) else given
-        object.__setattr__(self, "regime", listed(f"{GROUP}.regime", regimes))
+        object.__setattr__(self, "regime", require_list(f"{GROUP}.regime", regimes))
         for regime in self.regime:
             require_choice(f"{GROUP}.regime", regime, REGIMES)
         for name in ("labels_per_class", "steps"):

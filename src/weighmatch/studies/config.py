@@ -7,6 +7,7 @@ from weighmatch.checks import (
     require_boolean,
     require_choice,
     require_integer,
+    require_list,
     require_number,
     require_seeds,
 )
@@ -82,7 +83,7 @@ class StudyConfig:
                 f"got {self.batch_size}"
             )
         for name, low, high in (("stages", 0, 1), ("l2", 0, 10), ("dampings", 0, 10)):
-            values = listed(f"ihvp_analysis.{name}", getattr(self, name))
+            values = require_list(f"ihvp_analysis.{name}", getattr(self, name))
             for value in values:
                 require_number(
                     f"ihvp_analysis.{name}", value, low, high, above=name == "l2", below=False
@@ -94,7 +95,7 @@ class StudyConfig:
                 require_integer(f"ihvp_analysis.{name}", value, low)
             object.__setattr__(self, name, tuple(sorted(values)))
         object.__setattr__(self, "seeds", require_seeds("ihvp_analysis.seeds", self.seeds))
-        networks = listed("ihvp_analysis.networks", self.networks)
+        networks = require_list("ihvp_analysis.networks", self.networks)
         for network in networks:
             parse_network(network)
         object.__setattr__(self, "networks", networks)
@@ -117,14 +118,3 @@ def parse_network(name: Any) -> tuple[str, int]:
             f"cnn-<width, a multiple of 4>"
         )
     return kind, int(width)
-
-
-def listed(name: str, values: Any) -> tuple[Any, ...]:
-    """The values as a tuple; a ValueError unless they are a list of different ones."""
-    if (
-        not isinstance(values, list | tuple)
-        or not values
-        or any(values.count(value) > 1 for value in values)
-    ):
-        raise ValueError(f"{name} must be a list of different values, got {values!r}")
-    return tuple(values)

@@ -8,10 +8,10 @@ from weighmatch.checks import (
     require_choice,
     require_group,
     require_integer,
+    require_list,
     require_number,
     require_seeds,
 )
-from weighmatch.studies.config import listed
 from weighmatch.studies.names import (
     IHVP_NAMES,
     LABELLED,
@@ -172,7 +172,7 @@ class MetaLearningConfig:
                 )
 
     def _list(self, name: str, check: Any) -> None:
-        values = listed(f"{GROUP}.{name}", getattr(self, name))
+        values = require_list(f"{GROUP}.{name}", getattr(self, name))
         for value in values:
             check(value)
         object.__setattr__(self, name, values)

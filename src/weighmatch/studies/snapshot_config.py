@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass
 
-from weighmatch.checks import require_integer, require_multiple, require_number, require_seeds
+from weighmatch.checks import (
+    require_integer,
+    require_list,
+    require_multiple,
+    require_number,
+    require_seeds,
+)
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import AugmentationConfig, TrainingConfig
-from weighmatch.studies.config import listed
 
 _GROUP = "meta_learning_analysis.snapshots"
 RATIO = 0.75
@@ -65,7 +70,7 @@ class SnapshotConfig:
         require_multiple(f"{_GROUP}.width", self.width, 4, "GroupNorm has 4 groups")
         require_number(f"{_GROUP}.threshold", self.threshold, 0, 1, above=True)
         for name, high in (("stages", 1), ("dampings", 1e6)):
-            values = listed(f"{_GROUP}.{name}", getattr(self, name))
+            values = require_list(f"{_GROUP}.{name}", getattr(self, name))
             for value in values:
                 require_number(f"{_GROUP}.{name}", value, 0, high, above=True, below=False)
             object.__setattr__(self, name, values)
