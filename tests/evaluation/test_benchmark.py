@@ -248,6 +248,8 @@ def test_the_gap_is_that_of_fixmatch_at_equal_compute():
     (axes,) = figure.axes
     assert len(axes.get_yticks()) == 4
     assert "FixMatch, learned arm's compute" in [text.get_text() for text in axes.texts]
+    legend = figure.legends[0].get_window_extent()
+    assert 0 <= legend.x0 < legend.x1 <= figure.bbox.width
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels[-1] == "learned weights, 2 stages"
     assert len(labels) == 7

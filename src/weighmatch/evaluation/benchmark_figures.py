@@ -123,7 +123,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     axes.set_xlabel("share of the gap closed (%)")
     if arms:
         figure.legend(
-            loc="outside lower center", ncols=min(3, len(arms)), frameon=False, fontsize=9
+            loc="outside lower center", ncols=min(2, len(arms)), frameon=False, fontsize=9
         )
     seeds = int(comparison["seeds"].max()) if len(comparison) else 0
     figure.suptitle(
