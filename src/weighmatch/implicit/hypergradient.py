@@ -1,4 +1,4 @@
-"""Hypergradients by the implicit function theorem (DESIGN: dL_outer/dφ = −(∂²L/∂φ∂θ)ᵀ v)."""
+"""Hypergradients by the implicit function theorem: dL_outer/dφ = −(∂²L/∂φ∂θ)ᵀ v."""
 
 import warnings
 from collections.abc import Callable

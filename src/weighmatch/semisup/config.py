@@ -147,6 +147,9 @@ class AugmentationConfig:
 class WeighingConfig:
     """How the weights of the arms other than `max_prob` and `softmatch` are made.
 
+    In rounds, `weights`, `width`, `learning_rate`, `interval`, `warmup`, `outer_labels`,
+    `fit_steps`, `fit_batch`, `proximity` and `first_stage` have no effect.
+
     Attributes:
         weights: of `pu`, `free` and `learned`, "hard": two sizes, cut where the pool's scores fall
             apart (Otsu); "soft": the scores themselves. (`energy` and `inlier` are always hard,

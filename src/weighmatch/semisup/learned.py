@@ -1,6 +1,6 @@
 """The learned weighting: a Confidence Network trained by implicit meta-learning.
 
-One update, at classifier parameters θ (DESIGN, Mathematics):
+One update, at classifier parameters θ (docs/method.md):
 
 1. g = ∇_θ L_outer on strongly augmented labelled images.
 2. v ≈ (C + δI)⁻¹ g, C the Gauss-Newton matrix of the weighted FixMatch loss.

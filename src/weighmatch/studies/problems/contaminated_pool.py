@@ -1,7 +1,7 @@
 """A weight on every image of an unlabelled pool, three quarters of it of unseen classes.
 
 The pseudo-labels are those of a teacher trained on the labelled images, and stay: the smallest
-problem that has what FixMatch's consistency loss has to weigh (DESIGN, section 2).
+problem that has what FixMatch's consistency loss has to weigh (docs/method.md, Two levels).
 """
 
 import numpy as np
