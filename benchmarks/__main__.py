@@ -2,10 +2,10 @@
 
     uv run --group peers python -m benchmarks [--quick] [--only augmentation,steps,…] [--device …]
 
-Prints tables in Markdown: augmentation beside Pillow, torchvision and kornia; products, solves,
-hypergradients and memory beside other packages (`benchmarks.ihvp_peers`); a step of training
-beside the bare loop, and what learned weights add; how these grow, what memory they take and
-where their time goes; many runs at once; and start-up.
+Prints tables in Markdown: augmentation beside Pillow, torchvision and kornia; a step of training
+beside the bare loop, what learned weights add, what memory they take and where their time goes;
+how these grow; whole runs, and many at once; products, solves, hypergradients and memory beside
+other packages (`benchmarks.ihvp_peers`); and start-up.
 """
 
 import argparse
@@ -83,16 +83,6 @@ def training_steps(quick: bool, device: Device) -> None:
             "Median (range), ratios within a round; the learned arm ranks the pool after each of "
             f"its {stages} rounds and trains as FixMatch does in between.",
         )
-        if device == "cpu":
-            data = DataConfig(**_parameters("data")["data"])
-            short = replace(default, steps=100) if quick else default
-            show(
-                f"Whole runs of {short.steps:,} steps: CNN on digits, as in `kedro run`",
-                steps.whole_run_table(
-                    steps.training_set(data), short, stages, rounds, Path(folder)
-                ),
-                "Median (range), ratios within a round.",
-            )
         show("Memory of training", steps.memory_table(settings, Path(folder)))
         for setting in settings:
             show(
@@ -104,18 +94,6 @@ def training_steps(quick: bool, device: Device) -> None:
                 f"Options of training: {settings[0].name}",
                 steps.option_table(settings[0], rounds, Path(folder)),
             )
-            show("Images a second against the batch", scaling(default, device, Path(folder)))
-            pools = [
-                replace(
-                    steps.digits_cnn(replace(default, device=device), pool), name=f"CNN, {pool:,}"
-                )
-                for pool in (600, 4_000, 32_000, 256_000)
-            ]
-            show(
-                "A ranking against the images of the pool",
-                steps.ranking_table(pools, stages, 3, Path(folder)),
-                "Median (range) of 3 rounds.",
-            )
 
 
 def _parameters(group: str) -> dict[str, Any]:
@@ -124,31 +102,59 @@ def _parameters(group: str) -> dict[str, Any]:
     return found
 
 
-def many_runs(quick: bool, device: Device) -> None:
-    """Runs side by side."""
-    training = TrainingConfig(**_parameters("training")["training"])
-    setting = steps.digits_cnn(replace(training, device=device))
+def whole_runs(quick: bool, device: Device) -> None:
+    """Runs from their first step to their last, and side by side."""
+    parameters = _parameters("training")
+    training = replace(TrainingConfig(**parameters["training"]), device=device)
     workers = [1, 2, 4] if device == "cuda" else [1, default_workers(torch.device("cpu"))]
+    length = 100 if quick else training.steps
+    rounds = 1 if quick else 5
+    data = steps.training_set(DataConfig(**_parameters("data")["data"]))
     with tempfile.TemporaryDirectory() as folder:
+        show(
+            f"Whole runs of {length:,} steps: the CNN on digits, as in `kedro run`",
+            steps.whole_run_table(
+                data,
+                replace(training, steps=length),
+                parameters["runs"]["stages"],
+                rounds,
+                Path(folder),
+            ),
+            f"Median (range) of {rounds} rounds, ratios within a round.",
+        )
         show(
             "Many runs: the CNN on digits, one thread a run",
             steps.many_runs_table(
-                setting, 100 if quick else 1000, workers, 1 if quick else 5, Path(folder)
+                steps.digits_cnn(training), length, workers, rounds, Path(folder)
             ),
             "Steps of all runs together; each runs in a process of its own.",
         )
 
 
-def scaling(training: TrainingConfig, device: Device, folder: Path) -> list[str]:
-    """FixMatch on the digits CNN with more and more images a step."""
-    batches = [8, 16, 32, 64, 128]
+def growth(quick: bool, device: Device) -> None:
+    """The digits CNN with more and more images in a step, and in the pool."""
+    parameters = _parameters("training")
+    training = replace(TrainingConfig(**parameters["training"]), device=device)
+    batches = [8, 32] if quick else [8, 16, 32, 64, 128]
     settings = [
-        replace(
-            steps.digits_cnn(replace(training, batch_size=batch, device=device)), name=f"B{batch}"
-        )
+        replace(steps.digits_cnn(replace(training, batch_size=batch)), name=f"B{batch}")
         for batch in batches
     ]
-    return steps.throughput_table(settings, 5, folder)
+    pools = [
+        replace(steps.digits_cnn(training, pool), name=f"CNN, {pool:,}")
+        for pool in ((600, 4_000) if quick else (600, 4_000, 32_000, 256_000))
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        show(
+            "Images a second against the batch",
+            steps.throughput_table(settings, 1 if quick else 5, Path(folder)),
+        )
+        rounds = 1 if quick else 3
+        show(
+            "A ranking against the images of the pool",
+            steps.ranking_table(pools, parameters["runs"]["stages"], rounds, Path(folder)),
+            f"Median (range) of {rounds} rounds.",
+        )
 
 
 def ihvps(quick: bool, device: Device) -> None:
@@ -166,7 +172,8 @@ def start_up(quick: bool, device: Device) -> None:
 SECTIONS: dict[str, Callable[[bool, Device], None]] = {
     "augmentation": augmentations,
     "steps": training_steps,
-    "runs": many_runs,
+    "growth": growth,
+    "runs": whole_runs,
     "ihvps": ihvps,
     "startup": start_up,
 }
