@@ -241,6 +241,13 @@ def test_panels_and_rows_tell_regimes_apart():
     assert names == ["near+far, fixed total\n50 % OOD", "near+far, added\n50 % OOD"]
 
 
+def test_arms_of_the_same_cost_lie_side_by_side():
+    axes = figures.draw_compute(table(settings=("near",), ratios=(0.5,))).axes[0]
+    places = sorted(line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "None")
+    assert len(places) == len(ARMS) + 3  # three have two stages
+    assert min(b - a for a, b in itertools.pairwise(places)) > 0.05
+
+
 def test_the_gap_is_that_of_fixmatch_at_equal_compute():
     comparison = compare_arms(table())
     figure = figures.draw_gap(comparison)

@@ -32,7 +32,7 @@ def draw_compute(benchmark: pd.DataFrame) -> Figure:
         for axes, ratio in zip(grid[row], ratios, strict=True):
             make_plain(axes)
             cell = benchmark[(benchmark["setting"] == setting) & (benchmark["ratio"] == ratio)]
-            _draw_panel(axes, cell, arms)
+            _draw_panel(axes, cell, arms, float(benchmark["cost"].max()))
             axes.set_title(f"{setting}: {100 * ratio:.0f} % of the pool OOD", loc="left")
         grid[row][0].set_ylabel("test accuracy (%)")
         # An interval may reach beyond what an accuracy can be.
@@ -53,16 +53,20 @@ def draw_compute(benchmark: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, cell: pd.DataFrame, arms: list[tuple[str, int]]) -> None:
+def _draw_panel(
+    axes: Axes, cell: pd.DataFrame, arms: list[tuple[str, int]], dearest: float
+) -> None:
     longer = []
-    # About a hundredth of the axis between arms of the same cost, whose intervals would coincide.
-    apart = 0.012 * float(cell["cost"].max()) / 1000
-    for number, (arm, stages) in enumerate(arms):
-        mine = cell[(cell["arm"] == arm) & (cell["stages"] == stages)]
-        if mine.empty:
-            continue
+    rows = {
+        pair: mine
+        for pair in arms
+        if len(mine := cell[(cell["arm"] == pair[0]) & (cell["stages"] == pair[1])])
+    }
+    costs = {pair: float(mine["cost"].mean()) for pair, mine in rows.items()}
+    places = _side_by_side(costs, apart=0.018 * dearest)
+    for (arm, stages), mine in rows.items():
         values = 100 * mine["accuracy"].to_numpy(np.float64)
-        place = float(mine["cost"].mean()) / 1000 + apart * (number % 3 - 1)
+        place = places[arm, stages] / 1000
         low, high = mean_interval(values)
         if low is not None and high is not None:
             axes.plot([place, place], [low, high], color=ARM_COLOURS[arm], linewidth=1.5, zorder=2)
@@ -78,6 +82,17 @@ def _draw_panel(axes: Axes, cell: pd.DataFrame, arms: list[tuple[str, int]]) -> 
             longer.append((place, float(values.mean())))
     if len(longer) > 1:
         axes.plot(*zip(*longer, strict=True), color=BLACK, linewidth=1, linestyle=":", zorder=1)
+
+
+def _side_by_side(
+    costs: dict[tuple[str, int], float], apart: float
+) -> dict[tuple[str, int], float]:
+    """Where arms are drawn: those of about the same cost, whose intervals would coincide, apart."""
+    places = {}
+    for pair, cost in costs.items():
+        alike = [other for other, theirs in costs.items() if abs(theirs - cost) < apart]
+        places[pair] = cost + apart * (alike.index(pair) - (len(alike) - 1) / 2)
+    return places
 
 
 def draw_gap(comparison: pd.DataFrame) -> Figure:
