@@ -31,6 +31,12 @@ def test_accuracy_and_differences_name_axes_arms_and_seeds():
     assert "FixMatch" in shown
 
 
+def test_seeds_with_the_same_accuracy_do_not_hide_each_other():
+    figure = figures.draw_accuracy(scores(learned=[97.0, 94.0, 97.0, 97.0]))
+    dots = figure.axes[0].collections[0].get_offsets()
+    assert len(dots) == len({tuple(dot) for dot in dots.tolist()}) == 4
+
+
 @pytest.mark.parametrize("arms", [{"supervised": [60.0]}, {"learned": [85.0], "fixmatch": [80.0]}])
 def test_single_seeds_and_missing_arms_can_be_drawn(arms):
     table = scores(**arms)

@@ -115,8 +115,9 @@ def draw_differences(scores: pd.DataFrame) -> Figure:
 
 
 def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.float64], colour: str) -> None:
-    # Beside the interval, not on it.
-    offsets = 0.17 + 0.14 * (np.arange(len(values)) % 2)
+    # Beside the interval, not on it; by rank, so that equal values do not hide each other.
+    ranks = values.argsort(kind="stable").argsort(kind="stable")
+    offsets = 0.14 + 0.1 * (ranks % 3)
     axes.scatter(
         values, row + offsets, s=20, color=colour, edgecolors="white", linewidths=0.6, zorder=2
     )
