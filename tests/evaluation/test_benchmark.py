@@ -184,13 +184,37 @@ def test_every_arm_is_compared_once_with_each_baseline():
     longer = ("fixmatch", "fixmatch_matched", "fixmatch_converged", "fixmatch_realigned")
     for stages in (1, 2):
         mine = [a for arm, s, a in pairs if (arm, s) == ("learned", stages)]
-        assert mine == [*longer, "fixmatch_rounds", "pu"]
+        assert mine[:6] == [*longer, "fixmatch_rounds", "pu"]
+        assert set(mine[6:]) == set(ARMS) - {*mine[:6], "learned"}
     assert [a for arm, _, a in pairs if arm == "fixmatch_converged"] == list(longer[:2])
     assert not any(arm == "fixmatch" for arm, _, _ in pairs)
     # A share of the gap belongs to a FixMatch that is left behind, and not to the oracle.
     closed = found[found["gap_closed"].notna()]
     assert set(closed["against"]) == {*longer, "fixmatch_rounds"}
     assert set(closed["arm"]) == set(ARMS) - {"fixmatch", "oracle"}
+
+
+def test_learned_weights_are_compared_with_other_ways_to_weigh_in_as_many_stages_or_in_one():
+    runs = table(
+        settings=("near",),
+        ratios=(0.5,),
+        arms=dict.fromkeys(("pu", "energy", "oracle"), (2000, 0.8)),
+    )
+    runs = pd.concat(
+        [runs.assign(arm=runs["arm"].replace("pu", name)) for name in ("learned", "max_prob")]
+    )
+    runs = runs.drop_duplicates(["arm", "stages", "seed"]).reset_index(drop=True)
+    runs["accuracy"] = np.random.default_rng(1).random(len(runs))
+    found = compare_arms(runs).set_index(["arm", "stages", "against"])["difference"]
+    mean = 100 * runs.groupby(["arm", "stages"])["accuracy"].mean()
+    for stages in (1, 2):
+        mine = mean["learned", stages]
+        assert found["learned", stages, "max_prob"] == pytest.approx(
+            mine - mean["max_prob", stages]
+        )
+        assert found["learned", stages, "energy"] == pytest.approx(mine - mean["energy", 1])
+        assert found["learned", stages, "oracle"] == pytest.approx(mine - mean["oracle", 1])
+    assert set(found.index.get_level_values("arm")) == {"learned"}
 
 
 def test_one_seed_or_one_arm_compares_as_far_as_it_can():

@@ -1,6 +1,6 @@
 """Tables of the benchmark: a row a run, and paired differences between arms."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,8 @@ from weighmatch.evaluation.tables import BASELINE, CEILING
 Arrays = Mapping[str, NDArray[Any]]
 
 CELL = ("source", "regime", "setting", "labels_per_class", "ratio")
-# Each arm is compared with those of these that come before it, or with all if it is none of them.
+# Each arm is compared with those of these that come before it, or with all if it is none of them;
+# learned weights, what all of this is about, with every other arm.
 AGAINST = (
     BASELINE,
     "fixmatch_matched",
@@ -29,6 +30,7 @@ AGAINST = (
 )
 # Of these, those that have stages.
 STAGED = AGAINST[-2:]
+LEARNED = "learned"
 NEAR = "unseen"
 
 
@@ -165,7 +167,9 @@ def _mean(values: NDArray[Any]) -> float:
 def compare_arms(benchmark: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of accuracy within each setting and ratio.
 
-    An arm with stages is compared with `pu` and `fixmatch_rounds` of as many stages.
+    Every arm against each FixMatch and `pu`, learned weights against all others. An arm with
+    stages is compared with `pu` and `fixmatch_rounds` of as many stages, and with others of as
+    many or else of one.
 
     Args:
         benchmark: of `judge_runs`.
@@ -185,9 +189,9 @@ def compare_arms(benchmark: pd.DataFrame) -> pd.DataFrame:
             for (arm, stages), mine in cell.groupby(["arm", "stages"], sort=False)
         }
         for (arm, stages), accuracy in arms.items():
-            before = AGAINST[: AGAINST.index(arm)] if arm in AGAINST else AGAINST
-            for against in before:
-                baseline = arms.get((against, stages if against in STAGED else 1))
+            for against in _rivals(arm, dict.fromkeys(name for name, _ in arms)):
+                alone = None if against in STAGED else arms.get((against, 1))
+                baseline = arms.get((against, stages), alone)
                 if baseline is None:
                     continue
                 numbers = _compare(accuracy, baseline, arms.get((CEILING, 1)), arm, against)
@@ -212,6 +216,13 @@ NUMBERS = (
     "gap_closed_high",
     "seeds",
 )
+
+
+def _rivals(arm: str, there: Iterable[str]) -> tuple[str, ...]:
+    """What an arm is compared with; `there` are the names of the arms that were run."""
+    if arm == LEARNED:
+        return (*AGAINST, *(name for name in there if name not in (*AGAINST, LEARNED)))
+    return AGAINST[: AGAINST.index(arm)] if arm in AGAINST else AGAINST
 
 
 def _compare(
