@@ -478,6 +478,7 @@ def command(monkeypatch, tmp_path):
             "training.weighing.outer_labels=held_out,data.labels_per_class=1",
             "needs data.labels_per_class of at least 2",
         ),
+        ("training.steps=3", "runs.stages 4 are more rounds than there are steps (3); lower them"),
         ("run_folder=/dev/null/x", "cannot be written"),
         ("data_folder=/dev/null/x", "choose another with --params data_folder="),
     ],
@@ -499,6 +500,10 @@ def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, me
         ("benchmark.settings=near", "Kedro's --params carries no lists: set it in a file in conf"),
         ("benchmark.arms=learned+foo", "benchmark.arms 'foo' is unknown; choose from supervised"),
         ("benchmark.ratio=0.5", "benchmark has no parameter 'ratio'"),
+        (
+            "data.ratio=0.2",
+            "data.ratio has no effect in the benchmark; set benchmark.ratios instead",
+        ),
         ("benchmark.steps=0", "benchmark.steps (or null) must be an integer of at least 1, got 0"),
         (
             "benchmark.labels_per_class=400,benchmark.source=digits",

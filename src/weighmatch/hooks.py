@@ -65,12 +65,16 @@ class ChecksBeforeWork:
         _check_groups(run_params.get("runtime_params") or {})
         inputs = pipeline.inputs()
         if "params:benchmark" in inputs:
-            _check_benchmark(catalog)
+            alone = all(name.startswith("benchmark") for name in pipeline.all_outputs())
+            given = run_params.get("runtime_params") or {}
+            _check_benchmark(catalog, given if alone else {})
         elif "params:training" in inputs and "params:runs" in inputs:
             data = catalog.load("params:data")
             # Kedro makes it a DataConfig only where a node of this run takes it.
             labels = data["labels_per_class"] if isinstance(data, dict) else data.labels_per_class
-            _check_training(catalog.load("params:training"), labels)
+            training = catalog.load("params:training")
+            _check_training(training, labels)
+            _check_rounds(catalog.load("params:runs"), training)
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}
         if "params:run_folder" in inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
@@ -90,9 +94,9 @@ def _check_groups(given: dict[str, Any]) -> None:
         )
 
 
-def _check_benchmark(catalog: Catalog) -> None:
+def _check_benchmark(catalog: Catalog, given: dict[str, Any]) -> None:
     from weighmatch.semisup.config import TrainingConfig
-    from weighmatch.studies.benchmark_config import make_cells, make_training
+    from weighmatch.studies.benchmark_config import make_cells, make_training, require_effect
 
     benchmark = catalog.load("params:benchmark")
     data, training = (catalog.load(f"params:{name}") for name in ("data", "training"))
@@ -100,11 +104,23 @@ def _check_benchmark(catalog: Catalog) -> None:
     if isinstance(training, dict):
         training = TrainingConfig(**training)
     try:
+        require_effect(benchmark, given)
         cells = make_cells(benchmark, data)
         training = make_training(benchmark, training)
     except ValueError as error:
         raise RefusedError(str(error)) from error
     _check_training(training, min(cell.data.labels_per_class for cell in cells))
+
+
+def _check_rounds(runs: Any, training: Any) -> None:
+    from weighmatch.semisup.config import schedules
+
+    rounds = max(max(schedules(arm, (runs.stages,)), default=1) for arm in runs.arms)
+    if rounds > max(2, training.steps):
+        raise RefusedError(
+            f"runs.stages {runs.stages} are more rounds than there are steps ({training.steps}); "
+            "lower them or raise training.steps"
+        )
 
 
 def _check_training(training: Any, labels_per_class: int) -> None:
@@ -117,8 +133,9 @@ def _check_training(training: Any, labels_per_class: int) -> None:
             raise RefusedError(str(error)) from error
     if training.weighing.outer_labels == "held_out" and labels_per_class < 2:
         raise RefusedError(
-            "training.weighing.outer_labels: held_out needs data.labels_per_class of at least 2; "
-            "raise it or set outer_labels to training"
+            "training.weighing.outer_labels: held_out needs data.labels_per_class of at least 2 "
+            "(in the benchmark: benchmark.labels_per_class, or that of its source); raise it or "
+            "set outer_labels to training"
         )
 
 

@@ -51,3 +51,15 @@ def test_gap_closed():
     assert (closed.low, closed.high) == pytest.approx((0.5, 0.5))
     assert gap_closed(baseline, oracle, baseline).share is None
     assert gap_closed(baseline[:1] + 5, baseline[:1], oracle[:1]).low is None
+
+
+def test_a_gap_of_no_image_is_none_whatever_rounding_leaves_of_it():
+    def of(*right):
+        return 100 * np.array(right) / 270
+
+    none = gap_closed(of(255, 255), of(251, 253), of(250, 254))
+    assert (none.share, none.low, none.high) == (None, None, None)
+    # Of seeds with a gap of no image on some resamples.
+    some = gap_closed(of(254, 255, 252), of(252, 253, 251), of(251, 255, 251))
+    assert some.share == pytest.approx(5)
+    assert 0 < some.low < some.high < 10

@@ -26,7 +26,19 @@ def test_restarts_alone_keep_the_whole_pool(training_set, run_config, tmp_path):
     assert math.isnan(found["update_seconds"])
     assert "ranker" not in found
     assert schedules(RESTARTED, (1, 2, 4)) == (4,)
-    assert schedules(RESTARTED, (1, 2)) == (1,)
+    assert schedules(RESTARTED, (1, 2)) == ()
+
+
+def test_confidences_of_the_pool_are_the_same_measure_in_every_schedule(
+    training_set, run_config, tmp_path
+):
+    clean = {"contamination_level": 0}
+    config = run_config("fixmatch", weighing=clean, distribution_alignment=True)
+    alone = Trainer(config).fit(training_set, tmp_path / "alone")
+    rounds = RoundsTrainer(replace(config, arm="pu"), 4).fit(training_set, tmp_path / "rounds")
+    assert same(alone["classifier"], rounds["classifier"])
+    last = [found["history"]["confidence"][-1] for found in (alone, rounds)]
+    torch.testing.assert_close(*last)
 
 
 @pytest.mark.parametrize("arm", RANKED_ANEW)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weighmatch.semisup.compute import flops_per_step, matched_steps, relative_costs
-from weighmatch.semisup.config import ARMS, UNWEIGHTED
+from weighmatch.semisup.config import ARMS, UNWEIGHTED, RunsConfig
 from weighmatch.semisup.runs import Job, finish_all, make_jobs, one_thread, train_all
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.trainer import Run
@@ -80,13 +80,23 @@ def test_converged_fixmatch_has_twice_the_matched_steps(sets, run_config):
         "fixmatch_matched",
         "fixmatch",
     )
-    jobs = make_jobs(arms, sets, run_config().training)
+    jobs = make_jobs(arms, sets, run_config().training, (3,))
     converged, realigned, restarted, matched, plain = (job.config.steps for job in jobs[:5])
     assert converged == 2 * matched
     assert realigned == restarted == matched
     assert matched > plain == 40
-    alone = make_jobs(("fixmatch_converged",), sets, run_config().training)
+    alone = make_jobs(("fixmatch_converged",), sets, run_config().training, (3,))
     assert alone[0].config == jobs[0].config
+
+
+def test_restarts_need_rounds(sets, run_config, caplog):
+    arms = ("fixmatch_rounds", "fixmatch")
+    jobs = make_jobs(arms, sets, run_config().training, (1, 2))
+    assert {job.config.arm for job in jobs} == {"fixmatch"}
+    assert "fixmatch_rounds is left out" in caplog.text
+    with pytest.raises(ValueError, match=r"runs\.stages has no number of rounds; make it 3"):
+        RunsConfig(arms=arms[:1], stages=2)
+    assert RunsConfig(arms=arms[:1], stages=3).stages == 3
 
 
 def test_the_bar_counts_what_other_calls_do(sets, run_config, tmp_path, capsys):
@@ -139,7 +149,7 @@ def _alive(pid):
 
 @pytest.mark.parametrize("arm", [arm for arm in ARMS if arm not in ("supervised", "oracle")])
 def test_scoring_is_the_trained_run(arm, sets, run_config, tmp_path):
-    jobs = make_jobs((arm,), sets, run_config().training)[:1]
+    jobs = make_jobs((arm,), sets, run_config().training, (1, 3))[:1]
     (checkpoint,) = train_all(jobs, tmp_path, workers=1).values()
     images = sets["seed_0000"]["unlabelled_images"]
     scored = score_images(checkpoint, images)

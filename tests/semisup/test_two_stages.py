@@ -8,6 +8,7 @@ from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
 from weighmatch.semisup.networks import ConfidenceHead, build_classifier
+from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.two_stages import clean_chance, fit_head, keep_best, rank_pool
@@ -83,6 +84,38 @@ def first_stage(training_set, run_config, arm):
         "config": asdict(config),
     }
     return config, classifier, checkpoint
+
+
+def test_a_free_weight_that_was_never_measured_is_no_recommendation(training_set, run_config):
+    _, _, first = first_stage(training_set, run_config, "free")
+    measured = torch.arange(40) < 16
+    scores = torch.ones(40)
+    scores[:8], scores[8:16] = 0.7, 0.3
+    first["weighting"] |= {"pool_scores": scores, "evidence": measured.float()}
+    found = rank_pool(first, training_set, run_config("free"))
+    assert found.cut == pytest.approx(0.5)
+    assert torch.equal(found.scores > found.cut, scores == 0.7)
+    assert (found.scores[16:] == found.cut).all()
+    classes = score_images(first, training_set.unlabelled_images).probabilities.argmax(axis=1)
+    best = keep_best(found.scores, torch.from_numpy(classes), 8 / 40, 3)
+    assert torch.equal(found.kept, best)
+
+
+@pytest.mark.parametrize("arm", ["free", "inlier"])
+def test_a_pool_of_which_nothing_is_known_is_kept_whole(arm, training_set, run_config, tmp_path):
+    # Without an update of the weights in the first stage.
+    config = run_config(arm, weighing={"interval": 1000})
+    assert TwoStageTrainer(config).fit(training_set, tmp_path)["weighting"]["kept"].all()
+
+
+def test_a_damaged_ranking_names_its_file_and_the_cure(training_set, run_config, tmp_path):
+    trainers = (TwoStageTrainer(run_config("pu")), RoundsTrainer(run_config("pu"), 3))
+    for trainer, place in zip(trainers, ("two", "rounds/round_1"), strict=True):
+        trainer.fit(training_set, tmp_path / place.partition("/")[0])
+        path = tmp_path / place / "ranking.pt"
+        path.write_bytes(path.read_bytes()[:100])
+        with pytest.raises(ValueError, match=r"ranking\.pt is not a whole checkpoint; delete"):
+            trainer.fit(training_set, tmp_path / place.partition("/")[0])
 
 
 def test_influence_moves_the_head_and_none_leaves_it_a_pu_classifier(training_set, run_config):

@@ -8,7 +8,12 @@ import yaml
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.studies.benchmark import plan_runs
-from weighmatch.studies.benchmark_config import BenchmarkConfig, make_cells, make_training
+from weighmatch.studies.benchmark_config import (
+    BenchmarkConfig,
+    make_cells,
+    make_training,
+    require_effect,
+)
 
 BASE = Path(__file__).parents[2] / "conf" / "base"
 
@@ -119,6 +124,59 @@ def test_what_the_benchmark_sets_itself_is_refused_in_a_setting():
     settings = {"settings": ["a"], "known_settings": {"a": {"ratio": 0.9}}}
     with pytest.raises(ValueError, match=r"a\.ratio has no effect; set benchmark\.ratios instead"):
         make_cells(BenchmarkConfig(**base("benchmark", **settings)), DATA)
+    own = BenchmarkConfig(**base("benchmark", glyphs={"data": {"seeds": [7]}}))
+    with pytest.raises(
+        ValueError, match=r"glyphs\.data\.seeds has no effect; set benchmark\.seeds"
+    ):
+        make_cells(own, DATA)
+
+
+def test_a_setting_that_means_nothing_to_its_source_is_refused():
+    digits = BenchmarkConfig(**base("benchmark", source="digits", settings=["near", "one kind"]))
+    with pytest.raises(ValueError, match=r"one kind\.glyphs has no effect with .*source digits"):
+        make_cells(digits, DATA)
+    settings = {"settings": ["a"], "known_settings": {"a": {"seen_classes": [0, 1]}}}
+    with pytest.raises(ValueError, match=r"a\.seen_classes has no effect with .*source glyphs"):
+        make_cells(BenchmarkConfig(**base("benchmark", **settings)), DATA)
+
+
+def test_cells_with_the_same_names_of_files_are_refused():
+    known = {"near": {"ood_source": "unseen"}, "near_added": {"ood_source": "noise"}}
+    both = {"settings": ["near", "near_added"], "known_settings": known, "ratios": [0.5]}
+    regimes = ["fixed_total", "added"]
+    benchmark = BenchmarkConfig(**base("benchmark", regime=regimes, **both))
+    with pytest.raises(ValueError, match=r"near \(added\) and near_added \(fixed_total\)"):
+        make_cells(benchmark, DATA)
+    assert len(make_cells(BenchmarkConfig(**base("benchmark", **both)), DATA)) == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "instead"),
+    [
+        ({"data": {"ratio": 0.2}}, "benchmark.ratios"),
+        ({"runs": {"stages": 1}}, "benchmark.stages"),
+        ({"data": {"glyphs": {"clutter": 3}}}, "benchmark.glyphs.data.glyphs.clutter"),
+        ({"training": {"weighing": {"damping": 1}}}, "benchmark.glyphs.training.weighing.damping"),
+        ({"training": {"steps": 3}}, "benchmark.steps"),
+        ({"data": {"labels_per_class": 3}}, "benchmark.labels_per_class"),
+    ],
+)
+def test_a_parameter_that_the_benchmark_overrides_is_refused(given, instead):
+    benchmark = BenchmarkConfig(**base("benchmark", steps=5, labels_per_class=2))
+    with pytest.raises(ValueError, match=rf"has no effect in the benchmark; set {instead} instead"):
+        require_effect(benchmark, given)
+
+
+def test_parameters_that_count_in_the_benchmark_are_let_through():
+    benchmark = BenchmarkConfig(**base("benchmark"))
+    counting = {
+        "data": {"glyphs": {"noise": 3.0}},
+        "training": {"weighing": {"contamination_level": 1}, "device": "cpu"},
+        "runs": {"workers": 1},
+        "benchmark": {"steps": 7},
+        "data_folder": "elsewhere",
+    }
+    require_effect(benchmark, counting)
 
 
 def test_fixmatch_is_matched_to_the_cost_of_ranking_each_size_of_pool(training_set, run_config):

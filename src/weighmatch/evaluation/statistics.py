@@ -12,6 +12,8 @@ Floats = NDArray[np.float64]
 # Up to this many seeds all sign patterns are enumerated; beyond, they are sampled.
 EXACT_SEEDS = 16
 RESAMPLES = 20_000
+# Points: what rounding leaves of a gap of no image.
+NO_GAP = 1e-9
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def gap_closed(arm: Floats, baseline: Floats, oracle: Floats) -> GapClosed:
     The interval resamples seeds; resamples without a gap are left out of it.
     """
     gap = float((oracle - baseline).mean())
-    if gap <= 0:
+    if gap <= NO_GAP:
         return GapClosed(None, None, None)
     share = float((arm - baseline).mean()) / gap
     n = len(arm)
@@ -110,6 +112,7 @@ def gap_closed(arm: Floats, baseline: Floats, oracle: Floats) -> GapClosed:
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES // 2, n))
     gaps = (oracle - baseline)[drawn].mean(axis=1)
     gains = (arm - baseline)[drawn].mean(axis=1)
-    shares = gains[gaps > 0] / gaps[gaps > 0]
+    there = gaps > NO_GAP
+    shares = gains[there] / gaps[there]
     low, high = np.quantile(shares, (0.025, 0.975))
     return GapClosed(share, float(low), float(high))

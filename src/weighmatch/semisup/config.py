@@ -96,11 +96,26 @@ OPERATIONS = (
 def schedules(arm: ArmName, stages: Sequence[int]) -> tuple[int, ...]:
     """Of these numbers of stages, those that an arm can be trained in, or else one.
 
-    From 3 they are rounds, for `RESTARTED` and arms that can rank the pool anew.
+    From 3 they are rounds, for `RESTARTED`, which has no other schedule, and arms that can rank
+    the pool anew.
     """
     in_rounds = arm == RESTARTED or arm in RANKED_ANEW
     able = (in_rounds if count > 2 else arm not in UNWEIGHTED for count in stages)
-    return tuple(count for count, is_able in zip(stages, able, strict=True) if is_able) or (1,)
+    found = tuple(count for count, is_able in zip(stages, able, strict=True) if is_able)
+    return found or (() if arm == RESTARTED else (1,))
+
+
+def require_schedule(group: str, arms: Sequence[ArmName], stages: Sequence[int]) -> None:
+    """Require that some arm can be trained in some of these numbers of stages.
+
+    Raises:
+        ValueError: if none can; `group` is that of the parameters.
+    """
+    if not any(schedules(arm, stages) for arm in arms):
+        raise ValueError(
+            f"{group}.arms: {RESTARTED} restarts in every round, and {group}.stages has no number "
+            "of rounds; make it 3 or more, or add another arm"
+        )
 
 
 @dataclass(frozen=True)
@@ -338,6 +353,7 @@ class RunsConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", require_arms("runs.arms", self.arms))
         require_stages("runs.stages", self.stages)
+        require_schedule("runs", self.arms, (self.stages,))
         if self.workers != "auto":
             require_integer("runs.workers (or auto)", self.workers, 1)
 

@@ -41,6 +41,7 @@ from weighmatch.semisup.trainer import (
     TrainingSet,
     algorithms,
     fingerprint,
+    load_state,
     pick_device,
 )
 from weighmatch.semisup.two_stages import (
@@ -70,7 +71,7 @@ class RoundsTrainer:
         if config.steps < rounds:
             raise ValueError(
                 f"training.steps {config.steps} are fewer than {rounds} rounds; raise them or "
-                "lower benchmark.stages"
+                "take fewer rounds"
             )
         self.config, self.rounds = config, rounds
 
@@ -198,10 +199,9 @@ class RoundsTrainer:
     ) -> tuple[Ranking, State, float]:
         """That of an earlier call for the same run, or a new one; and the seconds it took."""
         path, run = folder / "ranking.pt", fingerprint(self.config, data, trained["classifier"])
-        if path.exists():
-            known: dict[str, Any] = torch.load(path, weights_only=True)
-            if known["fingerprint"] == run:
-                return Ranking(**known["ranking"]), known["measured"], known["seconds"]
+        known = load_state(path)
+        if known is not None and known["fingerprint"] == run:
+            return Ranking(**known["ranking"]), known["measured"], known["seconds"]
         started = time.perf_counter()
         with algorithms(self.config.training.deterministic):
             if self.config.arm == "learned":

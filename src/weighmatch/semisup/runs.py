@@ -75,6 +75,9 @@ def make_jobs(
     """
     jobs: list[Job] = []
     matched = 0
+    for arm in arms:
+        if not schedules(arm, stages):
+            log.warning("%s is left out: it takes rounds, which are 3 stages or more", arm)
     for key, arrays in sets.items():
         data, seed = TrainingSet(**arrays), int(key.rpartition("_")[2])
         classes = int(data.labels.max()) + 1

@@ -347,7 +347,8 @@ class Run:
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"{self.config.arm}, seed {self.config.seed}: the loss is no longer finite after "
-                f"{self.step} steps; lower training.learning_rate"
+                f"{self.step} steps; lower training.learning_rate (in the benchmark that of its "
+                "source, such as benchmark.glyphs.training.learning_rate)"
             )
 
     def _views(self, size: int) -> list["Batch"]:
@@ -458,7 +459,10 @@ class Run:
     # --- records ----------------------------------------------------------------------------
 
     def _record_pool(self) -> None:
-        """Weights and confidences of the whole pool, as it is, at this step."""
+        """Weights and confidences of the whole pool, as it is, at this step.
+
+        The confidence is that of the averaged classifier, without alignment: every arm's the same.
+        """
         if not self._unlabelled_batch():
             return
         everyone = torch.arange(len(self.pool), device=self.device)
@@ -466,12 +470,13 @@ class Run:
         with torch.no_grad():
             for part in everyone.split(1024):
                 images = self._arranged(self.pool[part].float() / 255)
-                logits = self._logits(images)
-                pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
-                scores = torch.ones_like(pseudo.confidence)
+                confidence = self.average(images).softmax(dim=1).amax(dim=1)
+                scores = torch.ones_like(confidence)
                 if self._weighs():
+                    logits = self._logits(images)
+                    pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
                     scores = self.weighting.scores(images, pseudo, part)
-                found.append((scores, pseudo.confidence))
+                found.append((scores, confidence))
         scores, confidence = (torch.cat(column) for column in zip(*found, strict=True))
         weights = mean_one(scores)
         self.history["step"].append(self.step)
@@ -542,7 +547,7 @@ class Run:
         """
         metrics = self.directory / "metrics.jsonl"
         for folder in (self.directory, earlier):
-            state = _load_checkpoint(folder / "checkpoint.pt")
+            state = load_state(folder / "checkpoint.pt")
             if state is None or state["fingerprint"] != self.fingerprint:
                 continue
             if state["step"] <= until:
@@ -575,7 +580,12 @@ def _step_of(line: str) -> float:
         return math.inf
 
 
-def _load_checkpoint(path: Path) -> dict[str, Any] | None:
+def load_state(path: Path) -> dict[str, Any] | None:
+    """What `path` holds, with its "fingerprint"; none if there is no such file.
+
+    Raises:
+        ValueError: if the file is damaged.
+    """
     if not path.exists():
         return None
     try:

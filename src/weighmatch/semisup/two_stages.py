@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.config import WeighingConfig
+from weighmatch.semisup.config import ArmName, WeighingConfig
 from weighmatch.semisup.losses import mean_one
 from weighmatch.semisup.networks import (
     Classifier,
@@ -41,6 +41,7 @@ from weighmatch.semisup.trainer import (
     TrainingSet,
     algorithms,
     fingerprint,
+    load_state,
     pick_device,
 )
 from weighmatch.semisup.weightings import otsu_cut
@@ -49,6 +50,8 @@ from weighmatch.semisup.weightings import otsu_cut
 MEASURED = ("influence", "influence_square", "evidence")
 # Arms with a head on frozen features.
 WITH_HEAD = ("pu", "learned")
+# Has scores for pool images alone, of those that were measured.
+TRANSDUCTIVE: ArmName = "free"
 # Parts of the labelled images and of the pool when one is judged by what the others show.
 FOLDS = 5
 # Augmented copies whose features are kept: of a labelled image, of all of them together (but
@@ -124,10 +127,9 @@ class TwoStageTrainer:
     def _ranking(self, first: dict[str, Any], data: TrainingSet, folder: Path) -> Ranking:
         """That of an earlier call for the same run, or a new one."""
         path, run = folder / "ranking.pt", fingerprint(self.config, data)
-        if path.exists():
-            state: dict[str, Any] = torch.load(path, weights_only=True)
-            if state.pop("fingerprint") == run:
-                return Ranking(**state)
+        state = load_state(path)
+        if state is not None and state.pop("fingerprint") == run:
+            return Ranking(**state)
         with algorithms(self.config.training.deterministic):
             ranking = rank_pool(first, data, self.config)
         partial = path.with_suffix(".partial")
@@ -208,17 +210,34 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
             cut = float(scores.quantile(1 - share))
     else:
         found = score_images(first, data.unlabelled_images, device)
-        pool_scores = first["weighting"].get("pool_scores")
-        scores = torch.from_numpy(found.scores).float()
-        if pool_scores is not None:
-            scores = pool_scores.cpu()
+        scores, cut = _criterion(first, torch.from_numpy(found.scores).float())
         pseudo_classes = torch.from_numpy(found.probabilities.argmax(axis=1))
-        cut = otsu_cut(scores)
-        share = float((scores > cut).float().mean())
+        # None is above the cut where all score the same: nothing is known of any.
+        share = float((scores > cut).float().mean()) or 1.0
     kept = torch.ones(len(scores), dtype=torch.bool)
     if share < 1:
         kept = keep_best(scores, pseudo_classes, share, config.classes)
     return Ranking(scores, cut, kept, None if head is None else head.state_dict())
+
+
+def _criterion(first: dict[str, Any], found: Tensor) -> tuple[Tensor, float]:
+    """What ranks a pool without a head, (N,), and Otsu's cut of it.
+
+    Args:
+        first: what the first stage's `Trainer.fit` returned.
+        found: the arm's own scores of the pool's images as of unseen ones, (N,).
+    """
+    weighting = first["weighting"]
+    known = weighting.get("pool_scores")
+    scores = found if known is None else known.cpu()
+    if first["config"]["arm"] != TRANSDUCTIVE:
+        return scores, otsu_cut(scores)
+    measured = weighting["evidence"].cpu() > 0
+    if known is None or int(measured.sum()) < 2:
+        return torch.ones_like(scores), 1.0
+    # An image without a measurement: not above the cut, but before those that are below it.
+    cut = otsu_cut(scores[measured])
+    return torch.where(measured, scores, cut), cut
 
 
 def keep_best(scores: Tensor, classes: Tensor, share: float, count: int) -> Tensor:

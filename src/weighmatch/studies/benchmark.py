@@ -161,7 +161,7 @@ def predict(checkpoint: Checkpoint, images: Mapping[str, NDArray[np.uint8]]) -> 
         images, `pool_weights` (N,) of mean 1, `pool_labels` (N,), the classifier's last
         pseudo-labels, `pool_influence` and `pool_influence_variance` (N,), mean and variance of
         each image's measured influence, NaN where none was measured, and `mask_rate` (), the share
-        of the pool with a confidence of at least τ.
+        of the pool with a confidence of at least τ (of the averaged classifier, not aligned).
     """
     config = checkpoint["config"]
     with one_thread():

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,17 @@ from weighmatch.semisup.config import (
     ArmName,
     TrainingConfig,
     require_arms,
+    require_schedule,
     require_stages,
 )
 
 GROUP = "benchmark"
 # Of the group data, what the benchmark sets itself, and by which parameter.
 ELSEWHERE = {"source": "source", "ratio": "ratios", "regime": "regime", "seeds": "seeds"}
+# Likewise of the group runs.
+RUNS_ELSEWHERE = {"arms": "arms", "stages": "stages"}
+# Of the group data, what the images of a source do not depend on.
+FOREIGN = {"digits": "glyphs", "glyphs": "seen_classes"}
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,7 @@ class BenchmarkConfig:
             require_stages(f"{GROUP}.stages", stages)
         object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
         object.__setattr__(self, "arms", require_arms(f"{GROUP}.arms", self.arms))
+        require_schedule(GROUP, self.arms, self.stages)
         given: Any = self.regime
         regimes = given.split("+") if isinstance(given, str) else given
         object.__setattr__(self, "regime", require_list(f"{GROUP}.regime", regimes))
@@ -141,9 +148,11 @@ def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
     ratio, regime, seeds and labels per class.
 
     Raises:
-        ValueError: if a setting does not fit the source, or asks for more than there is.
+        ValueError: if a setting does not fit the source, or asks for more than there is, or if
+            files of two cells would have the same names.
     """
     source = benchmark.source
+    _refuse_elsewhere(f"{GROUP}.{source}.data", getattr(benchmark, source).data)
     own: dict[str, Any] = {
         "source": source,
         "seeds": benchmark.seeds,
@@ -154,18 +163,74 @@ def make_cells(benchmark: BenchmarkConfig, data: DataConfig) -> list[Cell]:
     for setting in benchmark.settings:
         name = f"{GROUP}.known_settings.{setting}"
         changes = _merged(getattr(benchmark, source).data, benchmark.known_settings[setting], name)
-        for key in ELSEWHERE.keys() & benchmark.known_settings[setting].keys():
-            raise ValueError(f"{name}.{key} has no effect; set {GROUP}.{ELSEWHERE[key]} instead")
+        _refuse_elsewhere(name, benchmark.known_settings[setting])
         for regime, ratio in itertools.product(benchmark.regime, benchmark.ratios):
             place = {"regime": regime, "ratio": ratio}
             try:
                 config = with_changes("data", data, {**changes, **own, **place})
             except ValueError as error:
                 raise ValueError(
-                    f"{name} with {GROUP}.source {source} at ratio {ratio:g}: {error}"
+                    f"{name} with {GROUP}.source {source} at ratio {ratio:g}: {error} (here they "
+                    f"are set by {GROUP}.ratios, {GROUP}.labels_per_class, {GROUP}.{source}.data "
+                    "and the setting)"
                 ) from error
             cells.append(Cell(setting, config))
+        if FOREIGN[source] in benchmark.known_settings[setting]:
+            raise ValueError(
+                f"{name}.{FOREIGN[source]} has no effect with {GROUP}.source {source}; take the "
+                f"setting out of {GROUP}.settings or change {GROUP}.source"
+            )
+    keys: dict[str, Cell] = {}
+    for cell in cells:
+        other = keys.setdefault(cell.key(0), cell)
+        if other is not cell:
+            raise ValueError(
+                f"files of the settings {other.setting} ({other.data.regime}) and {cell.setting} "
+                f"({cell.data.regime}) would have the same names; rename one in "
+                f"{GROUP}.known_settings"
+            )
     return cells
+
+
+def require_effect(benchmark: BenchmarkConfig, given: Mapping[str, Any]) -> None:
+    """Require that every parameter given for this run counts in the benchmark.
+
+    Args:
+        benchmark: its own parameters, which win.
+        given: of a run, by group.
+
+    Raises:
+        ValueError: if one is overridden; it names the parameter to set instead.
+    """
+    source = getattr(benchmark, benchmark.source)
+    owners = {f"data.{name}": f"{GROUP}.{own}" for name, own in ELSEWHERE.items()}
+    owners |= {f"runs.{name}": f"{GROUP}.{own}" for name, own in RUNS_ELSEWHERE.items()}
+    for group in ("data", "training"):
+        for name in _leaves(getattr(source, group)):
+            owners[f"{group}.{name}"] = f"{GROUP}.{benchmark.source}.{group}.{name}"
+    if benchmark.labels_per_class is not None:
+        owners["data.labels_per_class"] = f"{GROUP}.labels_per_class"
+    if benchmark.steps is not None:
+        owners["training.steps"] = f"{GROUP}.steps"
+    for name in _leaves({group: given.get(group, {}) for group in ("data", "training", "runs")}):
+        if name in owners:
+            raise ValueError(f"{name} has no effect in the benchmark; set {owners[name]} instead")
+
+
+def _leaves(group: Any) -> list[str]:
+    """Names of the parameters within, such as weighing.damping."""
+    if not isinstance(group, Mapping):
+        return []
+    return [
+        ".".join((str(name), *inner))
+        for name, value in group.items()
+        for inner in ([[leaf] for leaf in _leaves(value)] or [[]])
+    ]
+
+
+def _refuse_elsewhere(name: str, changes: Mapping[str, Any]) -> None:
+    for key in ELSEWHERE.keys() & changes.keys():
+        raise ValueError(f"{name}.{key} has no effect; set {GROUP}.{ELSEWHERE[key]} instead")
 
 
 def make_training(benchmark: BenchmarkConfig, training: TrainingConfig) -> TrainingConfig:
