@@ -47,7 +47,8 @@ def draw_compute(benchmark: pd.DataFrame) -> Figure:
     )
     figure.suptitle(
         f"{_source(benchmark)}: what accuracy each arm buys with its compute\n"
-        f"mean and 95 % interval over {_seeds(benchmark['seed'].nunique())}",
+        f"mean and 95 % interval over {_seeds(benchmark['seed'].nunique())}; "
+        "arms of about the same compute side by side",
         fontsize=12,
     )
     return figure
