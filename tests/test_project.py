@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from kedro.framework.startup import bootstrap_project
 
 ROOT = Path(__file__).parents[1]
 SOURCE = ROOT / "src" / "weighmatch"
+ONE = {"runs": {"arms": "fixmatch"}}
 
 
 @pytest.fixture(scope="module")
@@ -249,6 +251,31 @@ def test_one_arm_and_another_ratio(tmp_path):
     assert "no verdict" in metrics["verdict"]
 
 
+def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, outputs, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(outputs, folder)
+    given = f"data.ratio=0.25,data_folder={folder}"
+    result = command(given, "--pipelines", "training,scoring,evaluation")
+    assert result.exit_code == 1
+    assert "data.ratio has no effect on the pipelines of this run" in result.output
+    # New data, and the old checkpoints.
+    assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    result = command(f"data_folder={folder}", "--pipelines", "scoring,evaluation")
+    assert result.exit_code == 1
+    assert "was trained on other data than lie in the data folder" in str(result.exception)
+    run_project(folder, names=["training", "scoring", "evaluation"], params=ONE)
+    metrics = json.loads((folder / "08_reporting" / "metrics.json").read_text())
+    assert metrics["setting"]["ratio"] == 0.25
+
+
+def test_checks_before_work_leave_no_empty_folder(command, tmp_path):
+    folder = tmp_path / "new"
+    result = command(f"data_folder={folder}", "--pipelines", "training")
+    assert result.exit_code == 1
+    assert "training_sets does not exist; run the pipeline that makes it" in str(result.exception)
+    assert not folder.exists()
+
+
 # --- leakage ---------------------------------------------------------------------------------
 
 
@@ -354,8 +381,6 @@ def test_dvc_stages_are_the_pipelines_and_their_files(graph):
 
 def test_dvc_experiments_can_change_every_parameter_file(tmp_path):
     """DVC resolves the whole file that it changes: none may need Kedro's own resolvers."""
-    import shutil
-
     import yaml
     from dvc.utils.hydra import apply_overrides
 

@@ -1,7 +1,11 @@
 """Checks of parameters: each error is one sentence with the parameter's name and the cure."""
 
 from dataclasses import fields, is_dataclass, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 T = TypeVar("T")
 
@@ -52,6 +56,26 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     """Raise a ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name} {value!r} is unknown; choose from {', '.join(choices)}")
+
+
+def require_images(name: str, images: Any) -> "NDArray[np.uint8]":
+    """The images (n, C, H, W) uint8, side by side in memory.
+
+    Raises:
+        ValueError: unless they are that, n at least 1 and C 1 or 3.
+    """
+    import numpy as np
+
+    found = np.asarray(images)
+    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{name} must be uint8 (grey levels 0 to 255) of shape (n, channels, height, width) "
+            f"with 1 or 3 channels, got {found.dtype} of shape {found.shape}; convert them to grey "
+            "or RGB, move the channels to the second place or add it"
+        )
+    if not len(found):
+        raise ValueError(f"{name} must have at least one image")
+    return np.ascontiguousarray(found)
 
 
 def require_seeds(name: str, seeds: Any) -> tuple[int, ...]:

@@ -23,6 +23,10 @@ GROUPS = (
 )
 
 
+# What makes a run one of a part of the pipelines, as one that goes on after an error.
+PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
+
+
 class RefusedError(ValueError):
     """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
 
@@ -62,11 +66,13 @@ class ChecksBeforeWork:
         Raises:
             RefusedError: saying what to change.
         """
-        _check_groups(run_params.get("runtime_params") or {})
+        given = run_params.get("runtime_params") or {}
+        _check_groups(given)
         inputs = pipeline.inputs()
+        if not any(run_params.get(part) for part in PARTS):
+            _check_effect(given, inputs)
         if "params:benchmark" in inputs:
             alone = all(name.startswith("benchmark") for name in pipeline.all_outputs())
-            given = run_params.get("runtime_params") or {}
             _check_benchmark(catalog, given if alone else {})
         elif "params:training" in inputs and "params:runs" in inputs:
             data = catalog.load("params:data")
@@ -92,6 +98,16 @@ def _check_groups(given: dict[str, Any]) -> None:
             f"there is no parameter {', '.join(unknown)}; --params takes names such as data.ratio, "
             f"from the groups {', '.join(GROUPS)}"
         )
+
+
+def _check_effect(given: dict[str, Any], inputs: set[str]) -> None:
+    for group in GROUPS:
+        if group in given and f"params:{group}" not in inputs and isinstance(given[group], dict):
+            name = next(iter(given[group]), "")
+            raise RefusedError(
+                f"{group}.{name} has no effect on the pipelines of this run; leave it out, or add "
+                "the pipeline that reads it (data_preparation for data) to --pipelines"
+            )
 
 
 def _check_benchmark(catalog: Catalog, given: dict[str, Any]) -> None:
@@ -148,10 +164,14 @@ def _folder_of(catalog: Catalog, name: str) -> Path | None:
 
 
 def _check_writable(folder: Path) -> None:
+    # Left behind by a run that is killed, an empty folder would look like a result.
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=folder):
             pass
+        for place in missing:
+            place.rmdir()
     except OSError as error:
         raise RefusedError(
             f"the data folder {folder} cannot be written ({error.strerror}); make it writable or "

@@ -66,6 +66,21 @@ def test_weights_are_drawn_for_arms_whose_weights_vary():
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["learned weights"]
     assert "unseen classes (OOD)" in texts(figure)
     figures.draw_weights(pd.DataFrame(rows)[:4]).canvas.draw()  # no arm whose weights vary
+    # One snapshot, as two stages have: a point in place of a line.
+    once = figures.draw_weights(pd.DataFrame([row for row in rows if row["step"] == 100]))
+    marked = [line for line in once.axes[0].get_lines() if line.get_marker() == "o"]
+    assert [line.get_ydata()[0] for line in marked] == pytest.approx([1.4, 0.6])
+
+
+def test_both_series_of_auroc_have_a_name_where_the_lowest_arm_has_one_of_them():
+    rows = [
+        {"arm": arm, "seed": seed, "auroc_weight": weight, "auroc_confidence": 0.7}
+        for arm, weight in (("max_prob", 0.8), ("free", 0.5))
+        for seed in (0, 1)
+    ]
+    (axes,) = figures.draw_auroc(pd.DataFrame(rows)).axes
+    names = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(names) == ["classifier's confidence", "weight"]
 
 
 def test_gallery_shows_the_highest_first_and_counts_ood():
@@ -73,12 +88,14 @@ def test_gallery_shows_the_highest_first_and_counts_ood():
     images = rng.integers(0, 256, (30, 1, 8, 8), dtype=np.uint8)
     weights = np.linspace(2, 0, 30)
     sources = ["id"] * 12 + ["unseen"] * 18
-    figure = figures.draw_gallery(images, weights, weights, sources, per_side=12)
+    figure = figures.draw_gallery(images, weights, weights, sources, "learned", per_side=12)
     shown = texts(figure)
-    assert "Weighed up most (weights 1.24 to 2.00): 0 % of these are OOD" in shown
-    assert "Weighed down most (weights 0.00 to 0.76): 100 % of these are OOD" in shown
+    assert "learned weights: weighed up most (weights 1.24 to 2.00), 0 % OOD" in shown
+    assert "learned weights: weighed down most (weights 0.00 to 0.76), 100 % OOD" in shown
     assert "2.00" in shown
-    figures.draw_gallery(images.repeat(3, 1), weights, weights, sources).canvas.draw()
+    figures.draw_gallery(images.repeat(3, 1), weights, weights, sources, "pu").canvas.draw()
+    alike = figures.draw_gallery(images, np.ones(30), np.ones(30), sources, "fixmatch")
+    assert texts(alike) == "FixMatch: ranks no image"
 
 
 def test_samples_show_a_row_a_source():

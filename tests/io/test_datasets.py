@@ -46,8 +46,11 @@ def test_partitions_hold_what_was_saved_last_and_may_be_empty(tmp_path):
     dataset.save({"b": {"x": np.full(1, 7)}})
     assert {k: v["x"][0] for k, v in dataset.load().items()} == {"b": 7}
     dataset.save({})
-    assert dataset.load() == {}
     assert dataset.exists()
+    with pytest.raises(DatasetError, match="p is empty; run the pipeline that makes it"):
+        dataset.load()
+    place = str(tmp_path / "p")
+    assert Partitions(place, "weighmatch.io.NpzDataset", ".npz", may_be_empty=True).load() == {}
 
 
 def test_figures_are_png_and_repeat(tmp_path):

@@ -105,6 +105,7 @@ class GlyphConfig:
                 f"data.glyphs.size must be at most {SHEET}, the side that characters are drawn "
                 f"at, got {self.size}; lower it"
             )
+        require_integer("data.glyphs.channels", self.channels, 1)
         if self.channels not in (1, 3):
             raise ValueError(f"data.glyphs.channels must be 1 or 3, got {self.channels!r}")
         require_integer("data.glyphs.clutter", self.clutter, 0)

@@ -146,10 +146,15 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
             mean = wide.mean(axis=1)
             highest = max(highest, float(wide.to_numpy().max()))
             colour = SOURCE_COLOURS[source]
-            axes.plot(100 * wide.index, mean, color=colour, label=SOURCE_NAMES[source])
-            axes.fill_between(
-                100 * wide.index, wide.min(axis=1), wide.max(axis=1), color=colour, alpha=0.15
+            low, high = wide.min(axis=1), wide.max(axis=1)
+            # One snapshot has neither line nor band.
+            marker = "o" if len(wide) == 1 else None
+            axes.plot(
+                100 * wide.index, mean, marker=marker, color=colour, label=SOURCE_NAMES[source]
             )
+            axes.fill_between(100 * wide.index, low, high, color=colour, alpha=0.15)
+            if len(wide) == 1:
+                axes.vlines(100 * wide.index, low, high, color=colour, alpha=0.5)
         axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
         axes.set_title(ARM_NAMES[arm], loc="left")
         axes.set_xlabel("training done (%)")
@@ -173,6 +178,7 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
         ("auroc_weight", RED, "weight"),
         ("auroc_confidence", BLUE, "classifier's confidence"),
     )
+    named: set[str] = set()
     for row, arm in enumerate(reversed(arms)):
         for shift, (column, colour, name) in zip((0.16, -0.16), columns, strict=True):
             values = scores.loc[scores["arm"] == arm, column].dropna().to_numpy(np.float64)
@@ -182,7 +188,8 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
             low, high = mean_interval(values)
             if low is not None and high is not None:
                 axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
-            label = name if row == 0 else None
+            label = None if name in named else name
+            named.add(name)
             axes.scatter([values.mean()], [row + shift], color=colour, s=45, label=label, zorder=3)
     axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
     axes.set_xlim(0, 1)
@@ -247,17 +254,25 @@ def draw_gallery(
     scores: NDArray[np.float64],
     weights: NDArray[np.float64],
     sources: Sequence[str],
+    arm: str,
     per_side: int = 24,
 ) -> Figure:
     """The images ranked highest and lowest by their scores, framed by what they really are.
+
+    Where all scores are the same, a sentence in their place.
 
     Args:
         images: (n, C, H, W) uint8.
         scores: what ranks them and is written below them, (n,).
         weights: what follows from the scores, (n,); the titles name them.
         sources: of each, names of `SOURCE_NAMES`.
+        arm: whose scores they are; the titles name it.
         per_side: how many of the highest and of the lowest.
     """
+    if np.ptp(scores) == 0:
+        figure = Figure(figsize=(9, 0.8))
+        figure.suptitle(f"{ARM_NAMES[arm]}: ranks no image", y=0.6, fontsize=11)
+        return figure
     order = np.argsort(-scores, kind="stable")
     per_side = min(per_side, len(order) // 2)
     columns = 12
@@ -266,11 +281,12 @@ def draw_gallery(
         figsize=(0.72 * columns + 0.6, 0.98 * 2 * rows_each + 1.5), layout="constrained"
     )
     halves: Any = figure.subfigures(2, 1, hspace=0.04)
-    parts = {"Weighed up most": order[:per_side], "Weighed down most": order[-per_side:][::-1]}
+    parts = {"weighed up most": order[:per_side], "weighed down most": order[-per_side:][::-1]}
     for half, (title, chosen) in zip(halves, parts.items(), strict=True):
         ood = float(np.mean([sources[k] != "id" for k in chosen]))
         half.suptitle(
-            f"{title} ({_span(weights[chosen])}): {100 * ood:.0f} % of these are OOD", fontsize=11
+            f"{ARM_NAMES[arm]}: {title} ({_span(weights[chosen])}), {100 * ood:.0f} % OOD",
+            fontsize=11,
         )
         grid = half.subplots(rows_each, columns, squeeze=False).ravel()
         for axes in grid[len(chosen) :]:

@@ -12,15 +12,17 @@ from kedro_datasets._typing import JSONPreview
 class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
     """A dictionary whose values lie in files `<path>/<key><suffix>` of a given dataset type.
 
-    Unlike kedro-datasets' PartitionedDataset it may be empty (an arm that is left out), and
-    saving removes the files of keys that are gone: what lies in the folder is what was saved.
-    As there, a value to be saved may be a function that makes it, called when its turn comes.
+    Unlike kedro-datasets' PartitionedDataset it may be empty where that is said (an arm that is
+    left out), and saving removes the files of keys that are gone: what lies in the folder is
+    what was saved. As there, a value to be saved may be a function that makes it, called when its
+    turn comes.
 
     Args:
         path: the folder.
         dataset: class name of the files' dataset.
         suffix: of the files, with its dot.
         lazy: whether loading gives functions that load a file each, instead of what is in them.
+        may_be_empty: whether a folder without a file is no sign of work cut off.
         metadata: for kedro-viz.
     """
 
@@ -30,9 +32,11 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         dataset: str,
         suffix: str,
         lazy: bool = False,
+        may_be_empty: bool = False,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         self._path, self._suffix, self._lazy = Path(path), suffix, lazy
+        self._may_be_empty = may_be_empty
         self._kind: Any
         self._kind, _ = parse_dataset_definition({"type": dataset, "filepath": ""})
         self.metadata = metadata
@@ -40,6 +44,8 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
     def load(self) -> dict[str, Any]:
         if not self._path.is_dir():
             raise FileNotFoundError(f"{self._path} does not exist; run the pipeline that makes it")
+        if not self._members() and not self._may_be_empty:
+            raise FileNotFoundError(f"{self._path} is empty; run the pipeline that makes it")
         loaders = {path.stem: self._member(path.stem).load for path in self._members()}
         return loaders if self._lazy else {key: load() for key, load in loaders.items()}
 

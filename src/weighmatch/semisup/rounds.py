@@ -27,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from weighmatch.checks import require_choice, require_integer
 from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.config import RESTARTED
+from weighmatch.semisup.config import RANKED_ANEW, RESTARTED
 from weighmatch.semisup.learned import Learned
 from weighmatch.semisup.losses import PseudoLabels
 from weighmatch.semisup.networks import Classifier
@@ -64,10 +65,12 @@ class RoundsTrainer:
         rounds: how many.
 
     Raises:
-        ValueError: if there are fewer steps than rounds.
+        ValueError: if there are fewer steps than rounds, or the arm has none.
     """
 
     def __init__(self, config: RunConfig, rounds: int) -> None:
+        require_choice("arm (in rounds)", config.arm, (*RANKED_ANEW, RESTARTED))
+        require_integer("rounds", rounds, 1)
         if config.steps < rounds:
             raise ValueError(
                 f"training.steps {config.steps} are fewer than {rounds} rounds; raise them or "
@@ -98,7 +101,7 @@ class RoundsTrainer:
 
         Raises:
             FloatingPointError: if a loss is no longer finite.
-            ValueError: if `checkpoint_dir` holds a damaged checkpoint.
+            ValueError: if `checkpoint_dir` holds a damaged checkpoint, or a label is no class.
         """
         kept = torch.ones(len(data.unlabelled_images), dtype=torch.bool)
         measured: State = {}

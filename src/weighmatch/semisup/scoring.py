@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weighmatch.checks import require_images
 from weighmatch.semisup.config import WeighingConfig
 from weighmatch.semisup.controls import (
     SoftmaxNetwork,
@@ -60,8 +61,16 @@ def score_images(
         device: where the classifier runs.
 
     Raises:
-        ValueError: if the images have another number of channels than those trained on.
+        ValueError: if the images are of another type or shape than those trained on.
     """
+    images = require_images("images", images)
+    trained = checkpoint.get("image_shape")
+    if trained is not None and list(images.shape[1:]) != list(trained):
+        raise ValueError(
+            f"the classifier was trained on images of {trained[0]} channel(s), {trained[1]} by "
+            f"{trained[2]}, these are of {images.shape[1]}, {images.shape[2]} by "
+            f"{images.shape[3]}; convert or resize them"
+        )
     classifier = load_classifier(checkpoint, images.shape[1]).to(device)
     criterion = _load_criterion(checkpoint, images.shape[1], device)
     found = []

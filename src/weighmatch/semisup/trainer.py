@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.implicit.memory import keep_freed_memory
 from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.config import OUTER_ARMS, REALIGNED, ArmName, TrainingConfig
+from weighmatch.semisup.config import ARMS, OUTER_ARMS, REALIGNED, ArmName, TrainingConfig
 from weighmatch.semisup.controls import (
     Energy,
     FreeWeights,
@@ -52,14 +53,35 @@ class TrainingSet:
     """All that training may see: no test image, no word on which image is OOD.
 
     Attributes:
-        labelled_images: (n, C, H, W) uint8.
+        labelled_images: (n, C, H, W) uint8, C 1 or 3.
         labels: (n,) int64, 0 to classes − 1.
-        unlabelled_images: (N, C, H, W) uint8.
+        unlabelled_images: (N, C, H, W) uint8, N at least 1.
+
+    Raises:
+        ValueError: if they are not that; labels of another integer type are converted.
     """
 
     labelled_images: NDArray[np.uint8]
     labels: NDArray[np.int64]
     unlabelled_images: NDArray[np.uint8]
+
+    def __post_init__(self) -> None:
+        for name in ("labelled_images", "unlabelled_images"):
+            object.__setattr__(self, name, require_images(name, getattr(self, name)))
+        mine, theirs = self.labelled_images.shape, self.unlabelled_images.shape
+        if mine[1:] != theirs[1:]:
+            raise ValueError(
+                f"labelled_images are of shape {mine[1:]} each and unlabelled_images of "
+                f"{theirs[1:]}; resize or convert them to the same"
+            )
+        labels = np.asarray(self.labels)
+        whole = np.issubdtype(labels.dtype, np.integer)
+        if labels.shape != mine[:1] or not whole or labels.min() < 0:
+            raise ValueError(
+                f"labels must be whole numbers from 0, one for each of the {mine[0]} labelled "
+                f"images, got {labels.dtype} of shape {labels.shape}; number the classes from 0"
+            )
+        object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
 
 
 def code_digest() -> str:
@@ -82,6 +104,9 @@ class RunConfig:
         classes: number of seen classes.
         training: the rest.
         code: what trains it. Fixed here, so that an edit while many runs go on splits none.
+
+    Raises:
+        ValueError: if the arm is unknown, or a number is not a whole one.
     """
 
     arm: ArmName
@@ -90,6 +115,20 @@ class RunConfig:
     classes: int
     training: TrainingConfig
     code: str = field(default_factory=code_digest)
+
+    def __post_init__(self) -> None:
+        require_choice("arm", self.arm, ARMS)
+        for name, minimum in (("seed", 0), ("steps", 1), ("classes", 1)):
+            require_integer(name, getattr(self, name), minimum)
+
+    def check_labels(self, data: TrainingSet) -> None:
+        """Raise a ValueError if a label of `data` is none of the classes."""
+        highest = int(data.labels.max())
+        if highest >= self.classes:
+            raise ValueError(
+                f"labels go up to {highest}, so that there are {highest + 1} classes or more, but "
+                f"RunConfig.classes is {self.classes}; raise it or number the classes from 0"
+            )
 
 
 class Trainer:
@@ -129,13 +168,14 @@ class Trainer:
         Returns:
             The checkpoint at that step: "classifier" (the EMA's state), "weighting", "history"
             (of the pool's weights and confidences, (snapshots, N)), "seconds" spent training,
-            "update_seconds" that one update of the weights took (NaN: there was none), "config"
-            and "metrics" (the lines of `metrics.jsonl`).
+            "update_seconds" that one update of the weights took (NaN: there was none), "config",
+            "image_shape" (C, H, W) and "metrics" (the lines of `metrics.jsonl`).
 
         Raises:
             FloatingPointError: if the loss is no longer finite.
-            ValueError: if `checkpoint_dir` holds a damaged checkpoint.
+            ValueError: if `checkpoint_dir` holds a damaged checkpoint, or a label is no class.
         """
+        self.config.check_labels(data)
         with algorithms(self.config.training.deterministic):
             run = Run(self.config, data, checkpoint_dir, start, until, earlier)
             progress(run.step)
@@ -507,6 +547,7 @@ class Run:
             "seconds": self.seconds,
             "update_seconds": self.update_seconds / self.updates if self.updates else math.nan,
             "config": asdict(self.config),
+            "image_shape": list(self.pool.shape[1:]),
             "metrics": [
                 json.loads(line)
                 for line in (self.directory / "metrics.jsonl").read_text().splitlines()

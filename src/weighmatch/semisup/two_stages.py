@@ -13,6 +13,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
+from weighmatch.checks import require_choice
 from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.config import ArmName, WeighingConfig
+from weighmatch.semisup.config import ARMS, UNWEIGHTED, ArmName, WeighingConfig
 from weighmatch.semisup.losses import mean_one
 from weighmatch.semisup.networks import (
     Classifier,
@@ -84,9 +86,18 @@ class Ranking:
 
 
 class TwoStageTrainer:
-    """Trains one arm with one seed in two stages; the second has `config.steps` steps."""
+    """Trains one arm with one seed in two stages; the second has `config.steps` steps.
+
+    Args:
+        config: of the run; `arm` is none of `config.UNWEIGHTED`.
+
+    Raises:
+        ValueError: if the arm weighs nothing.
+    """
 
     def __init__(self, config: RunConfig) -> None:
+        weighted = tuple(arm for arm in ARMS if arm not in UNWEIGHTED)
+        require_choice("arm (in two stages)", config.arm, weighted)
         self.config = config
         weighing = config.training.weighing
         self.first_steps = max(1, round(weighing.first_stage * config.steps))
@@ -204,6 +215,13 @@ def rank_pool(first: dict[str, Any], data: TrainingSet, config: RunConfig) -> Ra
         # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
         share, cut = 1.0, 0.0
         level = weighing.contamination_level
+        if 0 < level < 1 and 1 in np.bincount(data.labels):
+            warnings.warn(
+                "a class has a single labelled image, so that no test can find the pool clean; "
+                "label another one, or set training.weighing.contamination_level to 0 (keep all) "
+                "or 1 (it is contaminated)",
+                stacklevel=2,
+            )
         contaminated = level >= 1 or chance < level
         if contaminated and not bool(likely.all()):
             share = float(likely.float().mean())

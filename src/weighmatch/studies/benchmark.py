@@ -143,7 +143,15 @@ def _final_checkpoint(run: Planned, folder: Path) -> Checkpoint:
         with one_thread():
             scored = score_images(result, run.job.data.unlabelled_images)
         last["labels"] = torch.from_numpy(scored.probabilities.argmax(axis=1))
-    kept = ("config", "classifier", "weighting", "seconds", "update_seconds", "ranker")
+    kept = (
+        "config",
+        "image_shape",
+        "classifier",
+        "weighting",
+        "seconds",
+        "update_seconds",
+        "ranker",
+    )
     found = {name: result[name] for name in kept if name in result}
     return {"key": run.key, "pool": last, **found}
 

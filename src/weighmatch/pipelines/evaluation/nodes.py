@@ -1,9 +1,7 @@
 """Nodes of `evaluation`. Imports are kept in the functions: scipy and scikit-learn take seconds."""
 
-from dataclasses import asdict
 from typing import Any
 
-from weighmatch.data.config import DataConfig
 from weighmatch.data.splits import SOURCE_NAMES
 from weighmatch.semisup.config import TrainingConfig
 
@@ -18,11 +16,22 @@ def join_truth(predictions: Table, ood_truth: dict[str, Any], test_labels: dict[
     return tables.join_truth(predictions, ood_truth, test_labels, list(SOURCE_NAMES))
 
 
-def score_runs(runs: Table, judgements: Table) -> Table:
-    """One row a run."""
+def score_runs(runs: Table, judgements: Table, manifest: dict[str, Any]) -> Table:
+    """One row a run.
+
+    Raises:
+        ValueError: if a run was trained on other data than the manifest describes.
+    """
     from weighmatch.evaluation import tables
 
-    return tables.score_runs(runs, judgements)
+    pools = {s["seed"]: s["fingerprints"]["unlabelled_images"] for s in manifest["seeds"]}
+    for run in runs.to_dict("records"):
+        if run["pool"] not in ("", pools.get(run["seed"])):
+            raise ValueError(
+                f"the checkpoint of {run['arm']}, seed {run['seed']}, was trained on other data "
+                "than lie in the data folder; run the pipelines training and scoring"
+            )
+    return tables.score_runs(runs.drop(columns="pool"), judgements)
 
 
 def bin_confidences(judgements: Table) -> Table:
@@ -48,11 +57,11 @@ def compare_arms(run_scores: Table) -> Table:
     return tables.compare_arms(run_scores)
 
 
-def summarise(comparison: Table, run_scores: Table, data: DataConfig) -> dict[str, Any]:
-    """Setting, verdict and numbers of each arm."""
+def summarise(comparison: Table, run_scores: Table, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Setting, verdict and numbers of each arm; the setting is that of the data on disk."""
     from weighmatch.evaluation import report, tables
 
     names = ("ood_source", "ratio", "regime", "labels_per_class", "seeds")
-    setting = {name: asdict(data)[name] for name in names}
+    setting = {name: manifest["parameters"][name] for name in names}
     against = tables.learned_against(run_scores)
-    return report.summarise(comparison, against, {**setting, "seeds": list(data.seeds)})
+    return report.summarise(comparison, against, {**setting, "seeds": list(setting["seeds"])})

@@ -15,7 +15,12 @@ def create_pipeline() -> Pipeline:
                 "judgements",
                 name="join_truth",
             ),
-            Node(nodes.score_runs, ["runs", "judgements"], "run_scores", name="score_runs"),
+            Node(
+                nodes.score_runs,
+                ["runs", "judgements", "manifest"],
+                "run_scores",
+                name="score_runs",
+            ),
             Node(nodes.bin_confidences, "judgements", "calibration", name="bin_confidences"),
             Node(
                 nodes.trace_weights,
@@ -26,7 +31,7 @@ def create_pipeline() -> Pipeline:
             Node(nodes.compare_arms, "run_scores", "comparison", name="compare_arms"),
             Node(
                 nodes.summarise,
-                ["comparison", "run_scores", "params:data"],
+                ["comparison", "run_scores", "manifest"],
                 "metrics",
                 name="summarise",
             ),

@@ -75,7 +75,7 @@ def draw_gallery(judgements: Table, evaluation_images: dict[str, Any]) -> Any:
     rows = rows[rows["seed"] == seed].sort_values("index")
     images = evaluation_images[seed_key(seed)]["heldout_images"]
     scores, weights = (rows[name].to_numpy(np.float64) for name in ("score", "weight"))
-    return figures.draw_gallery(images, scores, weights, rows["source"].tolist())
+    return figures.draw_gallery(images, scores, weights, rows["source"].tolist(), arm)
 
 
 def write_report(

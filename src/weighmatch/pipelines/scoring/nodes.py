@@ -17,13 +17,23 @@ def score_unseen_images(
     oracle_checkpoints: Checkpoints,
     evaluation_images: dict[str, dict[str, Any]],
 ) -> Table:
-    """Class probabilities and weights of test and held-out images, one row an image and run."""
+    """Class probabilities and weights of test and held-out images, one row an image and run.
+
+    Raises:
+        ValueError: if there is no checkpoint, or one of a seed without images.
+    """
     import pandas as pd
 
     from weighmatch.semisup.scoring import score_images
 
+    everyone = [*checkpoints.values(), *oracle_checkpoints.values()]
+    seeds = {checkpoint["config"]["seed"] for checkpoint in everyone}
+    if not everyone or not {seed_key(seed) for seed in seeds} <= set(evaluation_images):
+        raise ValueError(
+            "the checkpoints are not of the data in the data folder; run the pipeline training"
+        )
     tables = []
-    for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
+    for checkpoint in everyone:
         config = checkpoint["config"]
         for name, images in evaluation_images[seed_key(config["seed"])].items():
             scored = score_images(checkpoint, images)
@@ -43,7 +53,8 @@ def collect_runs(
 ) -> tuple[Table, Table]:
     """A row a run, and the weights and confidences of pool images through training.
 
-    The oracle's pool is another one, so it is not among the latter.
+    `pool` of a run is the fingerprint of the pool that it was trained on. The oracle's pool is
+    another one, so it is not among the latter.
     """
     import pandas as pd
 
@@ -51,6 +62,8 @@ def collect_runs(
     for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
         config, history = checkpoint["config"], checkpoint["history"]
         row = {"arm": config["arm"], "seed": config["seed"], "steps": config["steps"]}
+        # The oracle's pool is a part of the others'.
+        row["pool"] = "" if config["arm"] == "oracle" else checkpoint["pool"]
         mask_rate = float("nan")
         if history["step"]:
             mask_rate = float((history["confidence"][-1] >= training.threshold).float().mean())

@@ -50,6 +50,7 @@ def _train(
     import pandas as pd
 
     from weighmatch.data.config import seed_key
+    from weighmatch.data.splits import fingerprint
     from weighmatch.semisup.runs import make_jobs, train_all
 
     jobs = make_jobs(arms, sets, training, (runs.stages,))
@@ -61,6 +62,10 @@ def _train(
     ]
     # By arm and seed: here an arm has one schedule, whatever it is.
     checkpoints = {
-        f"{job.config.arm}-{seed_key(job.config.seed)}": results[job.name] for job in jobs
+        f"{job.config.arm}-{seed_key(job.config.seed)}": {
+            **results[job.name],
+            "pool": fingerprint(job.data.unlabelled_images),
+        }
+        for job in jobs
     }
     return checkpoints, pd.DataFrame(log, columns=None if log else ["arm", "seed", "step"])
