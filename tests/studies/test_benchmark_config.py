@@ -176,7 +176,9 @@ def test_parameters_that_count_in_the_benchmark_are_let_through():
         "benchmark": {"steps": 7},
         "data_folder": "elsewhere",
     }
-    require_effect(benchmark, counting)
+    require_effect(benchmark, counting)  # raises nothing
+    with pytest.raises(ValueError, match=r"data\.ratio has no effect"):
+        require_effect(benchmark, {**counting, "data": {"ratio": 0.5}})
 
 
 def test_fixmatch_is_matched_to_the_cost_of_ranking_each_size_of_pool(training_set, run_config):
