@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.tables import markdown, spread
 from benchmarks.timing import by_turns
 from weighmatch.implicit.memory import keep_freed_memory
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import OPERATIONS, AugmentationConfig
+from weighmatch.semisup.parts.augmentation import Augmentation
 
 Views = Callable[[Tensor], object]
 

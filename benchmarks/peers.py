@@ -32,7 +32,7 @@ from weighmatch.implicit import (
     flatten,
     unflatten,
 )
-from weighmatch.semisup.networks import Classifier, wide_resnet_trunk
+from weighmatch.semisup.parts.networks import Classifier, wide_resnet_trunk
 
 MethodName = Literal["CG", "Neumann"]
 METHODS: tuple[MethodName, ...] = ("CG", "Neumann")

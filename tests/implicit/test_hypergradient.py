@@ -20,7 +20,7 @@ from weighmatch.implicit import (
     unflatten,
     weight_gradient,
 )
-from weighmatch.semisup.networks import wide_resnet_trunk
+from weighmatch.semisup.parts.networks import wide_resnet_trunk
 
 L2 = 0.05
 

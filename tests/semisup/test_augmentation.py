@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from weighmatch.semisup import augmentation as augment
-from weighmatch.semisup.augmentation import GEOMETRIC, PHOTOMETRIC, Augmentation
+from weighmatch.semisup.parts import augmentation as augment
 from weighmatch.semisup.config import OPERATIONS, AugmentationConfig
+from weighmatch.semisup.parts.augmentation import GEOMETRIC, PHOTOMETRIC, Augmentation
 
 
 def draw_images(channels, n=6, side=20, seed=0):

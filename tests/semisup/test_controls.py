@@ -8,7 +8,6 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weighmatch.semisup import RunConfig, TrainingConfig, build_classifier
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import ARMS, AugmentationConfig, RunsConfig, WeighingConfig
 from weighmatch.semisup.controls import (
     Energy,
@@ -22,9 +21,10 @@ from weighmatch.semisup.controls import (
     truncated_gaussian,
 )
 from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.losses import consistency_losses, mean_one, pseudo_label
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import consistency_losses, mean_one, pseudo_label
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.trainer import Run
 from weighmatch.semisup.weightings import BELOW_CUT, SCORED, otsu_cut
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weighmatch.semisup.losses import fixmatch_loss, mean_one, pseudo_label
+from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
 
 
 def slow_fixmatch(labelled, labels, weak, strong, weights, threshold, unlabelled_weight):

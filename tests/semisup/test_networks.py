@@ -6,7 +6,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import shrunk_covariance
 
 from weighmatch.semisup import ConfidenceNetwork, build_classifier
-from weighmatch.semisup.networks import (
+from weighmatch.semisup.parts.networks import (
     DISTANCE_WEIGHT,
     SHRINKAGE,
     ConfidenceHead,

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from weighmatch.semisup.losses import pseudo_label
-from weighmatch.semisup.running import DECAY, DistributionAlignment, RunningMean
+from weighmatch.semisup.parts.losses import pseudo_label
+from weighmatch.semisup.parts.running import DECAY, DistributionAlignment, RunningMean
 from weighmatch.semisup.trainer import Run, Trainer
 
 CPU = torch.device("cpu")

@@ -1,8 +1,8 @@
 import numpy as np
 import torch
 
-from weighmatch.semisup import store
-from weighmatch.semisup.store import ImageStore, fits
+from weighmatch.semisup.parts import store
+from weighmatch.semisup.parts.store import ImageStore, fits
 
 CPU = torch.device("cpu")
 

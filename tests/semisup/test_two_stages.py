@@ -7,7 +7,7 @@ import torch
 from tests.semisup.test_trainer import fit_until_killed, same
 from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
-from weighmatch.semisup.networks import ConfidenceHead, build_classifier
+from weighmatch.semisup.parts.networks import ConfidenceHead, build_classifier
 from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import score_images

@@ -6,13 +6,13 @@ from torch.func import functional_call
 
 from weighmatch.implicit import Exact, GaussNewton, implicit_gradient, weight_gradient
 from weighmatch.semisup import build_classifier
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import AugmentationConfig, WeighingConfig
 from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.losses import mean_one, pseudo_label
-from weighmatch.semisup.networks import ConfidenceNetwork
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import mean_one, pseudo_label
+from weighmatch.semisup.parts.networks import ConfidenceNetwork
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.weightings import (
     BELOW_CUT,
     MaxProbability,

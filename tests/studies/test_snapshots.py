@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from weighmatch.data.sources import load_digits
 from weighmatch.data.splits import make_splits
-from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.trainer import TrainingSet
 from weighmatch.studies import snapshots
 from weighmatch.studies.snapshot_config import SnapshotConfig

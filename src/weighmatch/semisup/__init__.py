@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from weighmatch.semisup.config import AugmentationConfig, TrainingConfig, WeighingConfig
-    from weighmatch.semisup.networks import ConfidenceNetwork, build_classifier
+    from weighmatch.semisup.parts.networks import ConfidenceNetwork, build_classifier
     from weighmatch.semisup.rounds import RoundsTrainer
     from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet
     from weighmatch.semisup.two_stages import TwoStageTrainer
 
 _HOMES = {
     "AugmentationConfig": "config",
-    "ConfidenceNetwork": "networks",
+    "ConfidenceNetwork": "parts.networks",
     "RoundsTrainer": "rounds",
     "RunConfig": "trainer",
     "Trainer": "trainer",
@@ -26,7 +26,7 @@ _HOMES = {
     "TrainingSet": "trainer",
     "TwoStageTrainer": "two_stages",
     "WeighingConfig": "config",
-    "build_classifier": "networks",
+    "build_classifier": "parts.networks",
 }
 
 __all__ = [

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from weighmatch.semisup.config import RANKED_ANEW, UNWEIGHTED, ArmName, TrainingConfig
 from weighmatch.semisup.learned import PROBE_EVERY
-from weighmatch.semisup.networks import Classifier, build_classifier
+from weighmatch.semisup.parts.networks import Classifier, build_classifier
 from weighmatch.semisup.rounds import PoolInfluence
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
 from weighmatch.semisup.two_stages import (

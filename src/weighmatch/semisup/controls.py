@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from weighmatch.implicit import Parameters, weight_gradient
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
 from weighmatch.semisup.learned import Learned, parameters_of
-from weighmatch.semisup.losses import PseudoLabels, consistency_losses, mean_one
-from weighmatch.semisup.networks import Classifier
-from weighmatch.semisup.running import RunningMean
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams, derive_seed
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import PseudoLabels, consistency_losses, mean_one
+from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.running import RunningMean
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.weightings import SCORED, Weighting, confidence_weights, otsu_cut
 
 # The Gaussian's standard deviation is the confidences' over this (the authors' code).

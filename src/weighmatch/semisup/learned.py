@@ -29,18 +29,18 @@ from weighmatch.implicit import (
     extreme_eigenvalues,
     weight_gradient,
 )
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
-from weighmatch.semisup.losses import (
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import (
     PseudoLabels,
     consistency_losses,
     fixmatch_loss,
     mean_one,
     pseudo_label,
 )
-from weighmatch.semisup.networks import Classifier, WithFeatures
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams
+from weighmatch.semisup.parts.networks import Classifier, WithFeatures
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.weightings import InductiveWeighting
 
 # Updates between two Lanczos runs for λ_max, and the products of one.

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 
 from weighmatch.checks import require_choice, require_integer
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import RANKED_ANEW, RESTARTED
 from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.losses import PseudoLabels
-from weighmatch.semisup.networks import Classifier
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import PseudoLabels
+from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.scoring import load_classifier
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams, derive_seed
 from weighmatch.semisup.trainer import (
     RunConfig,
     Trainer,

@@ -18,8 +18,8 @@ from weighmatch.semisup.controls import (
     negative_free_energy,
     truncated_gaussian,
 )
-from weighmatch.semisup.losses import mean_one
-from weighmatch.semisup.networks import (
+from weighmatch.semisup.parts.losses import mean_one
+from weighmatch.semisup.parts.networks import (
     Classifier,
     ConfidenceHead,
     ConfidenceNetwork,

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.implicit.memory import keep_freed_memory
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import ARMS, OUTER_ARMS, REALIGNED, ArmName, TrainingConfig
 from weighmatch.semisup.controls import (
     Energy,
@@ -31,11 +30,12 @@ from weighmatch.semisup.controls import (
     SoftmaxWeights,
 )
 from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.losses import fixmatch_loss, mean_one, pseudo_label
-from weighmatch.semisup.networks import build_classifier
-from weighmatch.semisup.running import DistributionAlignment
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams, derive_seed
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
+from weighmatch.semisup.parts.networks import build_classifier
+from weighmatch.semisup.parts.running import DistributionAlignment
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.weightings import (
     MaxProbability,
     PositiveUnlabelled,
@@ -88,7 +88,7 @@ def code_digest() -> str:
     """Identifies the code that trains and the version of torch; 16 hexadecimal digits."""
     digest = hashlib.sha256(torch.__version__.encode())
     package = Path(__file__).parents[1]
-    for source in sorted([*package.glob("semisup/*.py"), *package.glob("implicit/*.py")]):
+    for source in sorted([*package.glob("semisup/**/*.py"), *package.glob("implicit/*.py")]):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 

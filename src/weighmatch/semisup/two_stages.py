@@ -26,17 +26,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.checks import require_choice
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import ARMS, UNWEIGHTED, ArmName, WeighingConfig
-from weighmatch.semisup.losses import mean_one
-from weighmatch.semisup.networks import (
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import mean_one
+from weighmatch.semisup.parts.networks import (
     Classifier,
     ConfidenceHead,
     Moments,
     RelativeMahalanobis,
 )
+from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.scoring import BATCH, load_classifier, score_images
-from weighmatch.semisup.streams import Streams, derive_seed
 from weighmatch.semisup.trainer import (
     RunConfig,
     Trainer,

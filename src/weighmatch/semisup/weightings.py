@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weighmatch.semisup.augmentation import Augmentation
 from weighmatch.semisup.config import WeighingConfig
-from weighmatch.semisup.losses import PseudoLabels, mean_one
-from weighmatch.semisup.networks import Classifier, ConfidenceNetwork
-from weighmatch.semisup.store import ImageStore
-from weighmatch.semisup.streams import Streams, derive_seed
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
+from weighmatch.semisup.parts.networks import Classifier, ConfidenceNetwork
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
 
 
 class Weighting(ABC):

@@ -29,16 +29,16 @@ from torch.func import functional_call
 
 from weighmatch.data.splits import make_splits
 from weighmatch.implicit import ConjugateGradient, GaussNewton, Parameters, weight_gradient
-from weighmatch.semisup.augmentation import Augmentation
-from weighmatch.semisup.losses import (
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import (
     PseudoLabels,
     consistency_losses,
     fixmatch_loss,
     pseudo_label,
 )
-from weighmatch.semisup.networks import Classifier
+from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.runs import one_thread
-from weighmatch.semisup.streams import Streams
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
 from weighmatch.studies.snapshot_config import SnapshotConfig
 

@@ -24,7 +24,7 @@ from weighmatch.implicit import (
     flatten,
     unflatten,
 )
-from weighmatch.semisup.networks import small_cnn_trunk
+from weighmatch.semisup.parts.networks import small_cnn_trunk
 from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
 
 CLASSES = 10

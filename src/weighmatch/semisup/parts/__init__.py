@@ -1,0 +1,1 @@
+"""What a training step is made of: augmentation, losses, networks, random streams, image store."""
