@@ -7,6 +7,7 @@ import statistics
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -36,16 +37,24 @@ def synchronising_lines(call: Callable[[], object], device: torch.device) -> lis
     return [f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits]
 
 
-def peak_memory(call: Callable[[], object], device: torch.device) -> float | None:
-    """Most MiB that lay on the device during the call, what lay there before included."""
+class Memory(NamedTuple):
+    """MiB on the device: before a call, and the most during it."""
+
+    before: float
+    peak: float
+
+
+def peak_memory(call: Callable[[], object], device: torch.device) -> Memory | None:
+    """What lay on the device as the call began, and the most that did while it went on."""
     if device.type != "cuda":
         call()
         return None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     call()
     torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() / 2**20
+    return Memory(before / 2**20, torch.cuda.max_memory_allocated() / 2**20)
 
 
 def copied_a_second(device: torch.device, size: int) -> float:

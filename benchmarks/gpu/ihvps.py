@@ -146,8 +146,7 @@ class Problem:
 def build(bench: Bench, record: records.Ihvps) -> Problem:
     """The network after some steps of training, and two batches."""
     steps, count = (2, 8) if bench.tiny else (300, 128)
-    with training.fastest():
-        network = training.classifier_after(bench, steps, count, bench.folder / "ihvps")
+    network = training.classifier_after(bench, steps, count, bench.folder / "ihvps")
     layers = [
         f"{name}.{kind}"
         for name, module in network.named_modules()
@@ -166,6 +165,12 @@ def build(bench: Bench, record: records.Ihvps) -> Problem:
 
 def ihvps(record: records.Ihvps, bench: Bench, budget: Budget) -> None:
     """References first, then every method, from few products to many."""
+    # Which also keeps single precision what it is, in convolutions, too.
+    with training.fastest():
+        _measure(record, bench, budget)
+
+
+def _measure(record: records.Ihvps, bench: Bench, budget: Budget) -> None:
     whole = budget.left()
     problem = build(bench, record)
     rhs = problem.right_hand_side()
@@ -239,7 +244,7 @@ def _solve(
             seconds_of(lambda: solutions.append(job.method.solve(operator, rhs, job.state)))
         )
 
-    peak = peak_memory(call, device)
+    memory = peak_memory(call, device)
     found = solutions[0]
     error = None
     if exact is not None:
@@ -250,7 +255,8 @@ def _solve(
         job.budget,
         found.products,
         seconds[0],
-        peak,
+        memory and memory.peak,
+        memory and memory.peak - memory.before,
         found.residual,
         error,
         found.status,

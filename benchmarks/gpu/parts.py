@@ -150,7 +150,8 @@ def _measure_steps(
     variant.share_of_bare = statistics.median(
         bare / own for bare, own in zip(times["bare"], times["step"], strict=True)
     )
-    variant.peak_memory = peak_memory(block, bench.device)
+    memory = peak_memory(block, bench.device)
+    variant.peak_memory = memory and memory.peak
     lines = synchronising_lines(block, bench.device)
     if lines is not None:
         variant.synchronisations = len(lines) / count

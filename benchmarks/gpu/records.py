@@ -207,7 +207,9 @@ class Solve:
             the check of its residual apart; 0: it has no choice.
         products: that it spent.
         seconds: that it took.
-        peak_memory: of all that lies on the device, the curvature's graph included; None on a CPU.
+        peak_memory: of all that lies on the device, the graphs of all curvatures included; None
+            on a CPU.
+        own_memory: of that, what was not there before the solve.
         residual: relative.
         error: ‖v − v*‖/‖v*‖ against the reference; None: there is none.
         status: the method's own.
@@ -221,6 +223,7 @@ class Solve:
     products: int
     seconds: float
     peak_memory: float | None
+    own_memory: float | None
     residual: float
     error: float | None
     status: str

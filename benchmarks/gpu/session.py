@@ -91,7 +91,7 @@ def run_parts(
     bench: Bench,
     document: Document,
     out: Path,
-    started: float,
+    ends: float,
 ) -> bool:
     """Do the parts in order; whether none of them failed.
 
@@ -102,9 +102,10 @@ def run_parts(
         bench: for each of them.
         document: gets the parts, and is written to `out` after each.
         out: the file.
-        started: when the time began, on `time.monotonic`.
+        ends: when all of the time is over, on `time.monotonic`.
     """
-    total, shares, good = 60 * document.minutes, 0.0, True
+    started = time.monotonic()
+    total, shares, good = max(ends - started, 0.0), 0.0, True
     whole = sum(row.share for row in rows)
     for row in rows:
         shares += row.share / whole
@@ -116,8 +117,7 @@ def run_parts(
             budget.not_done.append("all of it")
         else:
             try:
-                stop = min(budget.end + GRACE * total, started + total)
-                with _stopped_at(stop):
+                with _stopped_at(min(budget.end + GRACE * total, ends)):
                     row.measure(record, bench, budget)
             except OutOfTimeError:
                 cut = True

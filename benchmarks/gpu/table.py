@@ -175,7 +175,7 @@ def _solves(result: Any) -> list[str]:
         return []
     rows = []
     for solve in result["solves"]:
-        peak, error = solve["peak_memory"], solve["error"]
+        own, error = solve["own_memory"], solve["error"]
         rows.append(
             [
                 solve["curvature"],
@@ -184,13 +184,13 @@ def _solves(result: Any) -> list[str]:
                 f"{solve['budget'] or ''}",
                 f"{solve['products']}",
                 f"{solve['seconds']:.3g}",
-                "" if peak is None else f"{peak:,.0f}",
+                "" if own is None else f"{own:,.0f}",
                 f"{solve['residual']:.1e}",
                 "no reference" if error is None else f"{error:.1e}",
                 solve["status"],
             ]
         )
-    header = ["curvature", "passes", "method", "budget", "products", "seconds", "peak MiB"]
+    header = ["curvature", "passes", "method", "budget", "products", "seconds", "MiB of its own"]
     header += ["residual", "error", "status"]
     title = f"IHVPs of {result['parameters'] or 0:,} parameters on {result['images']} images"
     return _table(title, header, rows)

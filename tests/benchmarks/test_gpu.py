@@ -156,7 +156,7 @@ def test_a_part_that_goes_on_is_stopped_and_keeps_what_it_has(bench, tmp_path):
     document = blank(minutes=0.01)
     rows = [Row("learned", 1.0, endless)]
     started = time.monotonic()
-    assert run_parts(rows, bench, document, tmp_path / "gpu.json", started)
+    assert run_parts(rows, bench, document, tmp_path / "gpu.json", started + 0.6)
     assert time.monotonic() - started < 5
     part = json.loads((tmp_path / "gpu.json").read_text())["parts"]["learned"]
     assert part["cut"]
@@ -177,7 +177,7 @@ def test_a_part_that_fails_is_recorded_and_the_next_is_measured(bench, tmp_path)
 
     document = blank(minutes=1)
     rows = [Row("learned", 0.5, broken), Row("openset", 0.5, fine)]
-    assert not run_parts(rows, bench, document, tmp_path / "gpu.json", time.monotonic())
+    assert not run_parts(rows, bench, document, tmp_path / "gpu.json", time.monotonic() + 60)
     found = json.loads((tmp_path / "gpu.json").read_text())
     assert problems(found) == []
     assert found["parts"]["openset"]["result"]["pool"] == 3
