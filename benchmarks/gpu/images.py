@@ -84,8 +84,8 @@ def generated(count: int, test: int, side: int) -> ImageSet:
             images = np.empty((size, 3, side, side), np.uint8)
             for start in range(0, size, 1000):  # all at once would be gigabytes
                 chosen = patterns[labels[start : start + 1000]]
-                noisy = np.roll(chosen, int(rng.integers(side)), axis=3)
-                noisy = noisy + rng.normal(0, 40, noisy.shape)
+                moved = np.roll(chosen, int(rng.integers(side)), axis=3)
+                noisy = moved + rng.normal(0, 40, moved.shape)
                 images[start : start + 1000] = noisy.clip(0, 255).astype(np.uint8)
             order = rng.permutation(size)
             yield images[order], labels[order]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -17,11 +18,9 @@ from benchmarks.gpu import records, training
 from benchmarks.gpu.device import copied_a_second, graphed, peak_memory, synchronising_lines
 from benchmarks.gpu.session import Bench, Budget, OutOfTimeError
 from benchmarks.timing import by_turns, seconds_of, top_operations
-from weighmatch.semisup.config import ArmName
 
 ROOT = Path(__file__).parents[2]
 TESTS = "tests/test_gpu_device.py"
-ARMS: tuple[ArmName, ...] = ("fixmatch", "learned")
 LABELS_PER_CLASS = 5
 # Seconds that compiling the network on a GPU may take, from nothing.
 COMPILING = 45.0
@@ -33,7 +32,7 @@ def agreement(record: records.Agreement, bench: Bench, budget: Budget) -> None:
     Raises:
         RuntimeError: if a test fails or the two are further apart than the tolerance.
     """
-    for arm in ARMS:
+    for arm in training.ARMS:
         if budget.allows(f"{arm} on both devices"):
             record.arms.append(compare(arm, bench.device.type, bench.folder))
     if importlib.util.find_spec("pytest") is None:
@@ -47,7 +46,7 @@ def agreement(record: records.Agreement, bench: Bench, budget: Budget) -> None:
         raise RuntimeError(f"GPU tests failed: {record.tests}")
 
 
-def compare(arm: ArmName, device: str, folder: Path) -> records.ArmAgreement:
+def compare(arm: training.ArmName, device: str, folder: Path) -> records.ArmAgreement:
     """The same run on the CPU and on the device."""
     on_cpu = training.short_run(arm, "cpu", folder)
     # On the CPU as well in a rehearsal, in a folder of its own so that it is not taken up again.
@@ -139,7 +138,10 @@ def _measure_steps(
     first = seconds_of(block)
     # The share of its time that is left, so that no way takes that of the others.
     ends = time.monotonic() + budget.left() / 2
-    calls = {"step": block, "bare": training.bare_loop(run, count)}
+    calls: dict[str, Callable[[], object]] = {
+        "step": block,
+        "bare": training.bare_loop(run, count),
+    }
     times = by_turns(
         calls, 2 if bench.tiny else 15, lambda: time.monotonic() > ends or budget.spent()
     )
@@ -172,17 +174,12 @@ def _measure_steps(
 def learned(record: records.Learned, bench: Bench, budget: Budget) -> None:
     """What learned weights take beside FixMatch: while training, and in rounds."""
     setting = training.fixmatch_setting(bench)
-    weighing = setting.training.weighing
     with training.fastest():
-        times = training.time_steps(
-            setting, 1 if bench.tiny else 7, bench.folder / "learned", budget.spent
-        )
-        record.fixmatch_step = statistics.median(times.fixmatch)
-        record.learned_step = statistics.median(times.learned)
-        record.update = statistics.median(times.update)
-        record.interval = weighing.interval
-        record.overhead = statistics.median(times.overheads(weighing))
-        record.overhead_of_run = statistics.median(times.run_overheads(weighing))
+        rounds = 1 if bench.tiny else 7
+        times = training.learned_times(setting, rounds, bench.folder / "learned", budget.spent)
+        record.fixmatch_step, record.learned_step = times.fixmatch, times.learned
+        record.update, record.interval = times.update, times.interval
+        record.overhead, record.overhead_of_run = times.overhead, times.overhead_of_run
         if not budget.allows("a ranking of the pool"):
             return
         run = training.start(setting, bench.folder / "ranking", None)
@@ -212,7 +209,7 @@ def openset(record: records.OpenSet, bench: Bench, budget: Budget) -> None:
     # Both arms take as many; rankings and the test are given a quarter of an arm's time.
     planned = 8 if bench.tiny else max(training.STAGES, int(budget.left() / (2.25 * pace)))
     config = training.training_of(bench, steps=planned, checkpoint_every=planned, snapshots=1)
-    for arm in ARMS:
+    for arm in training.ARMS:
         if not budget.allows(f"{arm} on the open set"):
             continue
         done, began, checkpoint = 0, time.monotonic(), None
@@ -228,6 +225,8 @@ def openset(record: records.OpenSet, bench: Bench, budget: Budget) -> None:
         except OutOfTimeError:
             budget.not_done.append(f"the end of {arm} on the open set")
         seconds = time.monotonic() - began
-        share = checkpoint and training.accuracy(checkpoint, data, bench.device)
+        share = None
+        if checkpoint is not None:
+            share = training.accuracy(checkpoint, data, bench.device)
         name = f"{arm} in {training.STAGES} rounds" if arm == "learned" else arm
         record.arms.append(records.Accuracy(name, done, planned, seconds, share))

@@ -1,5 +1,6 @@
 """All that these measurements ask of `weighmatch.semisup`, so that a change there ends here."""
 
+import statistics
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.images import CLASSES, SEEN, ImageSet, Labels, Pictures
 from benchmarks.gpu.session import Bench
-from benchmarks.steps import Setting, StepTimes, bare_loop, rank, start_run, time_steps
+from benchmarks.steps import Setting, bare_loop, rank, start_run, time_steps
 from weighmatch.semisup.config import (
     ArmName,
     AugmentationConfig,
@@ -24,8 +25,9 @@ from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.trainer import Run, RunConfig, Trainer, TrainingSet, algorithms
 
-__all__ = ["StepTimes", "bare_loop", "rank", "time_steps"]
+__all__ = ["ArmName", "bare_loop", "rank"]
 
+ARMS: tuple[ArmName, ...] = ("fixmatch", "learned")
 # Of a run in rounds: where the main job ranks its pool.
 STAGES = RunsConfig().stages
 # Options of `torch.compile`; None: the network as it is. The first two are what
@@ -92,6 +94,34 @@ def steps_at_once(run: Run, bench: Bench) -> int:
 def images_in_step(training: TrainingConfig) -> int:
     """That pass the network: B labelled ones and two views of µB others."""
     return training.batch_size * (1 + 2 * training.unlabelled_ratio)
+
+
+@dataclass(frozen=True)
+class LearnedTimes:
+    """Medians; the attributes are those of `records.Learned`."""
+
+    fixmatch: float
+    learned: float
+    update: float
+    interval: int
+    overhead: float
+    overhead_of_run: float
+
+
+def learned_times(
+    setting: Setting, rounds: int, folder: Path, enough: Callable[[], bool]
+) -> LearnedTimes:
+    """A step of FixMatch beside one of the learned arm, weights learned while training."""
+    times = time_steps(setting, rounds, folder, enough)
+    weighing = setting.training.weighing
+    return LearnedTimes(
+        statistics.median(times.fixmatch),
+        statistics.median(times.learned),
+        statistics.median(times.update),
+        weighing.interval,
+        statistics.median(times.overheads(weighing)),
+        statistics.median(times.run_overheads(weighing)),
+    )
 
 
 @dataclass(frozen=True)
