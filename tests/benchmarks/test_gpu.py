@@ -164,6 +164,25 @@ def test_a_part_that_goes_on_is_stopped_and_keeps_what_it_has(bench, tmp_path):
     assert part["not_done"] == ["what was going on when its time was over"]
 
 
+def test_a_module_is_imported_to_its_end_before_a_part_is_stopped(bench, tmp_path, monkeypatch):
+    slow = "import time; began = time.monotonic()\nwhile time.monotonic() < began + 1: pass\n"
+    (tmp_path / "slow_to_import.py").write_text(slow)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def importing(record, bench, budget):
+        import slow_to_import  # noqa: F401
+
+        record.interval = 7
+        while True:
+            time.sleep(0.01)
+
+    document = blank(minutes=0.01)
+    rows = [Row("learned", 1.0, importing)]
+    assert run_parts(rows, bench, document, tmp_path / "gpu.json", time.monotonic() + 0.3)
+    assert document.parts["learned"].cut
+    assert document.parts["learned"].result.interval == 7
+
+
 def test_a_part_that_fails_is_recorded_and_the_next_is_measured(bench, tmp_path):
     def broken(record, bench, budget):
         record.ranking = float("nan")
