@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
@@ -34,12 +35,12 @@ socket.socket.connect = socket.getaddrinfo = refuse
 
 @pytest.fixture(scope="module")
 def rehearsal(tmp_path_factory):
-    """What the command printed and wrote, without Kedro, DVC and the network."""
+    """What the command printed, wrote and took, without Kedro, DVC and the network."""
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "sitecustomize.py").write_text(BARE_MACHINE)
     paths = os.pathsep.join(str(path) for path in (folder, ROOT / "src", ROOT))
     out = folder / "made" / "here"
-    started = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--tiny", "--device", "cpu", "--out", str(out)],
         env={**os.environ, "PYTHONPATH": paths},
@@ -49,7 +50,9 @@ def rehearsal(tmp_path_factory):
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout.splitlines(), out / "gpu.json", time.monotonic() - started
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return done.stdout.splitlines(), out / "gpu.json", seconds
 
 
 @pytest.fixture
@@ -78,6 +81,7 @@ def test_a_rehearsal_does_every_part_without_kedro_dvc_and_the_network(rehearsal
 
 
 def test_a_rehearsal_takes_less_than_a_minute(rehearsal):
+    # Of processor time: other tests that run beside it do not make it longer.
     assert rehearsal[2] < 60
 
 
