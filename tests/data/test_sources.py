@@ -1,5 +1,7 @@
 """The register of sources, and what becomes of a source that knows little."""
 
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,6 +54,10 @@ def found():
 
 def test_every_file_of_the_package_is_registered():
     assert [source.name for source in all_sources()] == ["digits", "glyphs"]
+    # A start of the project imports every source, so none of them may import what is slow.
+    slow = ("torch", "sklearn", "matplotlib", "PIL", "pandas")
+    code = f"import sys, weighmatch.data.sources; sys.exit(any(m in sys.modules for m in {slow}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_a_source_of_a_test_is_found_by_its_name_and_taken_out_again(found):
@@ -112,8 +118,8 @@ def test_no_file_tells_training_what_it_may_not_see(source):
     small = {"pool_size": 40, "heldout_size": 20, "test_size": 30, "ratio": 0.5}
     data = DataConfig(seeds=[3], source=source, ood_source="mix", **small)
     grid = GridConfig(ratios=[0.5, 0.25])
-    drawn = nodes.draw_splits(nodes.load_images(grid, data), grid, data)
-    training, evaluation, truth, labels, manifest = drawn
+    raw = nodes.load_images(grid, data)
+    training, evaluation, truth, labels, manifest = nodes.draw_splits(raw, grid, data)
     first, second = manifest["cells"]
     key = first["key"]
     assert (key, second["key"]) == ("mix-r0.5-seed_0003", "mix-r0.25-seed_0003")
@@ -121,12 +127,19 @@ def test_no_file_tells_training_what_it_may_not_see(source):
     assert set(training[key]) == seen
     assert set(evaluation[key]) == {"test_images", "heldout_images"}
     assert set(labels[key]) == {"labels", "shifted"}
-    assert {name: len(array) for name, array in truth[key].items()} == {
-        f"{place}_{what}": 40
-        for place in ("pool", "heldout")
-        for what in ("sources", "classes", "shifted")
-    }
-    assert set(first["fingerprints"]) == seen | set(evaluation[key])
-    assert first["pool"]["by_source"] == {"id": 20, "unseen": 7, "patches": 7, "noise": 6}
     rows = [axes.get_ylabel() for axes in nodes.draw_samples(training, truth).axes]
     assert sum(map(bool, rows)) == 5
+    splits = get_source(source).draw(raw, data, 3)
+    for place in ("pool", "heldout"):
+        part = getattr(splits, place)
+        images = training[key] if place == "pool" else evaluation[key]
+        name = {"pool": "unlabelled_images", "heldout": "heldout_images"}[place]
+        np.testing.assert_array_equal(images[name], part.images)
+        for what in ("kinds", "classes", "shifted"):
+            found = truth[key].pop(f"{place}_{what}".replace("kinds", "sources"))
+            np.testing.assert_array_equal(found, getattr(part, what))
+    assert truth[key] == {}
+    np.testing.assert_array_equal(labels[key]["labels"], splits.test_labels)
+    np.testing.assert_array_equal(evaluation[key]["test_images"], splits.test_images)
+    assert set(first["fingerprints"]) == seen | set(evaluation[key])
+    assert first["pool"]["by_source"] == {"id": 20, "unseen": 7, "patches": 7, "noise": 6}

@@ -76,17 +76,19 @@ def _truth(place: str, images: Unlabelled | None) -> Arrays:
 def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str, object]:
     """Describe one set of splits: an entry of the manifest's list `cells`."""
     data = cell.data
+    labelled = np.bincount(splits.labels, minlength=len(splits.class_names))
     return {
         "key": cell.key(seed),
         "setting": cell.setting,
         "regime": data.regime if cell.contaminated else None,
         "ratio": data.ratio if cell.contaminated else None,
         "ood_source": data.ood_source if cell.contaminated else None,
-        "labels_per_class": data.labels_per_class,
+        # Where classes have different numbers of labels: the smallest.
+        "labels_per_class": int(labelled.min()),
         "source": data.source,
         "seed": seed,
         "classes": list(splits.class_names),
-        "labelled": len(splits.labels),
+        "labelled": int(labelled.sum()),
         "pool": _count(splits.pool),
         "heldout": _count(splits.heldout),
         "test": 0 if splits.test_images is None else len(splits.test_images),
