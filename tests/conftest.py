@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet
+from weighmatch.semisup.config import OPERATIONS
 
 # Tiny tensors gain nothing from threads, and lose much where a core is busy with something else.
 torch.set_num_threads(1)
@@ -48,6 +49,7 @@ def run_config():
             "snapshots": 2,
             "checkpoint_every": 10,
             "device": "cpu",
+            "augmentation": {"operations": OPERATIONS},
         }
         weigh = {"width": 8, "interval": 5, "fit_batch": 12}
         measure = {"max_products": 4, "outer_batch": 12, "curvature_batch": 8, "batch": 12}

@@ -1,14 +1,16 @@
 """What a run refuses to be given, in a sentence with the cure."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from weighmatch.semisup import RoundsTrainer, Trainer, TrainingSet, TwoStageTrainer
-from weighmatch.semisup.scoring import score_images
-from weighmatch.semisup.two_stages import rank_pool
+from weighmatch.arms import SCHEDULES
+from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, make_schedule
+from weighmatch.semisup.training.config import fingerprint, pick_device
+from weighmatch.semisup.training.online import train_online
 
 IMAGES = np.zeros((4, 1, 8, 8), np.uint8)
 LABELS = np.array([0, 0, 1, 1])
@@ -46,17 +48,16 @@ def test_data_that_are_no_training_set_are_refused(changes, message):
 def test_labels_of_any_integers_and_images_read_backwards_are_taken(run_config, tmp_path):
     data = TrainingSet(IMAGES[::-1], LABELS.astype(np.uint8), IMAGES[..., ::-1])
     assert data.labels.dtype == np.int64
-    assert Trainer(run_config("fixmatch", steps=1)).fit(data, tmp_path)["seconds"] > 0
+    assert train_online(run_config("fixmatch", steps=1), data, tmp_path).seconds > 0
 
 
-@pytest.mark.parametrize("kind", ["one", "rounds"])
-def test_labels_beyond_the_classes_are_refused(kind, training_set, run_config, tmp_path):
-    config = replace(run_config("pu"), classes=2)
-    trainer = Trainer(config) if kind == "one" else RoundsTrainer(config, 3)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_labels_beyond_the_classes_are_refused(schedule, training_set, run_config, tmp_path):
+    config = replace(run_config("pu", schedule=schedule, rounds=3), classes=2)
     with pytest.raises(
         ValueError, match=r"labels go up to 2, .* RunConfig\.classes is 2; raise it"
     ):
-        trainer.fit(training_set, tmp_path)
+        make_schedule(config).fit(training_set, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -65,9 +66,17 @@ def test_labels_beyond_the_classes_are_refused(kind, training_set, run_config, t
         (lambda c: replace(c, arm="lerned"), "arm 'lerned' is unknown; choose from supervised"),
         (lambda c: replace(c, steps=0), "steps must be an integer of at least 1, got 0"),
         (lambda c: replace(c, classes=2.0), "classes must be an integer of at least 1"),
-        (lambda c: RoundsTrainer(replace(c, arm="free"), 3), "rounds.* choose from max_prob, pu"),
-        (lambda c: RoundsTrainer(c, 0), "rounds must be an integer of at least 1, got 0"),
-        (lambda c: TwoStageTrainer(replace(c, arm="oracle")), "two stages.* choose from max_prob"),
+        (
+            lambda c: replace(c, arm="free", schedule="rounds", rounds=3),
+            "the arm free cannot be trained in the schedule rounds; choose from online, two_stages",
+        ),
+        (lambda c: replace(c, rounds=0), "rounds must be an integer of at least 1, got 0"),
+        (
+            lambda c: replace(c, arm="oracle", schedule="two_stages"),
+            "the arm oracle cannot be trained in the schedule two_stages; choose from online",
+        ),
+        (lambda c: replace(c, schedule="twice"), "schedule 'twice' is unknown; choose from online"),
+        (lambda c: replace(c, seed=-1), "seed must be an integer of at least 0, got -1"),
     ],
 )
 def test_runs_that_there_are_none_of_are_refused(make, message, run_config):
@@ -75,34 +84,46 @@ def test_runs_that_there_are_none_of_are_refused(make, message, run_config):
         make(run_config())
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda images: images.astype(np.float32) / 255, "images must be uint8"),
-        (lambda images: images[0], "images must be uint8"),
-        (lambda images: images[:0], "images must have at least one image"),
-        (lambda images: images.repeat(2, axis=3), "8 by 8, these are of 1, 8 by 16; convert or"),
-        (lambda images: images.repeat(3, axis=1), "trained on images of 1 channel"),
-    ],
-)
-def test_images_of_another_kind_are_not_scored(change, message, training_set, run_config, tmp_path):
-    found = Trainer(run_config("fixmatch", steps=2)).fit(training_set, tmp_path)
-    with pytest.raises(ValueError, match=message):
-        score_images(found, change(training_set.unlabelled_images))
+def test_the_fingerprint_sees_data_seed_configuration_and_code(training_set, run_config):
+    prints = {
+        fingerprint(run_config(), training_set),
+        fingerprint(run_config(seed=1), training_set),
+    }
+    prints.add(fingerprint(run_config(learning_rate=0.01), training_set))
+    images = training_set.unlabelled_images.copy()
+    images[0, 0, 0, 0] ^= 1
+    changed = replace(training_set, unlabelled_images=images)
+    prints.add(fingerprint(run_config(), changed))
+    prints.add(fingerprint(replace(run_config(), code="another"), training_set))
+    assert len(prints) == 5
+    assert fingerprint(run_config(), training_set) in prints
 
 
-@pytest.mark.parametrize(("level", "warns"), [(0.2, True), (0.0, False), (1.0, False)])
-def test_a_class_of_one_image_is_warned_of(
-    level, warns, training_set, run_config, tmp_path, recwarn
-):
-    single = replace(
-        training_set,
-        labelled_images=training_set.labelled_images[:-3],
-        labels=np.array([0, 1, 2, 0, 1, 0, 0, 1, 1]),
-    )
-    config = run_config("pu", weighing={"contamination_level": level})
-    first = Trainer(replace(config, arm="fixmatch")).fit(single, tmp_path)
-    torch.manual_seed(0)
-    rank_pool(first, single, config)
-    found = [str(warning.message) for warning in recwarn]
-    assert any("a single labelled image" in message for message in found) == warns
+def test_a_missing_gpu_is_named(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    with pytest.raises(ValueError, match="set it to auto or cpu"):
+        pick_device("cuda")
+
+
+def test_more_rounds_than_steps_are_refused(run_config):
+    with pytest.raises(ValueError, match=r"training\.steps 40 are fewer than 41 rounds"):
+        run_config("pu", schedule="rounds", rounds=41)
+
+
+def test_a_configuration_survives_being_written(run_config):
+    config = run_config("learned", schedule="rounds", rounds=3, weighting={"weights": "soft"})
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_classes_are_those_of_the_names_where_there_are_any():
+    assert TrainingSet(IMAGES, LABELS, IMAGES).classes == 2
+    named = TrainingSet(IMAGES, LABELS, IMAGES, ("a", "b", "never seen"))
+    assert named.classes == 3
+    assert fingerprint_of(named) != fingerprint_of(replace(named, class_names=("a", "b", "c")))
+    with pytest.raises(ValueError, match="class_names has 1 names, but labels go up to 1; give"):
+        TrainingSet(IMAGES, LABELS, IMAGES, ("a",))
+
+
+def fingerprint_of(data):
+    return fingerprint(RunConfig("pu", 0, 1, 3, TrainingConfig(), code=""), data)

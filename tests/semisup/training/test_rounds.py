@@ -5,14 +5,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-
-from tests.semisup.test_trainer import fit_until_killed, same
-from weighmatch.semisup import RoundsTrainer, Trainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
-from weighmatch.semisup.config import RANKED_ANEW, RESTARTED, schedules
 from weighmatch.semisup.rounds import measure_pool
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import load_classifier, score_images
+
+from tests.semisup.test_trainer import fit_until_killed, same
+from weighmatch.semisup import RoundsTrainer, Trainer
+from weighmatch.semisup.config import RANKED_ANEW, RESTARTED, schedules
 
 
 def test_restarts_alone_keep_the_whole_pool(training_set, run_config, tmp_path):

@@ -3,15 +3,15 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-
-from tests.semisup.test_trainer import fit_until_killed, same
-from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
 from weighmatch.semisup.compute import matched_steps, relative_costs
-from weighmatch.semisup.parts.networks import ConfidenceHead, build_classifier
 from weighmatch.semisup.rounds import RoundsTrainer
 from weighmatch.semisup.runs import make_jobs, train_all
 from weighmatch.semisup.scoring import score_images
 from weighmatch.semisup.two_stages import clean_chance, fit_head, keep_best, rank_pool
+
+from tests.semisup.test_trainer import fit_until_killed, same
+from weighmatch.semisup import Trainer, TrainingSet, TwoStageTrainer
+from weighmatch.semisup.parts.networks import ConfidenceHead, build_classifier
 
 WEIGHTED = ["max_prob", "softmatch", "energy", "ds3l", "pu", "inlier", "free", "learned"]
 
