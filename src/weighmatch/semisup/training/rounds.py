@@ -186,7 +186,7 @@ def _rank(
         measured = so_far.measured
         if Weighting.kind(config.row.weighting).measures_rounds:
             measured = measure_pool(trained, data, so_far.kept, measured, config, seed)
-        # FixMatch trained it; the arm's weighting, as it starts, says by what its outputs are ranked.
+        # FixMatch trained it; the arm's own weighting, as it starts, says what ranks its outputs.
         ranked = replace(trained, config=replace(trained.config, arm=config.arm), weighting={})
         ranking = rank_pool(ranked, measured, data, config)
     seconds = time.perf_counter() - started
