@@ -88,9 +88,8 @@ def test_parameters_that_a_run_reads_are_taken(groups, arms, schedule):
     require_effect(given, arms, runs)
     # Every run reads these; an empty group sets nothing.
     require_effect({**given, "steps": 3, "augmentation": {"shift": 0.1}}, arms, runs)
-    require_effect(
-        dict.fromkeys(("weighting", "influence", "ranking", "two_stages"), {}), arms, runs
-    )
+    nothing = {group: {} for group in ("weighting", "influence", "ranking", "two_stages")}
+    require_effect(nothing, arms, runs)
 
 
 def test_without_arms_no_group_has_an_effect():
