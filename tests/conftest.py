@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, WeighingConfig
+from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet
+from weighmatch.semisup.config import OPERATIONS
 
 # Tiny tensors gain nothing from threads, and lose much where a core is busy with something else.
 torch.set_num_threads(1)
@@ -29,33 +30,37 @@ def training_set():
 def run_config():
     """Makes the configuration of a short run."""
 
-    def make(arm="learned", seed=0, steps=40, weighing=None, **training):
+    def make(
+        arm="learned",
+        seed=0,
+        steps=40,
+        schedule="online",
+        rounds=1,
+        weighting=None,
+        influence=None,
+        ranking=None,
+        **training,
+    ):
         settings = {
             "width": 8,
-            "steps": steps,
             "batch_size": 6,
             "unlabelled_ratio": 2,
             "threshold": 0.4,
             "snapshots": 2,
             "checkpoint_every": 10,
             "device": "cpu",
+            "augmentation": {"operations": OPERATIONS},
         }
-        weigh = {
-            "width": 8,
-            "interval": 5,
-            "max_products": 4,
-            "outer_batch": 12,
-            "curvature_batch": 8,
-            "influence_batch": 12,
-            "fit_batch": 12,
-            "head_steps": 60,
-            "head_batch": 12,
-            # So few images can look clean by chance; here what follows a ranking is tested.
-            "contamination_level": 1.0,
+        weigh = {"width": 8, "interval": 5, "fit_batch": 12}
+        measure = {"max_products": 4, "outer_batch": 12, "curvature_batch": 8, "batch": 12}
+        # So few images can look clean by chance; here what follows a ranking is tested.
+        rank = {"steps": 60, "batch": 12, "contamination_level": 1.0}
+        groups = {
+            "weighting": {**weigh, **(weighting or {})},
+            "influence": {**measure, **(influence or {})},
+            "ranking": {**rank, **(ranking or {})},
         }
-        config = TrainingConfig(
-            **{**settings, **training}, weighing=WeighingConfig(**{**weigh, **(weighing or {})})
-        )
-        return RunConfig(arm, seed, steps, 3, config)
+        config = TrainingConfig(steps=steps, **{**settings, **groups, **training})
+        return RunConfig(arm, seed, steps, 3, config, schedule, rounds)
 
     return make

@@ -8,18 +8,18 @@ from weighmatch.semisup.config import TrainingConfig
 
 def test_changes_reach_into_groups_and_leave_the_rest():
     before = TrainingConfig(width=8)
-    changed = with_changes("a", before, {"steps": 7, "weighing": {"damping": 0.5}})
-    assert (changed.steps, changed.width, changed.weighing.damping) == (7, 8, 0.5)
-    assert changed.weighing.interval == before.weighing.interval
-    assert before.weighing.damping == 1.0
+    changed = with_changes("a", before, {"steps": 7, "influence": {"damping": 0.5}})
+    assert (changed.steps, changed.width, changed.influence.damping) == (7, 8, 0.5)
+    assert changed.influence.memory == before.influence.memory
+    assert before.influence.damping == 1.0
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (3, "a must be a group of parameters, got 3"),
-        ({"weighing": 3}, "a.weighing must be a group of parameters, got 3"),
-        ({"weighing": {"dampng": 1}}, "a.weighing has no parameter dampng; it has contamination"),
+        ({"influence": 3}, "a.influence must be a group of parameters, got 3"),
+        ({"influence": {"dampng": 1}}, "a.influence has no parameter dampng; it has batch, curvature_batch"),
         ({"steps": 0}, "training.steps must be an integer of at least 1, got 0"),
     ],
 )

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from sklearn.metrics import roc_auc_score
 
+from weighmatch.arms import get_arm
 from weighmatch.data.config import DataConfig
-from weighmatch.data.sources import load_digits, load_photographs, noise
-from weighmatch.data.splits import make_splits
-from weighmatch.semisup import RoundsTrainer, RunConfig, Trainer, TrainingConfig, TrainingSet
-from weighmatch.semisup.scoring import score_images
+from weighmatch.data.source import get_source
+from weighmatch.semisup import RunConfig, RunsConfig, TrainingConfig, TrainingSet, make_schedule
+from weighmatch.semisup.config import OPERATIONS
 
 pytestmark = pytest.mark.slow
 
@@ -19,25 +19,31 @@ CONF = Path(__file__).parents[1] / "conf" / "base"
 
 
 def defaults(file, group):
+    """What the configuration of the project sets; the rest are the defaults of the code."""
     return yaml.safe_load((CONF / file).read_text())[group]
 
 
 SEEDS = (0, 1, 2)
+ROUNDS = RunsConfig(**defaults("parameters_training.yml", "runs")).rounds
 
 
-def judged(arm, seed, folder, rounds=1):
+def noise(n, size, channels):
+    return np.random.default_rng(0).integers(0, 256, (n, channels, size, size), dtype=np.uint8)
+
+
+def judged(arm, seed, folder, schedule="online", rounds=1):
     """Held-out images judged by an arm of the default settings, and which are in-distribution."""
     data = DataConfig(**{**defaults("parameters_data.yml", "data"), "seeds": [seed]})
     training = TrainingConfig(**defaults("parameters_training.yml", "training"))
-    splits = make_splits(*load_digits(), load_photographs(), data, seed=seed)
+    source = get_source(data.source)
+    splits = source.draw(source.load(data), data, seed)
     pool = splits.pool.images
-    if arm == "oracle":
-        pool = pool[splits.pool.sources == 0]
-    config = RunConfig(arm, seed, training.steps, 6, training)
-    trainer = Trainer(config) if rounds == 1 else RoundsTrainer(config, rounds)
-    checkpoint = trainer.fit(TrainingSet(splits.labelled_images, splits.labels, pool), folder)
-    result = score_images(checkpoint, splits.heldout.images)
-    is_id = splits.heldout.sources == 0
+    if get_arm(arm).pool == "clean":
+        pool = pool[splits.pool.kinds == 0]
+    config = RunConfig(arm, seed, training.steps, data.classes, training, schedule, rounds)
+    train_set = TrainingSet(splits.labelled_images, splits.labels, pool)
+    result = make_schedule(config).fit(train_set, folder).score(splits.heldout.images)
+    is_id = splits.heldout.kinds == 0
     right = result.probabilities.argmax(axis=1) == splits.heldout.classes
     return 100 * right[is_id].mean(), result, is_id
 
@@ -52,12 +58,12 @@ def test_unlabelled_images_help_and_clean_ones_more(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rounds", "auroc"), [(1, 0.7), (defaults("parameters_training.yml", "runs")["stages"], 0.85)]
+    ("schedule", "rounds", "auroc"), [("online", 1, 0.7), ("rounds", ROUNDS, 0.85)]
 )
-def test_learned_scores_tell_new_intruders_apart(rounds, auroc, tmp_path):
+def test_learned_scores_tell_new_intruders_apart(schedule, rounds, auroc, tmp_path):
     aurocs, inside, outside = [], [], []
     for seed in SEEDS:
-        _, learned, is_id = judged("learned", seed, tmp_path / str(seed), rounds)
+        _, learned, is_id = judged("learned", seed, tmp_path / str(seed), schedule, rounds)
         aurocs.append(roc_auc_score(is_id, learned.scores))
         inside.append(learned.weights[is_id].mean())
         outside.append(learned.weights[~is_id].mean())
@@ -68,21 +74,19 @@ def test_learned_scores_tell_new_intruders_apart(rounds, auroc, tmp_path):
 
 
 def test_the_wide_resnet_trains_with_learned_weights(tmp_path):
-    rng = np.random.default_rng(0)
-    data = TrainingSet(
-        noise(8, 32, 3, rng), np.arange(8, dtype=np.int64) % 2, noise(32, 32, 3, rng)
-    )
-    small = {"interval": 3, "outer_batch": 8, "curvature_batch": 4, "influence_batch": 8}
+    images = noise(40, 32, 3)
+    data = TrainingSet(images[:8], np.arange(8, dtype=np.int64) % 2, images[8:])
     training = TrainingConfig(
         network="wrn_28_2",
         batch_size=4,
         unlabelled_ratio=2,
         threshold=0.1,
         snapshots=1,
-        augmentation={"flip": True},
-        weighing={**small, "fit_batch": 8, "warmup": 0.0},
+        augmentation={"flip": True, "operations": OPERATIONS},
+        weighting={"interval": 3, "fit_batch": 8, "warmup": 0.0},
+        influence={"outer_batch": 8, "curvature_batch": 4, "batch": 8},
     )
     config = RunConfig("learned", 0, 6, 2, training)
-    result = Trainer(config).fit(data, tmp_path)
-    assert all(np.isfinite(value) for line in result["metrics"] for value in line.values())
-    assert result["history"]["weights"].shape == (1, 32)
+    result = make_schedule(config).fit(data, tmp_path)
+    assert all(np.isfinite(value) for line in result.log for value in line.values())
+    assert result.history.weights.shape == (1, 32)

@@ -299,16 +299,16 @@ class TrainedRun:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            DamagedFileError: if its content is not what was written.
+            DamagedFileError: if its content is not what was written, or of another version.
         """
         state = read_state(Path(path))
         if state is None:
             raise FileNotFoundError(f"there is no trained run at {path}")
         try:
             return cls.from_state(state)
-        except (KeyError, TypeError, RuntimeError) as error:
+        except (KeyError, TypeError, RuntimeError, ValueError) as error:
             raise DamagedFileError(
-                f"{path} is no trained run of this version; train it anew"
+                f"{path} is no trained run of this version; train it anew ({error})"
             ) from error
 
 

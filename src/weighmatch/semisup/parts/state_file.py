@@ -5,6 +5,7 @@ torch does not check what it reads: a flipped bit would give other weights witho
 
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ class DamagedFileError(ValueError):
 def write_state(path: Path, state: dict[str, Any]) -> None:
     """Write nested containers of tensors, numbers and strings to `path`.
 
-    Equal content gives equal bytes: torch would put the name of a path into the archive.
+    Equal content gives equal bytes. Torch would put the name of a path into the archive, and would
+    tell a string that stands twice from two equal strings.
     """
+    state = _separate(state)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with partial.open("wb") as file:
@@ -45,6 +48,17 @@ def read_state(path: Path) -> dict[str, Any] | None:
     if not whole:
         raise _damaged(path)
     return state
+
+
+def _separate(value: Any) -> Any:
+    """Equal content that shares no storage and nothing but strings, on the CPU."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {_separate(key): _separate(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(map(_separate, value))
+    return sys.intern(value) if type(value) is str else value
 
 
 def _damaged(path: Path) -> DamagedFileError:

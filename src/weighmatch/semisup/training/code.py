@@ -78,14 +78,16 @@ def imported_files(module: str) -> set[Path]:
         if path is None:
             continue
         tree = ast.parse(path.read_text("utf-8"))
-        home = _home_of(tree, entry[1]) if path.name == "__init__.py" and entry[1] else None
-        if home is not None:
-            waiting.append(home)
-            continue
+        if path.name == "__init__.py":
+            if "pkgutil" in ast.dump(tree):
+                files = path.parent.glob("[!_]*.py")
+                waiting += [(f"{entry[0]}.{file.stem}", "") for file in files]
+            home = _home_of(tree, entry[1]) if entry[1] else None
+            if home is not None:
+                waiting.append(home)
+                continue
         found.add(path)
         waiting += _imports(tree)
-        if path.name == "__init__.py" and "pkgutil" in ast.dump(tree):
-            waiting += [(f"{entry[0]}.{file.stem}", "") for file in path.parent.glob("[!_]*.py")]
     return found
 
 

@@ -186,10 +186,9 @@ def _rank(
         measured = so_far.measured
         if Weighting.kind(config.row.weighting).measures_rounds:
             measured = measure_pool(trained, data, so_far.kept, measured, config, seed)
-        # FixMatch trained it; the arm's weighting says by what its outputs are ranked.
-        ranking = rank_pool(
-            replace(trained, config=replace(trained.config, arm=config.arm)), measured, data, config
-        )
+        # FixMatch trained it; the arm's own weighting, as it starts, says what ranks its outputs.
+        ranked = replace(trained, config=replace(trained.config, arm=config.arm), weighting={})
+        ranking = rank_pool(ranked, measured, data, config)
     seconds = time.perf_counter() - started
     found = None if measured is None else vars(measured)
     state = {"ranking": vars(ranking), "measured": found, "seconds": seconds}

@@ -3,7 +3,8 @@ import torch
 
 from weighmatch.semisup.parts.losses import pseudo_label
 from weighmatch.semisup.parts.running import DECAY, DistributionAlignment, RunningMean
-from weighmatch.semisup.trainer import Run, Trainer
+from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.training.online import train_online
 
 CPU = torch.device("cpu")
 
@@ -60,11 +61,11 @@ def test_alignment_changes_what_is_trained(arm, training_set, run_config, tmp_pa
             run_config(arm, distribution_alignment=wanted), training_set, tmp_path / str(wanted)
         )
         run.train_steps(10)
-        losses[wanted] = run.result()["metrics"][0]["loss"]
+        losses[wanted] = run.result().log[0]["loss"]
         if wanted:
             assert run.alignment.predicted.seen == 10  # snapshots and updates do not count
             assert float(run.alignment.predicted.value.sum()) == pytest.approx(1, abs=1e-4)
-            assert arm != "learned" or run.weighting.align is run.alignment
+            assert arm != "learned" or run.weighting.context.align is run.alignment
     assert losses[False] != losses[True]
 
 
@@ -75,6 +76,6 @@ def test_the_realigned_arm_is_fixmatch_with_the_other_alignment(
     found = {}
     for arm, wanted in (("fixmatch_realigned", aligned), ("fixmatch", not aligned)):
         config = run_config(arm, distribution_alignment=wanted)
-        found[arm] = Trainer(config).fit(training_set, tmp_path / arm)
-    realigned, plain = (run["classifier"] for run in found.values())
+        found[arm] = train_online(config, training_set, tmp_path / arm)
+    realigned, plain = (run.classifier.state_dict() for run in found.values())
     assert all(torch.equal(realigned[name], value) for name, value in plain.items())

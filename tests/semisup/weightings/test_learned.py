@@ -4,90 +4,40 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from tests.semisup.weightings.drawing import draw_logits
 from weighmatch.implicit import Exact, GaussNewton, implicit_gradient, weight_gradient
 from weighmatch.semisup import build_classifier
-from weighmatch.semisup.config import AugmentationConfig, WeighingConfig
-from weighmatch.semisup.learned import Learned
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one, pseudo_label
 from weighmatch.semisup.parts.networks import ConfidenceNetwork
-from weighmatch.semisup.parts.store import ImageStore
-from weighmatch.semisup.parts.streams import Streams
-from weighmatch.semisup.weightings import (
-    BELOW_CUT,
-    MaxProbability,
-    PositiveUnlabelled,
-    Uniform,
-    confidence_weights,
-    otsu_cut,
-)
+from weighmatch.semisup.weightings.learned import Learned
+from weighmatch.semisup.weightings.positive_unlabelled import PositiveUnlabelled
 
 
-def pseudo_labels(n=6):
-    return pseudo_label(torch.randn(n, 3, generator=torch.Generator().manual_seed(0)), 0.5)
-
-
-def test_uniform_and_max_probability():
-    images, pseudo = torch.rand(6, 1, 8, 8), pseudo_labels()
-    assert torch.equal(Uniform().weights(images, pseudo), torch.ones(6))
-    weights = MaxProbability().weights(images, pseudo)
-    assert float(weights.mean()) == pytest.approx(1, abs=1e-6)
-    assert torch.equal(weights.argsort(), pseudo.confidence.argsort())
-
-
-def test_otsu_cut_maximises_the_variance_between_groups():
-    rng = np.random.default_rng(0)
-    scores = np.concatenate([rng.normal(0.2, 0.05, 30), rng.normal(0.7, 0.1, 12)])
-    cut = otsu_cut(torch.from_numpy(scores))
-
-    def between(t):
-        low, high = scores[scores <= t], scores[scores > t]
-        return len(low) * len(high) * (low.mean() - high.mean()) ** 2
-
-    assert between(cut) == pytest.approx(max(between(t) for t in np.sort(scores)[:-1]))
-
-
-def test_hard_weights_have_two_sizes_and_no_cut_none():
-    scores = torch.tensor([0.1, 0.4, 0.9])
-    assert torch.equal(confidence_weights(scores, None), scores)
-    expected = torch.tensor([BELOW_CUT, BELOW_CUT, 1.0])
-    assert torch.equal(confidence_weights(scores, 0.5), expected)
-
-
-def inductive(kind, training_set, weights="hard", **settings):
-    labelled = torch.from_numpy(training_set.labelled_images)
-    labels = torch.from_numpy(training_set.labels)
-    pool = ImageStore(training_set.unlabelled_images, torch.device("cpu"))
-    config = WeighingConfig(width=8, weights=weights, fit_steps=20, **settings)
-    augmentation = Augmentation(AugmentationConfig(cutout=0.25))
-    if kind is PositiveUnlabelled:
-        return kind(labelled, labels, pool, augmentation, config, Streams(0))
-    return kind(
-        labelled, labels, (labelled, labels), pool, augmentation, config, Streams(0), 0.1, 1.0
-    )
+def inductive(kind, make_context, weights="hard", **influence):
+    return kind(make_context(None, {"weights": weights, "fit_steps": 20}, influence))
 
 
 @pytest.mark.parametrize("kind", [PositiveUnlabelled, Learned])
 @pytest.mark.parametrize("weights", ["hard", "soft"])
-def test_inductive_weights_have_mean_one_and_survive_a_checkpoint(kind, weights, training_set):
-    weighting = inductive(kind, training_set, weights)
+def test_inductive_weights_have_mean_one_and_survive_a_checkpoint(kind, weights, make_context):
+    weighting = inductive(kind, make_context, weights)
     classifier = build_classifier("small_cnn", 1, 3, seed=0, width=8)
     report = weighting.update(classifier)
     assert report
     assert all(np.isfinite(value) for value in report.values())
     images = torch.rand(16, 1, 8, 8)
-    before = weighting.weights(images, pseudo_labels(16))
+    before = weighting.weights(images, pseudo_label(draw_logits(16), 0.5))
     assert float(before.mean()) == pytest.approx(1, abs=1e-5)
     assert float(before.min()) > 0
-    restored = inductive(kind, training_set, weights)
+    restored = inductive(kind, make_context, weights)
     restored.load_state_dict(weighting.state_dict())
-    assert torch.equal(restored.weights(images, pseudo_labels(16)), before)
+    assert torch.equal(restored.weights(images, pseudo_label(draw_logits(16), 0.5)), before)
 
 
-def test_pu_scores_labelled_looks_above_foreign_ones(training_set):
+def test_pu_scores_labelled_looks_above_foreign_ones(training_set, make_context):
     noisy = np.random.default_rng(1).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     training_set.unlabelled_images[20:] = noisy[20:]
-    weighting = inductive(PositiveUnlabelled, training_set)
+    weighting = inductive(PositiveUnlabelled, make_context)
     for _ in range(10):
         weighting.update(build_classifier("small_cnn", 1, 3, seed=0, width=8))
     with torch.no_grad():
@@ -96,14 +46,14 @@ def test_pu_scores_labelled_looks_above_foreign_ones(training_set):
 
 
 @pytest.mark.parametrize("solver", ["identity", "neumann", "conjugate_gradient"])
-def test_learned_updates_with_every_solver(solver, training_set):
-    weighting = inductive(Learned, training_set, solver=solver)
+def test_learned_updates_with_every_solver(solver, make_context):
+    weighting = inductive(Learned, make_context, solver=solver)
     classifier = build_classifier("small_cnn", 1, 3, seed=0, width=8)
     before = {name: p.clone() for name, p in classifier.named_parameters()}
     report = weighting.update(classifier)
-    assert report["products"] <= max(weighting.config.max_products, 1)
+    assert report["products"] <= max(weighting.meter.config.max_products, 1)
     assert report["largest_eigenvalue"] > 0
-    assert weighting.influence.abs().sum() > 0
+    assert weighting.meter.measured.influence.abs().sum() > 0
     # The classifier is read, never written, and keeps no gradient.
     for name, p in classifier.named_parameters():
         assert torch.equal(p, before[name])

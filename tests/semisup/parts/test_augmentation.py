@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 
-from weighmatch.semisup.parts import augmentation as augment
 from weighmatch.semisup.config import OPERATIONS, AugmentationConfig
+from weighmatch.semisup.parts import augmentation as augment
 from weighmatch.semisup.parts.augmentation import GEOMETRIC, PHOTOMETRIC, Augmentation
 
 
