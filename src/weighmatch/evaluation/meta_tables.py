@@ -8,9 +8,11 @@ from numpy.typing import NDArray
 
 from weighmatch.evaluation.statistics import mean_interval
 
-# A classifier that has overflowed gives everything its first class, one of ten or of six.
+# Accuracy of a classifier that has overflowed: it gives everything its first class, one of ten or,
+# in the contaminated pool, of six.
 CHANCE = 0.1
 CHANCES = {"contaminated_pool": 1 / 6}
+# What tells one training from all others.
 RUN = (
     "experiment",
     "case",
@@ -25,17 +27,24 @@ RUN = (
     "seed",
 )
 
-# A training but for its seed.
+# What tells trainings apart that differ in more than their seeds.
 GROUP = RUN[:-1]
 # What runs have in common whose costs can be compared.
 PROBLEM = ("experiment", "case", "problem", "parameters", "outer_images")
+# Columns that are the largest, and means, of a column over the steps of a training.
+LARGEST = {
+    "worst_residual": "residual",
+    "unguarded_residual": "unguarded_residual",
+    "sharpness": "step_sharpness",
+}
+AVERAGED = ("batch_cosine", "cosine", "low_share")
 
 
 def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
     """A row a training.
 
     Args:
-        steps: of `weighmatch.studies.meta_learning.run_all`, a row an outer step.
+        steps: a row an outer step, from `weighmatch.studies.meta_learning.run_all`.
 
     Returns:
         The columns `RUN`; `final`, `best` and `drop` (best − final), test accuracies, where a
@@ -67,33 +76,26 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
         best = float(accuracy.max()) if len(accuracy) else chance
         budget = float(budgets.get(tuple(values[name] for name in PROBLEM), np.nan))
         affordable = run.loc[run["cost"] <= budget, "test_accuracy"].dropna()
-        rows.append(
-            {
-                **values,
-                "final": final,
-                "best": best,
-                "drop": best - final,
-                "outer_loss": float(last["outer_loss"]),
-                "outer_accuracy": float(last["outer_accuracy"]),
-                "gap": float(last["outer_accuracy"]) - (np.nan if diverged else final),
-                "retrained_drop": float(retrained.max() - retrained.iloc[-1])
-                if len(retrained)
-                else np.nan,
-                "cost": float(last["cost"]),
-                "equal_cost": budget,
-                "at_equal_cost": float(affordable.iloc[-1]) if len(affordable) else np.nan,
-                "memory": float(last["memory"]),
-                "diverged": diverged,
-                "rejected": float(run["rejected"].mean()),
-                "worst_residual": float(run["residual"].max()),
-                "residual_growth": float((run["status"] == "diverged").mean()),
-                "unguarded_residual": float(run["unguarded_residual"].max()),
-                "batch_cosine": float(run["batch_cosine"].mean()),
-                "cosine": float(run["cosine"].mean()),
-                "low_share": float(run["low_share"].mean()),
-                "sharpness": float(run["step_sharpness"].max()),
-            }
-        )
+        outer = float(last["outer_accuracy"])
+        row = {
+            **values,
+            "final": final,
+            "best": best,
+            "drop": best - final,
+            "outer_loss": float(last["outer_loss"]),
+            "outer_accuracy": outer,
+            "gap": outer - (np.nan if diverged else final),
+            "retrained_drop": retrained.max() - retrained.iloc[-1] if len(retrained) else np.nan,
+            "cost": float(last["cost"]),
+            "equal_cost": budget,
+            "at_equal_cost": affordable.iloc[-1] if len(affordable) else np.nan,
+            "memory": float(last["memory"]),
+            "diverged": diverged,
+            "rejected": float(run["rejected"].mean()),
+            "residual_growth": float((run["status"] == "diverged").mean()),
+        }
+        row |= {name: float(run[column].max()) for name, column in LARGEST.items()}
+        rows.append(row | {name: float(run[name].mean()) for name in AVERAGED})
     return pd.DataFrame(rows)
 
 
@@ -101,7 +103,7 @@ def compare_to(runs: pd.DataFrame, baseline: str = "conjugate_gradient") -> pd.D
     """Paired differences of every method to `baseline`, seed by seed.
 
     Args:
-        runs: of `summarise_runs`.
+        runs: a row a training, from `summarise_runs`.
         baseline: a method; its runs with the same problem and the same seed are the pairs. In the
             map of dampings it is that with the least damping.
 

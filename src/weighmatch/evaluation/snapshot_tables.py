@@ -7,7 +7,7 @@ import pandas as pd
 
 from weighmatch.evaluation.meta_tables import interval
 
-# What tells the rows of one seed apart.
+# Columns that tell the points of a seed apart at which influence is measured.
 POINT = ["stage", "score"]
 
 
@@ -20,7 +20,7 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
     with the largest mean over the *other* seeds, so that it is not chosen on what it is judged by.
 
     Args:
-        quality: of `weighmatch.studies.snapshots.influence_quality`, seeds stacked.
+        quality: rows of `weighmatch.studies.snapshots.influence_quality`, all seeds.
 
     Returns:
         `stage`, `score`, `comparison`, `damping_ratio` (NaN for the optimum, which differs by

@@ -53,10 +53,10 @@ class Run:
 
     Attributes:
         experiment: "generalisation", "map", "forgetting", "instability" or "efficiency".
-        case: what the experiment varies, in words.
+        case: words for what the experiment varies.
         problem: name of the problem.
         size: how large the problem is.
-        training: how it is trained on.
+        training: settings of the training.
         seed: seed of data, initial parameters and mini-batches.
         memory: whether the peak memory of one hypergradient is measured too.
     """
