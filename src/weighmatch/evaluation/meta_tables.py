@@ -4,12 +4,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from weighmatch.evaluation.statistics import mean_interval
 
-# A classifier that has overflowed gives everything its first class, one of ten or of six.
+# Accuracy of a classifier that has overflowed: it gives everything its first class, one of ten or,
+# in the contaminated pool, of six.
 CHANCE = 0.1
 CHANCES = {"contaminated_pool": 1 / 6}
+# What tells one training from all others.
 RUN = (
     "experiment",
     "case",
@@ -24,17 +27,24 @@ RUN = (
     "seed",
 )
 
-# A training but for its seed.
+# What tells trainings apart that differ in more than their seeds.
 GROUP = RUN[:-1]
 # What runs have in common whose costs can be compared.
 PROBLEM = ("experiment", "case", "problem", "parameters", "outer_images")
+# Columns that are the largest, and means, of a column over the steps of a training.
+LARGEST = {
+    "worst_residual": "residual",
+    "unguarded_residual": "unguarded_residual",
+    "sharpness": "step_sharpness",
+}
+AVERAGED = ("batch_cosine", "cosine", "low_share")
 
 
 def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
     """A row a training.
 
     Args:
-        steps: of `weighmatch.studies.meta_learning.run_all`, a row an outer step.
+        steps: a row an outer step, from `weighmatch.studies.meta_learning.run_all`.
 
     Returns:
         The columns `RUN`; `final`, `best` and `drop` (best − final), test accuracies, where a
@@ -66,33 +76,26 @@ def summarise_runs(steps: pd.DataFrame) -> pd.DataFrame:
         best = float(accuracy.max()) if len(accuracy) else chance
         budget = float(budgets.get(tuple(values[name] for name in PROBLEM), np.nan))
         affordable = run.loc[run["cost"] <= budget, "test_accuracy"].dropna()
-        rows.append(
-            {
-                **values,
-                "final": final,
-                "best": best,
-                "drop": best - final,
-                "outer_loss": float(last["outer_loss"]),
-                "outer_accuracy": float(last["outer_accuracy"]),
-                "gap": float(last["outer_accuracy"]) - (np.nan if diverged else final),
-                "retrained_drop": float(retrained.max() - retrained.iloc[-1])
-                if len(retrained)
-                else np.nan,
-                "cost": float(last["cost"]),
-                "equal_cost": budget,
-                "at_equal_cost": float(affordable.iloc[-1]) if len(affordable) else np.nan,
-                "memory": float(last["memory"]),
-                "diverged": diverged,
-                "rejected": float(run["rejected"].mean()),
-                "worst_residual": float(run["residual"].max()),
-                "residual_growth": float((run["status"] == "diverged").mean()),
-                "unguarded_residual": float(run["unguarded_residual"].max()),
-                "batch_cosine": float(run["batch_cosine"].mean()),
-                "cosine": float(run["cosine"].mean()),
-                "low_share": float(run["low_share"].mean()),
-                "sharpness": float(run["step_sharpness"].max()),
-            }
-        )
+        outer = float(last["outer_accuracy"])
+        row = {
+            **values,
+            "final": final,
+            "best": best,
+            "drop": best - final,
+            "outer_loss": float(last["outer_loss"]),
+            "outer_accuracy": outer,
+            "gap": outer - (np.nan if diverged else final),
+            "retrained_drop": retrained.max() - retrained.iloc[-1] if len(retrained) else np.nan,
+            "cost": float(last["cost"]),
+            "equal_cost": budget,
+            "at_equal_cost": affordable.iloc[-1] if len(affordable) else np.nan,
+            "memory": float(last["memory"]),
+            "diverged": diverged,
+            "rejected": float(run["rejected"].mean()),
+            "residual_growth": float((run["status"] == "diverged").mean()),
+        }
+        row |= {name: float(run[column].max()) for name, column in LARGEST.items()}
+        rows.append(row | {name: float(run[name].mean()) for name in AVERAGED})
     return pd.DataFrame(rows)
 
 
@@ -100,7 +103,7 @@ def compare_to(runs: pd.DataFrame, baseline: str = "conjugate_gradient") -> pd.D
     """Paired differences of every method to `baseline`, seed by seed.
 
     Args:
-        runs: of `summarise_runs`.
+        runs: a row a training, from `summarise_runs`.
         baseline: a method; its runs with the same problem and the same seed are the pairs. In the
             map of dampings it is that with the least damping.
 
@@ -121,12 +124,16 @@ def compare_to(runs: pd.DataFrame, baseline: str = "conjugate_gradient") -> pd.D
         row = dict(zip(GROUP, key, strict=True))
         for column in ("final", "outer_loss", "gap", "at_equal_cost"):
             differences = (group[column] - group[f"{column}_base"]).dropna().to_numpy(np.float64)
-            low, high = mean_interval(differences)
             row[column] = float(differences.mean()) if len(differences) else np.nan
-            row[f"{column}_low"] = np.nan if low is None else low
-            row[f"{column}_high"] = np.nan if high is None else high
+            row[f"{column}_low"], row[f"{column}_high"] = interval(differences)
         rows.append({**row, "seeds": len(group)})
     return pd.DataFrame(rows)
+
+
+def interval(values: NDArray[np.float64], single: float = np.nan) -> tuple[float, float]:
+    """95 % t interval of a mean; twice `single` where there are fewer than two values."""
+    low, high = mean_interval(values)
+    return (single, single) if low is None or high is None else (low, high)
 
 
 def means(runs: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
@@ -145,15 +152,10 @@ def means(runs: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
         values = group[column].dropna().to_numpy(np.float64)
         if len(values) == 0:
             continue
-        low, high = mean_interval(values)
         mean = float(values.mean())
         # One seed has no interval: a dot is drawn.
-        found = {
-            "mean": mean,
-            "low": mean if low is None else low,
-            "high": mean if high is None else high,
-            "count": len(values),
-        }
+        low, high = interval(values, single=mean)
+        found = {"mean": mean, "low": low, "high": high, "count": len(values)}
         rows.append({**dict(zip(by, key, strict=True)), **found})
     return pd.DataFrame(rows)
 

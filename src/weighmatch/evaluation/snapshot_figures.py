@@ -21,10 +21,10 @@ from weighmatch.evaluation.figures import (
 from weighmatch.evaluation.statistics import mean_interval
 from weighmatch.evaluation.study_figures import over_seeds
 
-# One a stage, in the order of training.
+# Colours of stages, in the order of training.
 COLOURS = (ORANGE, GREEN, BLUE, PINK, RED, SKY, BLACK)
 SCORES = {"dot": "Influence", "cosine": "Influence over the last layer's gradient norm"}
-# Between the intervals of two stages, as a share of the distance between two dampings.
+# Distance between the intervals of two stages, as a share of that between two dampings.
 DODGE = 0.08
 
 
@@ -32,7 +32,7 @@ def draw_influence(table: pd.DataFrame) -> Figure:
     """AUROC of the influence against damping: a line a stage, conjugate gradients dashed.
 
     Args:
-        table: of `weighmatch.studies.snapshots.influence_quality`, seeds stacked.
+        table: rows of `weighmatch.studies.snapshots.influence_quality`, all seeds.
     """
     names = [name for name in SCORES if name in set(table["score"])]
     figure, panels = make_axes(5.0 * len(names) + 3.4, 4.8, len(names))

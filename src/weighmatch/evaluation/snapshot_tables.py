@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 
-from weighmatch.evaluation.statistics import mean_interval
+from weighmatch.evaluation.meta_tables import interval
 
-# What tells the rows of one seed apart.
+# Columns that tell the points of a seed apart at which influence is measured.
 POINT = ["stage", "score"]
-BEST = "optimum"
 
 
 def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
@@ -21,7 +20,7 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
     with the largest mean over the *other* seeds, so that it is not chosen on what it is judged by.
 
     Args:
-        quality: of `weighmatch.studies.snapshots.influence_quality`, seeds stacked.
+        quality: rows of `weighmatch.studies.snapshots.influence_quality`, all seeds.
 
     Returns:
         `stage`, `score`, `comparison`, `damping_ratio` (NaN for the optimum, which differs by
@@ -42,7 +41,7 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
             found.append(("optimum − identity", np.nan, best - identity))
         for comparison, ratio, differences in found:
             values = differences.to_numpy(np.float64)
-            low, high = mean_interval(values)
+            low, high = interval(values)
             rows.append(
                 {
                     "stage": stage,
@@ -50,8 +49,8 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
                     "comparison": comparison,
                     "damping_ratio": ratio,
                     "auroc": float(values.mean()),
-                    "auroc_low": np.nan if low is None else low,
-                    "auroc_high": np.nan if high is None else high,
+                    "auroc_low": low,
+                    "auroc_high": high,
                     "seeds": len(values),
                 }
             )

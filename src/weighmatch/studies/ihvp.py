@@ -23,7 +23,6 @@ from weighmatch.implicit import (
     GaussNewton,
     Hessian,
     LinearOperator,
-    Method,
     Parameters,
     Solution,
     darts_gradient,
@@ -41,6 +40,18 @@ from weighmatch.studies.weighing import Point, WeighingProblem, build, gradient
 T = TypeVar("T")
 # Relative residual that iterative methods aim at: their budget ends them first.
 RTOL = 1e-12
+# Columns that say how good a solve was; those of IHVPs alone are empty for other methods.
+JUDGED = (
+    "products",
+    "status",
+    "residual",
+    "ihvp_error",
+    "ihvp_cosine",
+    "hypergradient_error",
+    "hypergradient_cosine",
+    "error_bound",
+    "true_error",
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +90,7 @@ class Reference:
 
     @classmethod
     def of(cls, op: Hessian | GaussNewton) -> "Reference":
-        """By a dense eigendecomposition, or from the factor of a Gauss-Newton matrix."""
+        """The inverse of `op`, by eigenpairs of it or of the factor of a Gauss-Newton matrix."""
         started = time.perf_counter()
         if isinstance(op, GaussNewton):
             vectors, eigenvalues = low_rank.eigenpairs(op.factor()[0])
@@ -252,6 +263,7 @@ class System:
         )
         self.weights = torch.ones(len(problem.labels), dtype=cell.dtype)
         self.params = {name: p.to(cell.dtype) for name, p in cell.point.params.items()}
+        self._bilevel = (problem.inner, problem.outer, self.params, self.weights)
         self.rhs = problem.outer_gradient(self.params)
         self.op = full if cell.is_plain else _curvature(problem, config, self.params, cell.rows)
         if self.smallest > 0 and cell.is_plain:
@@ -279,13 +291,12 @@ class System:
         # Memory depends on method and budget alone.
         config = self.config
         bases = (config.seeds[0], 1.0, config.l2[0], config.dampings[0])
-        measures_memory = bases == (seed, cell.point.stage, problem.l2, cell.damping_ratio)
+        here = (seed, cell.point.stage, problem.l2, cell.damping_ratio)
+        measures_memory = cell.is_plain and here == bases
+        vector = problem.size * cell.dtype.itemsize
         rows = []
         for method, budget, call in self._attempts():
             attempt, seconds = _timed(call)
-            memory = None
-            if measures_memory and cell.is_plain:
-                memory = peak_memory(call) / (problem.size * cell.dtype.itemsize)
             row = {
                 **common,
                 "method": method.name,
@@ -293,38 +304,43 @@ class System:
                 **self._judge(method, attempt),
                 "seconds": seconds,
                 "gradients": seconds / gradient_seconds,
-                "memory": memory,
+                "memory": peak_memory(call) / vector if measures_memory else None,
             }
             rows.append(row)
         if cell.is_plain:
-            exact = {"products": problem.size, "status": "converged", "residual": 0.0}
-            for kind in ("ihvp", "hypergradient"):
-                exact |= {f"{kind}_error": 0.0, f"{kind}_cosine": 1.0}
-            exact["seconds"] = self.reference.seconds
-            exact["gradients"] = self.reference.seconds / gradient_seconds
-            rows.append({**common, "method": "exact", "max_products": problem.size, **exact})
+            seconds = self.reference.seconds
+            exact = {
+                "method": "exact",
+                "max_products": problem.size,
+                "products": problem.size,
+                "status": "converged",
+                "residual": 0.0,
+                **dict.fromkeys(("ihvp_error", "hypergradient_error"), 0.0),
+                **dict.fromkeys(("ihvp_cosine", "hypergradient_cosine"), 1.0),
+                "seconds": seconds,
+                "gradients": seconds / gradient_seconds,
+            }
+            rows.append({**common, **exact})
         return rows
 
     def _judge(self, method: HypergradientMethod, attempt: Attempt) -> dict[str, Any]:
         """What a solver says of itself, and what the reference says of it."""
-        solution = attempt.solution
-        value = solution.value if solution else None
-        # A certificate is for the system that was solved, and the others solve another one.
-        certified = self.cell.is_plain and method.operator in ("curvature", "factors")
-        true_error = None
-        if value is not None and self.cell.is_plain:
-            true_error = float((value - self.exact).norm() / self.rhs.norm())
-        return {
-            "products": solution.products if solution else None,
-            "status": solution.status if solution else None,
-            "residual": solution.residual if solution else None,
-            "ihvp_error": _relative_error(value, self.exact) if value is not None else None,
-            "ihvp_cosine": _cosine(value, self.exact) if value is not None else None,
-            "hypergradient_error": _relative_error(attempt.hypergradient, self.exact_hypergradient),
-            "hypergradient_cosine": _cosine(attempt.hypergradient, self.exact_hypergradient),
-            "error_bound": solution.error_bound if solution and certified else None,
-            "true_error": true_error,
-        }
+        judged: dict[str, Any] = {}
+        if attempt.solution is not None:
+            value = attempt.solution.value
+            judged = {
+                "products": attempt.solution.products,
+                "status": attempt.solution.status,
+                "residual": attempt.solution.residual,
+                **_distance("ihvp", value, self.exact),
+            }
+            if self.cell.is_plain:
+                judged["true_error"] = float((value - self.exact).norm() / self.rhs.norm())
+                # A certificate is for the system that was solved; the others solve another one.
+                if method.operator in ("curvature", "factors"):
+                    judged["error_bound"] = attempt.solution.error_bound
+        found = _distance("hypergradient", attempt.hypergradient, self.exact_hypergradient)
+        return dict.fromkeys(JUDGED) | judged | found
 
     def _inner_gradient(self) -> Tensor:
         return gradient(lambda p: self.problem.inner(p, self.weights), self.params)
@@ -363,7 +379,7 @@ class System:
 
     def _solve(self, method: HypergradientMethod, budget: int) -> Attempt:
         more = {"factors": self._layers} if method.operator == "factors" else {}
-        solver: Method = method.build(self.damping, budget, rtol=RTOL, **more)
+        solver = method.build(self.damping, budget, rtol=RTOL, **more)
         op: LinearOperator = self.op
         if method.operator == "gauss_newton":
             op = self._layers
@@ -375,28 +391,11 @@ class System:
         return Attempt(hypergradient, solution)
 
     def _darts(self) -> Attempt:
-        return Attempt(
-            darts_gradient(
-                self.problem.inner,
-                self.problem.outer,
-                self.params,
-                self.weights,
-                learning_rate=1 / self.largest,
-            )
-        )
+        return Attempt(darts_gradient(*self._bilevel, learning_rate=1 / self.largest))
 
     def _sama(self) -> Attempt:
         moment = {name: m.to(self.cell.dtype) for name, m in self.cell.point.second_moment.items()}
-        return Attempt(
-            sama_gradient(
-                self.problem.inner,
-                self.problem.outer,
-                self.params,
-                self.weights,
-                learning_rate=1e-2,
-                second_moment=moment,
-            )
-        )
+        return Attempt(sama_gradient(*self._bilevel, learning_rate=1e-2, second_moment=moment))
 
     def _unroll(self, steps: int) -> Attempt:
         """Gradient descent from θ on the inner loss with the system's damping as proximal term."""
@@ -423,9 +422,9 @@ def _timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - started
 
 
-def _relative_error(value: Tensor, reference: Tensor) -> float:
-    return float((value.double() - reference).norm() / reference.norm())
-
-
-def _cosine(value: Tensor, reference: Tensor) -> float:
-    return float(F.cosine_similarity(value.double(), reference, dim=0))
+def _distance(name: str, value: Tensor, reference: Tensor) -> dict[str, float]:
+    value = value.double()
+    return {
+        f"{name}_error": float((value - reference).norm() / reference.norm()),
+        f"{name}_cosine": float(F.cosine_similarity(value, reference, dim=0)),
+    }

@@ -1,7 +1,7 @@
 """How well does the influence signal tell ID from OOD images at frozen points of a training?
 
 Plain FixMatch is trained on a contaminated pool, and its classifier is copied on the way. On each
-copy the learned arm's influence of every pool image is computed,
+copy the influence of every pool image is computed as the learned arm does,
 
     s_i = ⟨∇_θ m_i CE_i, v⟩,   v = (C + δI)⁻¹ ∇_θ L_outer,
 
@@ -82,7 +82,7 @@ class PoolScores:
     Attributes:
         dot: the influence, (k, N); 0 in a draw where the image is not confident enough to count.
         cosine: the same over the norm of the last layer's gradient, (k, N).
-        confidence: of the pseudo-label, (N,).
+        confidence: confidence of the pseudo-label, (N,).
         counted: whether the image counts in any of the draws, (N,).
     """
 
@@ -99,9 +99,9 @@ def influence_quality(
 
     Args:
         images: digits, (N, 1, 8, 8).
-        labels: theirs, (N,).
-        config: what is done.
-        seed: of everything drawn; of `config.seeds` or any other.
+        labels: their classes, (N,).
+        config: parameters of the study.
+        seed: seed of everything drawn; it need not be one of `config.seeds`.
 
     Returns:
         A row a snapshot, damping, solver and score: `seed`, `stage`, `step`, `damping_ratio`
@@ -131,12 +131,7 @@ def influence_quality(
             problem = SnapshotProblem(snapshot.classifier, data, config, seed)
             directions = problem.directions()
             scores = problem.scores([direction.value for direction in directions])
-            shared = {
-                "accuracy_test_seen": _accuracy(
-                    snapshot.classifier, splits.test_images, splits.test_labels
-                ),
-                "outer_loss": problem.outer_loss,
-            }
+            accuracy = _accuracy(snapshot.classifier, splits.test_images, splits.test_labels)
             confidence = _auroc(is_id, scores.confidence)
             counted = scores.counted.numpy()
             for name in ("dot", "cosine"):
@@ -151,7 +146,8 @@ def influence_quality(
                             "score": name,
                             "auroc": _auroc(is_id, values),
                             "cosine_to_exact": direction.cosine_to_exact,
-                            **shared,
+                            "accuracy_test_seen": accuracy,
+                            "outer_loss": problem.outer_loss,
                             "auroc_counted": _auroc(is_id[counted], values[counted]),
                             "auroc_confidence": confidence,
                         }
@@ -168,7 +164,7 @@ def _auroc(is_id: NDArray[np.bool_], scores: Tensor) -> float:
 def _accuracy(
     classifier: Classifier, images: NDArray[np.uint8], labels: NDArray[np.int64]
 ) -> float:
-    """In %."""
+    """Accuracy in per cent."""
     with torch.no_grad():
         predicted = classifier(torch.from_numpy(images).float() / 255).argmax(dim=1)
     return 100 * float((predicted.numpy() == labels).mean())
@@ -194,9 +190,9 @@ class SnapshotProblem:
 
     Args:
         classifier: f_θ, in single precision.
-        data: what it was trained on.
-        config: of the study.
-        seed: of every draw.
+        data: the images that it was trained on.
+        config: parameters of the study.
+        seed: seed of every draw.
 
     Attributes:
         outer_loss: L_outer(θ), in nats.
@@ -322,7 +318,7 @@ class SnapshotProblem:
         gradients: Tensor = torch.func.vmap(lambda v: weight_gradient(losses, params, v))(
             directions
         )
-        # Of the outer loss in the weights: where it is negative, the image helps.
+        # Where the gradient of the outer loss in an image's weight is negative, the image helps.
         return -gradients
 
     def _last_layer_norms(self, strong: Tensor, pseudo: PseudoLabels) -> Tensor:

@@ -28,11 +28,12 @@ from weighmatch.semisup.parts.networks import small_cnn_trunk
 from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
 
 CLASSES = 10
-# The end of Adam's steps, which the last stage goes on from.
-_ADAMS_END = 0.9999
-_AT_A_MINIMUM = 1e-9  # largest entry of the gradient
+# Stage at the end of Adam's steps, from which L-BFGS goes on.
+_END_OF_ADAM = 0.9999
+# Largest entry of the gradient at a minimum.
+_MINIMUM_TOLERANCE = 1e-9
 # Snapshots among which the most indefinite one is looked for, as fractions of the training.
-_SEARCHED = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+_SEARCHED_STAGES = (0.0, 0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,10 @@ class WeighingProblem:
     """One network on one draw of images and noise.
 
     Attributes:
-        name: of the network, such as "mlp-16".
+        name: name of the network, such as "mlp-16".
         network: in double precision; its own parameters are the initial ones.
         inputs: inner images (n, 1, 8, 8) in [−0.5, 0.5].
-        labels: theirs, some wrong, (n,).
+        labels: their classes, some of them wrong, (n,).
         outer_inputs: (m, 1, 8, 8).
         outer_labels: (m,).
         l2: λ.
@@ -116,7 +117,7 @@ class WeighingProblem:
         return gradient(self.outer, params)
 
     def hessian(self, params: Parameters, rows: Tensor | None = None) -> Hessian:
-        """Of the data term, at w = 1; λ belongs to the damping."""
+        """The Hessian of the data term, at w = 1; λ belongs to the damping."""
         inputs, labels = self._batch(rows)
         return Hessian(lambda p: F.cross_entropy(self._logits(p, inputs), labels), params)
 
@@ -134,15 +135,15 @@ class WeighingProblem:
 
     def train(self, config: StudyConfig) -> list[Point]:
         """The points of `config.stages`, in order, then the indefinite one if there is one."""
-        wanted = {*config.stages, *(_SEARCHED if config.indefinite else ())}
+        wanted = {*config.stages, *(_SEARCHED_STAGES if config.indefinite else ())}
         snapshots = self._adam(config.steps, sorted(wanted - {1.0}))
         if 1.0 in wanted:
-            last = snapshots[_ADAMS_END]
+            last = snapshots[_END_OF_ADAM]
             params = self._minimise(last.params) if self.has_minimum else last.params
             snapshots[1.0] = Point(1.0, 1.0, params, last.second_moment)
         points = [snapshots[stage] for stage in config.stages]
         if config.indefinite and self.has_minimum:
-            points += self._most_indefinite([snapshots[stage] for stage in _SEARCHED])
+            points += self._most_indefinite([snapshots[stage] for stage in _SEARCHED_STAGES])
         return points
 
     def _most_indefinite(self, points: list[Point]) -> list[Point]:
@@ -162,7 +163,7 @@ class WeighingProblem:
         weights = torch.ones(len(self.labels), dtype=torch.float64)
         # The convergence stage goes on from the end of Adam's training. In a short training
         # several fractions are the same step.
-        wanted = {fraction: round(fraction * steps) for fraction in [*fractions, _ADAMS_END]}
+        wanted = {fraction: round(fraction * steps) for fraction in [*fractions, _END_OF_ADAM]}
         points = {}
         for step in range(steps + 1):
             optimizer.zero_grad()
@@ -181,7 +182,7 @@ class WeighingProblem:
         for _ in range(rounds):
             params = self._newton(self._descend(params, weights), weights)
             slope = gradient(lambda theta: self.inner(theta, weights), params)
-            if float(slope.abs().max()) <= _AT_A_MINIMUM:
+            if float(slope.abs().max()) <= _MINIMUM_TOLERANCE:
                 break
         return params
 
@@ -191,7 +192,7 @@ class WeighingProblem:
             theta.values(),
             max_iter=iterations,
             history_size=100,
-            tolerance_grad=_AT_A_MINIMUM,
+            tolerance_grad=_MINIMUM_TOLERANCE,
             tolerance_change=0.0,
             line_search_fn="strong_wolfe",
         )
@@ -214,7 +215,7 @@ class WeighingProblem:
 
         slope = gradient(loss, params)
         for _ in range(steps):
-            if float(slope.abs().max()) <= _AT_A_MINIMUM:
+            if float(slope.abs().max()) <= _MINIMUM_TOLERANCE:
                 break
             step = solver.solve(Hessian(loss, params), slope).value
             moved = unflatten(flatten(params) - step, params)
@@ -236,12 +237,12 @@ def build(
     """Draw images, wrong labels and the initial parameters.
 
     Args:
-        name: of the network, see `StudyConfig.networks`.
+        name: name of the network, see `StudyConfig.networks`.
         images: (N, 1, 8, 8).
         labels: 0 to 9, (N,).
         config: sizes and noise.
         l2: λ.
-        seed: of everything drawn.
+        seed: seed of everything drawn.
     """
     rng = np.random.default_rng([seed, 2310])
     order = rng.permutation(len(images))[: config.inner + config.outer]
@@ -265,7 +266,7 @@ def build(
 
 
 def make_network(name: str, seed: int) -> nn.Module:
-    """From (B, 1, 8, 8) to (B, 10), in double precision."""
+    """A network from images (B, 1, 8, 8) to logits (B, 10), in double precision."""
     kind, width = parse_network(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -196,7 +196,7 @@ def _unroll(
     hyper: Parameters,
     rate: float,
 ) -> Parameters:
-    """Through the steps that the training took itself."""
+    """The hypergradient through the steps that the training took itself."""
 
     def step(p: Parameters, h: Parameters, t: int) -> Parameters:
         value = problem.inner(p, h, past[t][1])

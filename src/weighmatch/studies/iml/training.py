@@ -44,7 +44,7 @@ def train(
 
     Args:
         problem: the bilevel problem.
-        training: how it is trained on.
+        training: settings of the training.
         seed: seed of mini-batches.
         reference: the same problem in double precision, for `diagnose`; None: `problem`.
 
@@ -103,7 +103,7 @@ class _Learner:
     ) -> None:
         self.problem, self.training, self.reference = problem, training, reference
         self.generator = torch.Generator().manual_seed(seed)
-        # Of its own, so that a training is the same whether it is diagnosed or not.
+        # Diagnoses draw from a stream of their own, which leaves the training as it is.
         self.probes = torch.Generator().manual_seed(seed + 1)
         self.hypergradients = Hypergradients(problem, training)
         self.hyper = problem.hyperparameters()
