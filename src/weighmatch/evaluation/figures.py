@@ -1,9 +1,11 @@
 """Figures of the arms: one message each, readable without the text, safe for colour blindness.
 
-A job of one cell has one panel, a job of several cells a panel each.
+A job of one cell has one panel, a job of several cells a panel each. `scores` come from
+`judge_runs`, `trace` from `trace_weights`, `calibration` from `calibration_table` and `comparison`
+from `compare_arms`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,9 +21,11 @@ from weighmatch.evaluation.tables import (
     BASELINE,
     ONLINE,
     Accuracies,
+    Series,
     accuracies,
     by_cell,
     label_series,
+    of_series,
 )
 
 # Okabe & Ito (2008).
@@ -29,6 +33,7 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*", (4, 1, 0))
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 # Shares of the gap beyond these (%) are cut off.
 MAX_GAP_SHOWN = 200.0
 
@@ -57,28 +62,22 @@ def _panel_a_cell(
     table: pd.DataFrame, width: float, height: float, message: str
 ) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
     """Up to two panels side by side; the message is the title of a single one, or of all."""
-    cells = by_cell(table)
+    cells = by_cell(table) or [("", table)]
     columns = min(len(cells), 2)
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     panels = make_grid(figure, rows, columns)
     for axes in panels[len(cells) :]:
         axes.remove()
-    if len(cells) == 1:
-        panels[0].set_title(message, loc="left")
-    else:
+    for axes, (title, _) in zip(panels, cells, strict=False):
+        axes.set_title(title if len(cells) > 1 else message, loc="left")
+    if len(cells) > 1:
         figure.suptitle(message)
-        for axes, (title, _) in zip(panels, cells, strict=False):
-            axes.set_title(title, loc="left")
     return figure, [(axes, rows) for axes, (_, rows) in zip(panels, cells, strict=False)]
 
 
 def draw_accuracy(scores: pd.DataFrame) -> Figure:
-    """Test accuracy of each arm: seeds as dots, mean and 95 % interval.
-
-    Args:
-        scores: from `judge_runs`.
-    """
+    """Test accuracy of each arm: seeds as dots, mean and 95 % interval."""
     seeds = _count(scores["seed"].nunique(), "seed")
     message = f"Test accuracy: mean and 95 % interval over {seeds}"
     figure = _draw_seeds(scores, lambda arms: arms, message)
@@ -90,11 +89,7 @@ def draw_accuracy(scores: pd.DataFrame) -> Figure:
 
 
 def draw_differences(scores: pd.DataFrame) -> Figure:
-    """Accuracy of each arm minus that of FixMatch on the same seed.
-
-    Args:
-        scores: from `judge_runs`.
-    """
+    """Accuracy of each arm minus that of FixMatch on the same seed."""
     message = "Difference to FixMatch at equal steps: mean and 95 % interval"
     figure = _draw_seeds(scores, _minus_fixmatch, message)
     for axes in figure.axes:
@@ -106,11 +101,8 @@ def draw_differences(scores: pd.DataFrame) -> Figure:
 def _minus_fixmatch(arms: Accuracies) -> Accuracies:
     if BASELINE not in arms:
         return {}
-    return {
-        series: (accuracy - arms[BASELINE]).dropna()
-        for series, accuracy in arms.items()
-        if series != BASELINE
-    }
+    others = {series: accuracy for series, accuracy in arms.items() if series != BASELINE}
+    return {series: (mine - arms[BASELINE]).dropna() for series, mine in others.items()}
 
 
 def _draw_seeds(
@@ -137,44 +129,37 @@ def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.floating], colou
     # Beside the interval, not on it; by rank, so that equal values do not hide each other.
     ranks = values.argsort(kind="stable").argsort(kind="stable")
     offsets = 0.14 + 0.1 * (ranks % 3)
-    axes.scatter(
-        values, row + offsets, s=20, color=colour, edgecolors="white", linewidths=0.6, zorder=2
-    )
-    low, high = mean_interval(values)
-    if low is not None and high is not None:
-        axes.plot([low, high], [row, row], color=colour, linewidth=2.5, zorder=1)
-    axes.scatter(
-        [values.mean()], [row], s=70, marker="D", color=colour, edgecolors="white", zorder=3
-    )
+    dots: dict[str, Any] = {"color": colour, "edgecolors": "white"}
+    axes.scatter(values, row + offsets, s=20, linewidths=0.6, zorder=2, **dots)
+    axes.plot(_interval(values), [row, row], color=colour, linewidth=2.5, zorder=1)
+    axes.scatter([values.mean()], [row], s=70, marker="D", zorder=3, **dots)
+
+
+def _interval(values: NDArray[np.floating]) -> list[float]:
+    """The ends of the 95 % interval of a mean; NaN, which is not drawn, for a single value."""
+    return [np.nan if end is None else end for end in mean_interval(values)]
 
 
 def draw_weights(trace: pd.DataFrame) -> Figure:
-    """Mean weight of each kind of pool images through training, for arms whose weights vary.
-
-    Args:
-        trace: from `trace_weights`.
-    """
+    """Mean weight of each kind of pool images through training, for arms whose weights vary."""
     spread = trace.groupby(["arm", "schedule"])["weight"].agg(lambda w: float(np.ptp(w)))
-    varying = {series for series, found in spread.items() if found > 1e-6}
-    labels = {s: label for s, label in label_series(trace).items() if s in varying}
+    labels = {s: label for s, label in label_series(trace).items() if spread[s] > 1e-6}
     cells = by_cell(trace)
     columns, rows = max(len(labels), 1), max(len(cells), 1)
     figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
     panels = make_grid(figure, rows, columns, sharey=True)
     places = [(title, cell, series) for title, cell in cells for series in labels]
     for axes, (title, cell, series) in zip(panels, places, strict=False):
-        mine = cell[(cell["arm"] == series[0]) & (cell["schedule"] == series[1])]
-        _draw_trace(axes, mine)
-        axes.set_title(
-            labels[series] if len(cells) == 1 else f"{labels[series]}\n{title}", loc="left"
-        )
+        _draw_trace(axes, of_series(cell, series))
+        where = f"\n{title}" if len(cells) > 1 else ""
+        axes.set_title(f"{labels[series]}{where}", loc="left")
         axes.set_xlabel("training done (%)")
     highest = max([1.0, *(axes.dataLim.y1 for axes in panels[: len(places)])])
     panels[0].set_ylim(0, 1.05 * highest)
     for axes in panels[::columns]:
         axes.set_ylabel("mean weight (1: plain FixMatch)")
-    if labels:
-        panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    if places:
+        panels[0].legend(loc="lower left", **LEGEND)
     figure.suptitle(
         "Which pool images are weighed up: mean over seeds, band from lowest to highest seed"
     )
@@ -192,8 +177,8 @@ def _draw_trace(axes: Axes, trace: pd.DataFrame) -> None:
         low, high = wide.min(axis=1), wide.max(axis=1)
         # One snapshot has neither line nor band.
         alone = len(wide) == 1
-        marker = "o" if alone else None
-        axes.plot(wide.index, wide.mean(axis=1), marker=marker, color=kind.colour, label=kind.label)
+        marks: dict[str, Any] = {"marker": "o" if alone else None, "label": kind.label}
+        axes.plot(wide.index, wide.mean(axis=1), color=kind.colour, **marks)
         axes.fill_between(wide.index, low, high, color=kind.colour, alpha=0.15)
         if alone:
             axes.vlines(wide.index, low, high, color=kind.colour, alpha=0.5)
@@ -204,88 +189,70 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
     """How well weights and confidence tell held-out in-distribution images from OOD ones.
 
     Arms that were not trained on the whole pool are left out.
-
-    Args:
-        scores: from `judge_runs`.
     """
-    labels = {
-        s: label for s, label in label_series(scores).items() if get_arm(s[0]).pool == "whole"
-    }
+    labels = label_series(scores)
+    labels = {series: labels[series] for series in labels if get_arm(series[0]).pool == "whole"}
     message = "What tells new OOD images apart: mean and 95 % interval"
     figure, panels = _panel_a_cell(scores, 8, 0.6 * len(labels) + 1.6, message)
     for axes, cell in panels:
-        for row, (arm, schedule) in enumerate(reversed(labels)):
-            mine = cell[(cell["arm"] == arm) & (cell["schedule"] == schedule)]
-            _draw_auroc_row(axes, row, mine)
+        _draw_aurocs(axes, cell, list(reversed(labels)))
         axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.6, len(labels) - 0.4)
         axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
         axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
-    axes = panels[0][0]
-    handles, names = axes.get_legend_handles_labels()
-    by_name = dict(zip(names, handles, strict=True))
-    if by_name:
-        axes.legend(
-            list(by_name.values()), list(by_name), frameon=False, loc="upper left", fontsize=9
-        )
+    if labels:
+        panels[0][0].legend(loc="upper left", **LEGEND)
     return figure
 
 
-def _draw_auroc_row(axes: Axes, row: int, mine: pd.DataFrame) -> None:
+def _draw_aurocs(axes: Axes, cell: pd.DataFrame, rows: list[Series]) -> None:
     for column, colour, name, shift in (
         ("auroc_weight", RED, "weight", 0.16),
         ("auroc_confidence", BLUE, "classifier's confidence", -0.16),
     ):
-        values = mine[column].dropna().to_numpy()
-        # Weights that are all the same rank nothing.
-        if len(values) == 0 or (column == "auroc_weight" and (values == 0.5).all()):
-            continue
-        low, high = mean_interval(values)
-        if low is not None and high is not None:
-            axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
-        axes.scatter([values.mean()], [row + shift], color=colour, s=45, label=name, zorder=3)
+        means = {}
+        for row, series in enumerate(rows):
+            values = of_series(cell, series)[column].dropna().to_numpy()
+            # Weights that are all the same rank nothing.
+            if len(values) and not (column == "auroc_weight" and (values == 0.5).all()):
+                means[row + shift] = values.mean()
+                axes.plot(_interval(values), [row + shift] * 2, color=colour, linewidth=2)
+        if means:
+            axes.scatter(
+                list(means.values()), list(means), color=colour, s=45, label=name, zorder=3
+            )
 
 
 def draw_calibration(calibration: pd.DataFrame) -> Figure:
-    """Reliability diagram: accuracy against confidence.
-
-    Args:
-        calibration: from `calibration_table`.
-    """
+    """Reliability diagram: accuracy against confidence."""
     message = "Calibration (bins of at least 10 images)"
     figure, panels = _panel_a_cell(calibration, 5.2, 4.6, message)
-    labels = label_series(calibration)
     for axes, cell in panels:
         axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle=":", label="calibrated")
         full = cell[cell["count"] >= 10].sort_values("confidence")
-        for (arm, schedule), label in labels.items():
-            bins = full[(full["arm"] == arm) & (full["schedule"] == schedule)]
-            marks: dict[str, Any] = {"marker": "o", "markersize": 4, "color": get_arm(arm).colour}
+        for series, label in label_series(calibration).items():
+            bins, colour = of_series(full, series), get_arm(series[0]).colour
+            marks: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour}
             axes.plot(bins["confidence"], bins["accuracy"], label=label, **marks)
         axes.set_xlim(0.1, 1.01)
         axes.set_ylim(0, 1.03)
         axes.set_xlabel("confidence on test images")
         axes.set_ylabel("share classified rightly")
-    panels[0][0].legend(frameon=False, fontsize=8)
+    panels[0][0].legend(**{**LEGEND, "fontsize": 8})
     return figure
 
 
 def draw_compute(scores: pd.DataFrame) -> Figure:
-    """Test accuracy of every arm against the compute of a run, a column of panels a ratio.
-
-    Args:
-        scores: from `judge_runs`.
-    """
-    cells = by_cell(scores)
+    """Test accuracy of every arm against the compute of a run, a column of panels a ratio."""
+    cells, labels = by_cell(scores), label_series(scores)
     columns = scores["ratio"].nunique(dropna=False)
     rows = -(-len(cells) // columns)
     width = max(8.0, 1.2 + 4.2 * columns)
     figure = Figure(figsize=(width, 2.2 + 3.0 * rows), layout="constrained")
     panels = make_grid(figure, rows, columns, sharex=True, sharey="row")
-    labels = label_series(scores)
     for axes, (title, cell) in zip(panels, cells, strict=False):
-        _draw_costs(axes, cell, labels, float(scores["cost"].max()))
+        _draw_costs(axes, cell, labels, apart=0.018 * float(scores["cost"].max()))
         axes.set_title(title, loc="left")
     for axes in panels[::columns]:
         axes.set_ylabel("test accuracy (%)")
@@ -295,14 +262,8 @@ def draw_compute(scores: pd.DataFrame) -> Figure:
     for axes in panels[-columns:]:
         axes.set_xlabel("compute of a run (1,000 steps of FixMatch)")
     handles, names = panels[0].get_legend_handles_labels()
-    figure.legend(
-        handles,
-        names,
-        loc="outside lower center",
-        ncols=int(width // 3.9),
-        frameon=False,
-        fontsize=9,
-    )
+    columns = int(width // 3.9)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, **LEGEND)
     figure.suptitle(
         f"{_sources(scores)}: what accuracy each arm buys with its compute\n"
         f"mean and 95 % interval over {_count(scores['seed'].nunique(), 'seed')}; "
@@ -312,37 +273,27 @@ def draw_compute(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def _draw_costs(
-    axes: Axes, cell: pd.DataFrame, labels: dict[tuple[str, str], str], dearest: float
-) -> None:
+def _draw_costs(axes: Axes, cell: pd.DataFrame, labels: Mapping[Series, str], apart: float) -> None:
+    found = {series: mine for series, mine in accuracies(cell).items() if len(mine)}
+    costs = {s: float(of_series(cell, s)["cost"].mean()) for s in labels if s in found}
     longer = []
-    found = {s: accuracy for s, accuracy in accuracies(cell).items() if len(accuracy)}
-    mean_cost = cell.groupby(["arm", "schedule"])["cost"].mean()
-    costs = {series: float(mean_cost[series]) for series in labels if series in found}
-    places = _side_by_side(costs, apart=0.018 * dearest)
-    for series, place in places.items():
-        values = found[series].to_numpy()
-        arm = get_arm(series[0])
-        low, high = mean_interval(values)
-        if low is not None and high is not None:
-            axes.plot([place, place], [low, high], color=arm.colour, linewidth=1.5, zorder=2)
-        marks = _marker(*series)
-        axes.plot(place, values.mean(), label=labels[series], zorder=3, **marks)
-        if _only_longer(arm):
-            longer.append((place, float(values.mean())))
+    for series, place in _side_by_side(costs, apart).items():
+        values, arm = found[series].to_numpy(), get_arm(series[0])
+        axes.plot([place, place], _interval(values), color=arm.colour, linewidth=1.5, zorder=2)
+        axes.plot(place, values.mean(), label=labels[series], zorder=3, **_marker(series))
+        if _is_plain(arm):
+            longer.append((place, values.mean()))
     if len(longer) > 1:
         axes.plot(*zip(*longer, strict=True), color=BLACK, linewidth=1, linestyle=":", zorder=1)
 
 
-def _only_longer(arm: Arm) -> bool:
-    """Whether it is plain FixMatch, trained longer or not: what weights have to lie above."""
-    same = not arm.weighs and arm.pool == "whole" and arm.alignment == "as_set"
-    return same and arm.schedules == (ONLINE,)
+def _is_plain(arm: Arm) -> bool:
+    """Whether it is FixMatch, trained longer or not, and otherwise unchanged."""
+    whole = arm.pool == "whole" and not arm.weighs
+    return whole and arm.alignment == "as_set" and arm.schedules == (ONLINE,)
 
 
-def _side_by_side(
-    costs: dict[tuple[str, str], float], apart: float
-) -> dict[tuple[str, str], float]:
+def _side_by_side(costs: Mapping[Series, float], apart: float) -> dict[Series, float]:
     """The places of arms, in 1,000 steps: those of about the same cost lie `apart` steps apart."""
     places = {}
     for series, cost in costs.items():
@@ -356,45 +307,43 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     """Share of the way from FixMatch to the oracle that arms in rounds or with weights go.
 
     FixMatch has the same compute or, where that was not run, as many steps.
-
-    Args:
-        comparison: from `compare_arms`.
     """
-    there = set(comparison["against"])
-    longer = [arm for arm in all_arms() if _only_longer(arm)]
-    matched = [arm for arm in longer if arm.compute == "matched" and arm.name in there]
-    reference = matched[0] if matched else FIXMATCH
-    rows = comparison[(comparison["against"] == reference.name) & comparison["gap_closed"].notna()]
-    left_out = [arm.name for arm in all_arms() if arm in longer or arm.pool == "none"]
+    plain = [arm for arm in all_arms() if _is_plain(arm)]
+    matched = [arm for arm in plain if arm.compute == "matched"]
+    there = [arm for arm in matched if (comparison["against"] == arm.name).any()]
+    reference = (*there, FIXMATCH)[0]
+    left_out = [arm.name for arm in all_arms() if arm in plain or arm.pool == "none"]
+    rows = comparison[comparison["against"] == reference.name].dropna(subset="gap_closed")
     rows = rows[~rows["arm"].isin(left_out)]
     cells, labels = by_cell(rows), label_series(rows)
-    height = 2.2 + len(cells) * (0.35 + 0.22 * len(labels))
-    figure, (axes,) = make_axes(8, height)
+    figure, (axes,) = make_axes(8, 2.2 + len(cells) * (0.35 + 0.22 * len(labels)))
     for number, (series, label) in enumerate(labels.items()):
         offset = 0.7 * ((number + 0.5) / len(labels) - 0.5)
         for position, (_, cell) in enumerate(cells):
-            mine = cell[(cell["arm"] == series[0]) & (cell["schedule"] == series[1])]
-            for low, middle, high in (
-                100 * mine[["gap_closed_low", "gap_closed", "gap_closed_high"]].to_numpy()
-            ):
-                place = position + offset
-                axes.plot([low, high], [place, place], color=get_arm(series[0]).colour, linewidth=2)
-                axes.plot(middle, place, **_marker(*series))
-        axes.plot([], [], label=label, **_marker(*series))
-    for share, arm in ((0, reference), (100, ORACLE)):
-        axes.axvline(share, color=BLACK, linewidth=1, linestyle=":")
-        high = axes.get_xaxis_transform()
-        axes.text(share, 1.0, arm.label, transform=high, ha="center", va="bottom", fontsize=8)
-    names = ["\n".join(title.rsplit(": ", 1)) for title, _ in cells]
-    axes.set_yticks(range(len(cells)), names)
+            shares = (
+                100 * of_series(cell, series)[["gap_closed_low", "gap_closed_high", "gap_closed"]]
+            )
+            for low, high, share in shares.to_numpy():
+                places = [position + offset] * 2
+                axes.plot([low, high], places, color=get_arm(series[0]).colour, linewidth=2)
+                axes.plot(share, places[0], **_marker(series))
+        axes.plot([], [], label=label, **_marker(series))
+    for place, arm in ((0, reference), (100, ORACLE)):
+        axes.axvline(place, color=BLACK, linewidth=1, linestyle=":")
+        above: dict[str, Any] = {
+            "transform": axes.get_xaxis_transform(),
+            "ha": "center",
+            "va": "bottom",
+        }
+        axes.text(place, 1.0, arm.label, fontsize=8, **above)
+    axes.set_yticks(range(len(cells)), ["\n".join(title.rsplit(": ", 1)) for title, _ in cells])
     axes.set_ylim(max(len(cells), 1) - 0.5, -0.5)
     # At least from FixMatch to the oracle; at most where intervals are cut off.
     low, high = axes.get_xlim()
     axes.set_xlim(max(min(low, -10.0), -MAX_GAP_SHOWN), min(max(high, 110.0), MAX_GAP_SHOWN))
     axes.set_xlabel("share of the gap closed (%)")
     if labels:
-        columns = min(2, len(labels))
-        figure.legend(loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+        figure.legend(loc="outside lower center", ncols=min(2, len(labels)), **LEGEND)
     seeds = int(comparison["seeds"].max()) if len(comparison) else 0
     figure.suptitle(
         f"{_sources(comparison)}: how far arms go from FixMatch to the oracle\n"
@@ -404,11 +353,12 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     return figure
 
 
-def _marker(arm: str, schedule: str) -> dict[str, Any]:
+def _marker(series: Series) -> dict[str, Any]:
     """An arm's own colour and shape; hollow if it is not trained online."""
-    colour = get_arm(arm).colour
+    name, schedule = series
+    colour = get_arm(name).colour
     return {
-        "marker": MARKERS[arm_names().index(arm) % len(MARKERS)],
+        "marker": MARKERS[arm_names().index(name) % len(MARKERS)],
         "linestyle": "none",
         "color": colour,
         "markerfacecolor": colour if schedule == ONLINE else "white",

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -15,7 +15,7 @@ from weighmatch.data.ood import KIND_NAMES, describe_ood
 from weighmatch.evaluation.ihvp_figures import base_cells
 from weighmatch.evaluation.judging import CELL, SERIES
 from weighmatch.evaluation.statistics import PairedDifference
-from weighmatch.evaluation.tables import by_cell, label_series
+from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
 
 Row = Mapping[str, Any]
 
@@ -33,19 +33,19 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     Returns:
         `setting`, with `others` if there are other cells; `verdict`; `arms`, by name; and
         `learned_minus`, the paired differences of learned weights to each other arm, by name. An
-        arm of several schedules has the plain name for the last of them in `SCHEDULES`.
+        arm of several schedules is here in the last of `SCHEDULES`.
     """
-    settings = _settings(manifest["cells"])
-    first = {name: manifest["cells"][0][name] for name in CELL}
-    mine = _of_cell(table, first)
-    names = _names(mine)
+    first = table[list(CELL)].head(1)
+    mine = _last_schedules(table.merge(first))
     arms = {
-        names[row["arm"], row["schedule"]]: {
-            str(name): _number(value) for name, value in row.items() if name not in SERIES
-        }
+        row["arm"]: {str(k): _number(v) for k, v in row.items() if k not in SERIES}
         for row in mine.to_dict("records")
     }
-    against = _learned_minus(_of_cell(comparison, first), names)
+    pairs = comparison.merge(first).merge(mine[["arm", "schedule"]])
+    pairs = pairs[pairs["arm"] == LEARNED.name].set_index("against")[list(DIFFERENCE)]
+    known: Any = pairs.astype(object).where(pairs.notna(), None)
+    against = {str(arm): PairedDifference(*row) for arm, *row in known.itertuples()}
+    settings = _settings(manifest)
     setting = settings[0] | ({"others": settings[1:]} if len(settings) > 1 else {})
     learned_minus = {
         arm: {name: None if value is None else _number(value) for name, value in asdict(d).items()}
@@ -59,50 +59,21 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     }
 
 
-def _settings(cells: Sequence[Row]) -> list[dict[str, Any]]:
-    """The settings of a manifest's cells, in order, each with its seeds."""
-    settings: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for cell in cells:
+def _last_schedules(table: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm: that of its last schedule in `SCHEDULES`."""
+    by_schedule = table.sort_values("schedule", key=lambda s: s.map(SCHEDULES.index), kind="stable")
+    return by_schedule.drop_duplicates("arm", keep="last").sort_index()
+
+
+def _settings(manifest: Row) -> list[dict[str, Any]]:
+    """The setting of each cell of the manifest, in order, with its seeds."""
+    settings = []
+    for _, cell in pd.DataFrame(manifest["cells"]).groupby(list(CELL), sort=False, dropna=False):
+        first = cell.to_dict("records")[0]
         names = ("ratio", "regime", "labels_per_class")
-        setting = {"ood_source": cell["setting"], **{name: cell[name] for name in names}}
-        known = settings.setdefault(tuple(cell[name] for name in CELL), {**setting, "seeds": []})
-        known["seeds"].append(cell["seed"])
-    return list(settings.values())
-
-
-def _of_cell(table: pd.DataFrame, cell: Row) -> pd.DataFrame:
-    """The rows of one cell; what is unknown equals what is unknown."""
-    chosen = pd.Series(True, index=table.index)
-    for name, value in cell.items():
-        chosen &= table[name].isna() if _is_unknown(value) else table[name] == value
-    return table[chosen]
-
-
-def _names(table: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """What to call each arm and schedule of one cell: the arm's name for its last schedule."""
-    pairs = [(str(arm), str(schedule)) for arm, schedule in table[["arm", "schedule"]].to_numpy()]
-    last = dict(sorted(pairs, key=lambda pair: SCHEDULES.index(pair[1])))
-    return {
-        (arm, schedule): arm if schedule == last[arm] else f"{arm}, {schedule}"
-        for arm, schedule in pairs
-    }
-
-
-def _learned_minus(
-    comparison: pd.DataFrame, names: Mapping[tuple[str, str], str]
-) -> dict[str, PairedDifference]:
-    """The differences of learned weights, in their last schedule, to each arm, by its name."""
-    return {
-        row["against"]: PairedDifference(
-            mean=row["difference"],
-            low=None if _is_unknown(row["difference_low"]) else row["difference_low"],
-            high=None if _is_unknown(row["difference_high"]) else row["difference_high"],
-            p_value=row["p_value"],
-            seeds=row["seeds"],
-        )
-        for row in comparison.to_dict("records")
-        if names.get((row["arm"], row["schedule"])) == LEARNED.name
-    }
+        known = {name: None if _is_unknown(first[name]) else first[name] for name in names}
+        settings.append({"ood_source": first["setting"], **known, "seeds": cell["seed"].tolist()})
+    return settings
 
 
 def _is_unknown(value: Any) -> bool:
@@ -125,8 +96,8 @@ def verdict(arms: Mapping[str, Row], against: Mapping[str, PairedDifference], se
         best = max(accuracy, key=lambda arm: accuracy[arm])
         return (
             f"{where}, the highest mean accuracy is {accuracy[best]:.1f} % "
-            f"({get_arm(best.partition(',')[0]).label}); learned weights and FixMatch were not "
-            "both run, so there is no verdict between them."
+            f"({get_arm(best).label}); learned weights and FixMatch were not both "
+            "run, so there is no verdict between them."
         )
     baseline = against[FIXMATCH.name]
     sentences = [
@@ -233,18 +204,13 @@ def render_report(
 def _rows_by_cell(table: pd.DataFrame) -> list[tuple[str, list[dict[Hashable, Any]]]]:
     """The title of each cell and its rows, the lowest accuracy first."""
     labels = label_series(table)
-    cells = []
-    for title, cell in by_cell(table):
-        rows = [
-            {
-                **row,
-                "name": labels[row["arm"], row["schedule"]],
-                "learned": row["arm"] == LEARNED.name,
-            }
-            for row in cell.sort_values("accuracy").to_dict("records")
-        ]
-        cells.append((title, rows))
-    return cells
+    table = table.assign(
+        name=[labels[series] for series in zip(table["arm"], table["schedule"], strict=True)],
+        learned=table["arm"] == LEARNED.name,
+    )
+    return [
+        (title, rows.sort_values("accuracy").to_dict("records")) for title, rows in by_cell(table)
+    ]
 
 
 def _update_in_steps(arms: Mapping[str, Row]) -> float | None:

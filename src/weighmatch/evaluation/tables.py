@@ -1,6 +1,7 @@
 """From a row a run to a row an arm, and to paired differences between arms."""
 
 from collections.abc import Iterable
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
@@ -23,15 +24,16 @@ MEANS = (
     *("steps", "seconds", "update_seconds", "ece", "nll", "auroc_weight", "auroc_confidence"),
     *("weight_id", "weight_ood", "mask_rate"),
 )
-# The columns that compare two arms.
-NUMBERS = (
-    *("difference", "difference_low", "difference_high", "p_value", "p_holm"),
-    *("gap_closed", "gap_closed_low", "gap_closed_high"),
-)
+# The columns that compare two arms: the fields of a `PairedDifference` and of a `GapClosed`.
+DIFFERENCE = ("difference", "difference_low", "difference_high", "p_value", "seeds")
+GAP = ("gap_closed", "gap_closed_low", "gap_closed_high")
+NUMBERS = (*DIFFERENCE[:-1], "p_holm", *GAP)
 ONLINE = "online"
 BASELINE, CEILING = (FIXMATCH.name, ONLINE), (ORACLE.name, ONLINE)
 
-Accuracies = dict[tuple[str, str], "pd.Series[float]"]
+# An arm and a schedule.
+Series = tuple[str, str]
+Accuracies = dict[Series, "pd.Series[float]"]
 
 
 def by_cell(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -57,7 +59,7 @@ def by_cell(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     ]
 
 
-def label_series(table: pd.DataFrame) -> dict[tuple[str, str], str]:
+def label_series(table: pd.DataFrame) -> dict[Series, str]:
     """What figures and the report call each arm and schedule of a table, in the order of all arms.
 
     An arm that was trained in several schedules has that of each in its label.
@@ -70,6 +72,11 @@ def label_series(table: pd.DataFrame) -> dict[tuple[str, str], str]:
             words = f", {schedule.replace('_', ' ')}" if len(schedules) > 1 else ""
             labels[arm.name, str(schedule)] = f"{arm.label}{words}"
     return labels
+
+
+def of_series(table: pd.DataFrame, series: Series) -> pd.DataFrame:
+    """The rows of one arm and schedule."""
+    return table[(table["arm"] == series[0]) & (table["schedule"] == series[1])]
 
 
 def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
@@ -174,25 +181,13 @@ def _compare(
     pairs = pd.concat([accuracy, baseline], axis=1, join="inner").to_numpy()
     if not len(pairs):
         return {}
-    test = paired_difference(pairs[:, 0] - pairs[:, 1])
-    row = {
-        "difference": test.mean,
-        "difference_low": test.low,
-        "difference_high": test.high,
-        "p_value": test.p_value,
-        "seeds": test.seeds,
-    }
+    row = dict(zip(DIFFERENCE, astuple(paired_difference(pairs[:, 0] - pairs[:, 1])), strict=True))
     if goal is None:
         return row
     triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
-    if len(triples):
-        closed = gap_closed(*triples.T)
-        row |= {
-            "gap_closed": closed.share,
-            "gap_closed_low": closed.low,
-            "gap_closed_high": closed.high,
-        }
-    return row
+    return (
+        row | dict(zip(GAP, astuple(gap_closed(*triples.T)), strict=True)) if len(triples) else row
+    )
 
 
 def _with_holm(table: pd.DataFrame, families: Iterable[str]) -> pd.DataFrame:
