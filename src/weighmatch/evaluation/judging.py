@@ -10,7 +10,7 @@ and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would nee
 becomes NaN, or has no row.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def judge_runs(
         classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
     """
     near = list(kinds).index(NEAR) if NEAR in kinds else -1
-    rows = []
+    rows: list[dict[Hashable, Any]] = []
     for run in runs.to_dict("records"):
         known, labels = (part.get(run["key"], {}) for part in (truth, test_labels))
         rows.append({**run, **_judge(predictions[run["run"]](), known, labels, near)})
@@ -143,32 +143,35 @@ def _on_heldout(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
 def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
     weights, classes = found["pool_weights"].astype(np.float64), truth["pool_classes"]
     is_id = truth["pool_sources"] == 0
-    right = found["pool_labels"] == classes
     kept = weights >= weights.max() / 2
-    shifted = truth.get("pool_shifted", np.zeros(len(weights), dtype=bool))
-    return {
+    kept_of_class = [_mean(kept[classes == c]) for c in np.unique(classes[is_id])]
+    scores = {
         "pool_weight_id": _mean(weights[is_id]),
         "pool_weight_ood": _mean(weights[~is_id]),
-        "pool_weight_shifted": _mean(weights[is_id & shifted]),
-        "pool_weight_right": _mean(weights[is_id & right]),
-        "pool_weight_wrong": _mean(weights[is_id & ~right]),
-        "right_labels": _mean(right[is_id]),
-        "worst_class_kept": min(
-            (_mean(kept[classes == c]) for c in np.unique(classes[is_id])), default=np.nan
-        ),
+        "worst_class_kept": min(kept_of_class, default=np.nan),
     }
+    if "pool_shifted" in truth:
+        scores["pool_weight_shifted"] = _mean(weights[is_id & truth["pool_shifted"]])
+    if "pool_labels" in found:
+        right = found["pool_labels"] == classes
+        scores["right_labels"] = _mean(right[is_id])
+        scores["pool_weight_right"] = _mean(weights[is_id & right])
+        scores["pool_weight_wrong"] = _mean(weights[is_id & ~right])
+    return scores
 
 
 def _on_influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
     influence, sources = found["pool_influence"], truth["pool_sources"]
     measured = ~np.isnan(influence)
     is_id = measured & (sources == 0)
-    right = found["pool_labels"] == truth["pool_classes"]
-    return {
+    scores = {
         "auroc_influence": auroc(influence, is_id, measured & ~is_id),
         "auroc_influence_near": auroc(influence, is_id, measured & (sources == near)),
-        "auroc_influence_labels": auroc(influence, is_id & right, is_id & ~right),
     }
+    if "pool_labels" in found:
+        right = found["pool_labels"] == truth["pool_classes"]
+        scores["auroc_influence_labels"] = auroc(influence, is_id & right, is_id & ~right)
+    return scores
 
 
 def _mean(values: NDArray[Any]) -> float:
