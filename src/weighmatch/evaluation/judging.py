@@ -10,7 +10,7 @@ and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would nee
 becomes NaN, or has no row.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,7 +92,7 @@ def judge_runs(
         classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
     """
     near = list(kinds).index(NEAR) if NEAR in kinds else -1
-    rows: list[dict[Hashable, Any]] = []
+    rows: list[dict[Any, Any]] = []
     for run in runs.to_dict("records"):
         known, labels = (part.get(run["key"], {}) for part in (truth, test_labels))
         rows.append({**run, **_judge(predictions[run["run"]](), known, labels, near)})
