@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -38,7 +38,8 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     """
     cells = pd.DataFrame(manifest["cells"])[list(CELL)]
     first = cells.head(1).astype(table[list(CELL)].dtypes)
-    mine = _last_schedules(table.merge(first))
+    mine = table.merge(first).sort_values("schedule", key=lambda s: s.map(SCHEDULES.index))
+    mine = mine.drop_duplicates("arm", keep="last").sort_index()
     arms = {
         row["arm"]: {str(k): _number(v) for k, v in row.items() if k not in SERIES}
         for row in mine.to_dict("records")
@@ -59,12 +60,6 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
         "arms": arms,
         "learned_minus": learned_minus,
     }
-
-
-def _last_schedules(table: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm: that of its last schedule in `SCHEDULES`."""
-    by_schedule = table.sort_values("schedule", key=lambda s: s.map(SCHEDULES.index), kind="stable")
-    return by_schedule.drop_duplicates("arm", keep="last").sort_index()
 
 
 def _settings(manifest: Row) -> list[dict[str, Any]]:
@@ -185,28 +180,19 @@ def render_report(
     template = (
         resources.files("weighmatch.evaluation").joinpath("report.html.j2").read_text("utf-8")
     )
+    cells = by_cell(table)
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
     return environment.from_string(template).render(
         metrics=metrics,
-        cells=_rows_by_cell(table),
+        cells=[(title, rows.sort_values("accuracy").to_dict("records")) for title, rows in cells],
+        labels=label_series(table),
+        learned_arm=LEARNED.name,
         learned=metrics["arms"].get(LEARNED.name),
         update_in_steps=_update_in_steps(metrics["arms"]),
         study=_summarise_study(study),
         manifest=manifest,
         figures=encoded,
     )
-
-
-def _rows_by_cell(table: pd.DataFrame) -> list[tuple[str, list[dict[Hashable, Any]]]]:
-    """The title of each cell and its rows, the lowest accuracy first."""
-    labels = label_series(table)
-    table = table.assign(
-        name=[labels[series] for series in zip(table["arm"], table["schedule"], strict=True)],
-        learned=table["arm"] == LEARNED.name,
-    )
-    return [
-        (title, rows.sort_values("accuracy").to_dict("records")) for title, rows in by_cell(table)
-    ]
 
 
 def _update_in_steps(arms: Mapping[str, Row]) -> float | None:
