@@ -1,9 +1,39 @@
 """Project settings: https://docs.kedro.org/en/stable/kedro_project_setup/settings.html."""
 
-from weighmatch.hooks import ChecksBeforeWork, LeanStart
+from pathlib import Path
+from typing import Any
 
-HOOKS = (LeanStart(), ChecksBeforeWork())
+from kedro.config import OmegaConfigLoader
+from omegaconf import OmegaConf
 
+from weighmatch.hooks import ChecksBeforeWork
+
+
+class ExperimentLoader(OmegaConfigLoader):
+    """Kedro's loader, for environments that change another one.
+
+    Where the globals of an environment say `extends: experiments/benchmark`, its parameters are
+    laid over those of that environment instead of those of base. Only `grid.settings` replaces
+    the other's as a whole, because its members are the cells of the experiment.
+    """
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        """The merged configuration of a kind, such as "parameters"."""
+        other = "" if key == "globals" else self["globals"].get("extends", "")
+        if key != "parameters" or "parameters" in self.data or not other:
+            return super().__getitem__(key)
+        settings = {**CONFIG_LOADER_ARGS, "env": other, "runtime_params": self.runtime_params}
+        parameters = OmegaConfigLoader(self.conf_source, **settings)[key]
+        folder = str(Path(self.conf_source) / str(self.env))
+        own = self.load_and_merge_dir_config(folder, self.config_patterns[key], key, set())
+        if "settings" in own.get("grid", {}):
+            parameters["grid"].pop("settings", None)
+        merged: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(parameters, own))
+        return merged
+
+
+HOOKS = (ChecksBeforeWork(),)
+CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS = {
     "base_env": "base",
