@@ -1,0 +1,312 @@
+"""One runner of many jobs: worker processes of one thread each, which may be killed and go on.
+
+Workers end with the process that started them. A worker that is killed is started again, and its
+job is done again; a job that fails ends all the others.
+"""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, TypeVar, cast
+
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+# How often a worker is started again for the same job.
+MAX_RESTARTS = 2
+# Seconds between two reports of a worker's progress, and between two looks for its parent.
+REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
+
+
+def run_all(
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int | Literal["auto"] = "auto",
+    *,
+    title: str,
+    total: int,
+    unit: str = "run",
+    done: int = 0,
+) -> Iterator[tuple[int, T]]:
+    """Do every job, several at a time, and hand over each answer as soon as it is there.
+
+    A single worker, or a single job, runs in this process, on one thread.
+
+    Args:
+        function: a function of a module, called as `function(*job, progress)`; `progress(n)`
+            says that it has done `n` more units.
+        jobs: the arguments of the calls; they are begun in this order, so put the longest first.
+        workers: number of processes; "auto": one a core.
+        title: what the progress bar is called.
+        total: units of all jobs together, and those of `done`.
+        unit: what the progress bar counts.
+        done: units that were done before this call.
+
+    Yields:
+        The position of a job and its answer, in the order in which they are done.
+
+    Raises:
+        RuntimeError: if the worker of a job is killed more than `MAX_RESTARTS` times.
+        Exception: what a job raised; the other workers have been ended by then.
+    """
+    if not jobs:
+        return
+    count = min(default_workers() if workers == "auto" else workers, len(jobs))
+    with tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=0.5) as bar:
+        if count > 1:
+            yield from _run_in_processes(function, jobs, count, bar)
+            return
+        for position, job in enumerate(jobs):
+            with one_thread():
+                answer = function(*job, bar.update)
+            yield position, answer
+
+
+def run_in_order(
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int | Literal["auto"] = "auto",
+    *,
+    title: str,
+    total: int,
+    unit: str = "run",
+    done: int = 0,
+) -> list[T]:
+    """The answers of `run_all`, in the order of the jobs."""
+    found = dict(run_all(function, jobs, workers, title=title, total=total, unit=unit, done=done))
+    return [found[position] for position in range(len(jobs))]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread.
+
+    Small images gain nothing from more threads, and results then depend neither on the number of
+    cores nor on whether jobs share them.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def default_workers(device_type: str = "cpu") -> int:
+    """One process a core on a CPU, and a single one on a GPU."""
+    if device_type == "cuda":
+        return 1
+    # Linux tells which cores this process may use.
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker process, seen from the process that started it.
+
+    Attributes:
+        process: the process itself.
+        pipe: carries jobs to it, and messages of `_serve` back.
+        ready: whether it waits for a job.
+        position: the job that it works on.
+        reported: units of that job that it has reported.
+    """
+
+    process: BaseProcess
+    pipe: Connection
+    ready: bool = False
+    position: int | None = None
+    reported: int = 0
+
+    @classmethod
+    def start(cls) -> "_Worker":
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_serve, args=(theirs, os.getpid()), daemon=True)
+        process.start()
+        theirs.close()  # so that reading ends when the worker does
+        return cls(process, ours)
+
+    def give(self, position: int, call: tuple[Any, ...]) -> None:
+        self.ready, self.position, self.reported = False, position, 0
+        # Plain pickles: multiprocessing's own would pass tensors as shared memory.
+        packed = pickle.dumps(call)
+        with suppress(OSError):  # it was killed, which the next read will say
+            self.pipe.send_bytes(packed)
+
+    def read(self) -> tuple[str, Any] | None:
+        """Its next message; None if it has ended."""
+        try:
+            kind, value = pickle.loads(self.pipe.recv_bytes())
+        except (EOFError, OSError):
+            return None
+        return kind, value
+
+
+# Workers that wait for the next call: it takes seconds to start one.
+_idle: list[_Worker] = []
+
+
+def _run_in_processes(
+    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], count: int, bar: "tqdm[Any]"
+) -> Iterator[tuple[int, T]]:
+    waiting, unfinished = deque(range(len(jobs))), len(jobs)
+    kills: Counter[int | None] = Counter()
+    team = _hire(count)
+    try:
+        while unfinished:
+            for worker in team:
+                if worker.ready and waiting:
+                    position = waiting.popleft()
+                    worker.give(position, (function, jobs[position]))
+            pipes = {worker.pipe: worker for worker in team}
+            for pipe in wait(list(pipes)):
+                worker = pipes[cast(Connection, pipe)]
+                message = worker.read()
+                if message is None:
+                    bar.update(-worker.reported)
+                    kills[worker.position] += 1
+                    _report_kill(worker, kills[worker.position], bar.desc, count)
+                    if worker.position is not None:
+                        waiting.appendleft(worker.position)
+                    team[team.index(worker)] = _Worker.start()
+                    continue
+                kind, value = message
+                if kind == "progress":
+                    worker.reported += value
+                    bar.update(value)
+                elif kind == "failed":
+                    raise value
+                else:
+                    worker.ready, answered, worker.position = True, worker.position, None
+                    if answered is not None:
+                        unfinished -= 1
+                        yield answered, value
+    except BaseException:
+        _dismiss(team)
+        raise
+    _idle.extend(team)
+
+
+def _hire(count: int) -> list[_Worker]:
+    """Workers that wait, and new ones where there are too few; no others are kept."""
+    alive = [worker for worker in _idle if worker.process.is_alive()]
+    _dismiss([worker for worker in _idle if worker not in alive] + alive[count:])
+    _idle.clear()
+    return alive[:count] + [_Worker.start() for _ in range(count - len(alive))]
+
+
+def _dismiss(team: Sequence[_Worker]) -> None:
+    """End the workers at once: what they were at goes on from where it was last kept."""
+    for worker in team:
+        worker.process.terminate()
+    for worker in team:
+        worker.process.join(5)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.pipe.close()
+
+
+def _report_kill(worker: _Worker, kills: int, title: str, workers: int) -> None:
+    worker.process.join()
+    worker.pipe.close()
+    code = worker.process.exitcode or 0
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    if code == -signal.SIGKILL:
+        how += ", most likely because memory ran out"
+    if kills > MAX_RESTARTS:
+        raise RuntimeError(
+            f"{title.strip(': ')}: a worker process {how}, {kills} times at the same job; free "
+            f"memory or set fewer workers (there were {workers}) and start again, what is "
+            f"finished is kept"
+        )
+    log.warning(
+        "%s: a worker process %s; it is started again (%d of %d times)",
+        title.strip(": "),
+        how,
+        kills,
+        MAX_RESTARTS,
+    )
+
+
+def _serve(pipe: Connection, parent: int) -> None:
+    """Do jobs that come through `pipe` until it is closed.
+
+    Messages are pairs: "answer" with what a job gave (None at the start), "progress" with the
+    units done since the last report, "failed" with an exception.
+    """
+    # Ctrl-C reaches all processes of a terminal; the parent decides what becomes of workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    import torch
+
+    torch.set_num_threads(1)
+    report = _Report(pipe)
+    pipe.send_bytes(pickle.dumps(("answer", None)))
+    while True:
+        try:
+            packed = pipe.recv_bytes()
+        except EOFError:
+            return
+        try:
+            function, job = pickle.loads(packed)
+            answer = pickle.dumps(("answer", function(*job, report.add)))
+            report.flush()
+            pipe.send_bytes(answer)
+        except BaseException as error:
+            pipe.send_bytes(pickle.dumps(("failed", _portable(error))))
+
+
+class _Report:
+    """Adds up progress and sends it now and then."""
+
+    def __init__(self, pipe: Connection) -> None:
+        self.pipe, self.units, self.sent = pipe, 0, 0.0
+
+    def add(self, units: int) -> None:
+        self.units += units
+        if time.monotonic() - self.sent > REPORT_INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        self.pipe.send_bytes(pickle.dumps(("progress", self.units)))
+        self.units, self.sent = 0, time.monotonic()
+
+
+def _portable(error: BaseException) -> BaseException:
+    """The exception, or one of the same words if it cannot be sent to another process."""
+    where = "".join(traceback.format_exception(error))
+    try:
+        error.add_note(f"In a worker process:\n{where}")
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        error = RuntimeError(f"{type(error).__name__}: {error}")
+        error.add_note(f"In a worker process:\n{where}")
+    return error
+
+
+def _leave_with(parent: int) -> None:
+    """End this process when the one that started it is gone, even if that was killed.
+
+    Otherwise an orphan would go on writing to the folder that a restarted run resumes from.
+    """
+    while os.getppid() == parent:
+        time.sleep(WATCH_INTERVAL)
+    os._exit(1)
