@@ -13,7 +13,8 @@ from kedro.pipeline import Pipeline
 from weighmatch.arms import get_arm
 from weighmatch.checks import require_group
 from weighmatch.data.config import DataConfig
-from weighmatch.data.grid import GridConfig, make_cells
+from weighmatch.data import grid as cells
+from weighmatch.data.grid import GridConfig
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 
 Catalog = CatalogProtocol[Any, Any]
@@ -68,7 +69,7 @@ class ChecksBeforeWork:
         try:
             asked = _read(catalog)
             if "params:data" in inputs:
-                _check_grid(given, asked)
+                cells.require_effect(given.get("data", {}), asked.grid, asked.data)
             if "params:runs" in inputs:
                 _check_runs(given, asked)
         except ValueError as error:
@@ -105,27 +106,13 @@ def _check_pipelines(given: Given, inputs: set[str]) -> None:
 
 def _read(catalog: Catalog) -> Asked:
     """The groups as dataclasses, which Kedro makes of them only where a node of this run does."""
+    data = catalog.load("params:data")
     return Asked(
-        require_group("data", catalog.load("params:data"), DataConfig),
+        data if isinstance(data, DataConfig) else DataConfig(**data),
         require_group("grid", catalog.load("params:grid"), GridConfig),
         require_group("training", catalog.load("params:training"), TrainingConfig),
         require_group("runs", catalog.load("params:runs"), RunsConfig),
     )
-
-
-def _check_grid(given: Given, asked: Asked) -> None:
-    """Refuse a grid that cannot be drawn, and parameters of the data that all its cells change."""
-    make_cells(asked.grid, asked.data)
-    owners = {"ratio": "grid.ratios"} if asked.grid.ratios else {}
-    owners |= {"regime": "grid.regimes"} if asked.grid.regimes else {}
-    for changes in asked.grid.settings.values():
-        owners |= dict.fromkeys(_leaves(changes), "grid.settings")
-    for name in _leaves(given.get("data", {})):
-        if name in owners and all(
-            owners[name] != "grid.settings" or name in _leaves(changes)
-            for changes in asked.grid.settings.values()
-        ):
-            raise ValueError(f"data.{name} has no effect here; set {owners[name]} instead")
 
 
 def _check_runs(given: Given, asked: Asked) -> None:
@@ -147,24 +134,14 @@ def _check_runs(given: Given, asked: Asked) -> None:
         from weighmatch.semisup.parts.running import pick_device
 
         pick_device(training.device)
-    fewest = min(cell.data.labels_per_class for cell in make_cells(asked.grid, asked.data))
+    grid = cells.make_cells(asked.grid, asked.data)
+    fewest = min(cell.data.labels_per_class for cell in grid)
     held_out = training.weighting.outer_labels == "held_out"
     if held_out and fewest < 2 and schedules & {"online", "two_stages"}:
         raise ValueError(
             "training.weighting.outer_labels: held_out needs data.labels_per_class of at least 2; "
             "raise it or set outer_labels to training"
         )
-
-
-def _leaves(group: Any) -> list[str]:
-    """Names of the parameters within a group, such as glyphs.unseen."""
-    if not isinstance(group, Mapping):
-        return []
-    return [
-        ".".join((str(name), *inner))
-        for name, value in group.items()
-        for inner in ([[leaf] for leaf in _leaves(value)] or [[]])
-    ]
 
 
 def _folder_of(catalog: Catalog, name: str) -> Path | None:

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -50,22 +49,23 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
 def draw_gallery(
     runs: pd.DataFrame,
     predictions: Predictions,
+    training_sets: dict[str, Arrays],
     evaluation_images: dict[str, Arrays],
     ood_truth: dict[str, Arrays],
 ) -> Figure:
-    """Held-out images of the first cell and seed, by the weights of one arm."""
+    """Images of the first cell and seed by the weights of one arm: held-out ones, or the pool."""
     first = runs[runs["key"] == runs["key"].iloc[0]]
     arm = _shown(first["arm"].tolist())
     run = first[first["arm"] == arm.name].iloc[-1]
     found, key = predictions[run["run"]](), run["key"]
-    codes = ood_truth[key]["heldout_sources"]
-    return figures.draw_gallery(
-        evaluation_images[key]["heldout_images"],
-        found["heldout_scores"],
-        found["heldout_weights"],
-        np.array(KIND_NAMES)[codes].tolist(),
-        arm.name,
-    )
+    place, images = "heldout", evaluation_images[key].get("heldout_images")
+    if images is None:
+        place, images = "pool", training_sets[key]["unlabelled_images"]
+    weights = found[f"{place}_weights"]
+    kinds = ood_truth.get(key, {}).get(f"{place}_sources")
+    names = ["unlabelled"] * len(images) if kinds is None else [KIND_NAMES[k] for k in kinds]
+    scores = found.get(f"{place}_scores", weights)
+    return figures.draw_gallery(images, scores, weights, names, arm.name)
 
 
 def _shown(names: list[str]) -> Arm:
