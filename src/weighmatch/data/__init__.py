@@ -1,1 +1,1 @@
-"""Sources of images, splits and contamination. NumPy alone."""
+"""Sources of images, splits and contamination. NumPy alone: nothing here imports torch."""

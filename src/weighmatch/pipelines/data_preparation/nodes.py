@@ -1,88 +1,128 @@
 """Nodes of `data_preparation`."""
 
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
+from matplotlib.figure import Figure
 
-from weighmatch.data.config import DataConfig, seed_key
-from weighmatch.data.sources import load_digits, load_photographs
-from weighmatch.data.splits import SOURCE_NAMES, draw_splits, fingerprint
+from weighmatch.data.config import DataConfig
+from weighmatch.data.grid import Cell, GridConfig, make_cells
+from weighmatch.data.ood import KIND_NAMES
+from weighmatch.data.source import get_source
+from weighmatch.data.splits import Arrays, Splits, Unlabelled, fingerprint
+from weighmatch.evaluation import figures
 
-Arrays = dict[str, Any]
+Partitions = dict[str, Arrays]
+# Images that a row of the figure of samples shows.
+SAMPLES_PER_ROW = 14
 
 
-def load_images() -> tuple[Arrays, Arrays]:
-    """Digits with their labels, and photographs to cut patches from."""
-    images, labels = load_digits()
-    return {"images": images, "labels": labels}, {"images": load_photographs()}
+def load_images(grid: GridConfig, data: DataConfig) -> Arrays:
+    """Load what the source draws the splits of every cell from."""
+    source = get_source(data.source)
+    # Only a source's own parameters tell what it loads.
+    different = {cell.data.own: cell.data for cell in make_cells(grid, data)}
+    return {name: a for config in different.values() for name, a in source.load(config).items()}
 
 
-def split_and_contaminate(
-    digits: Arrays, photographs: Arrays, data: DataConfig
-) -> tuple[dict[str, Arrays], dict[str, Arrays], dict[str, Arrays], dict[str, Arrays], Arrays]:
-    """One set of splits a seed, cut so that no file mixes what training may and may not see.
+def draw_splits(
+    raw_images: Arrays, grid: GridConfig, data: DataConfig
+) -> tuple[Partitions, Partitions, Partitions, Partitions, dict[str, Any]]:
+    """Draw one set of splits a cell and seed, so cut that training may see all of its own file.
 
     Returns:
-        Training sets, evaluation images, truth about OOD and test labels by the seed's key, and
-        a manifest: counts, seeds and fingerprints.
+        Training sets, evaluation images, truth about OOD and test labels, each by `Cell.key`,
+        and a manifest with parameters, counts and fingerprints. Truth and test labels have no
+        entry where the source knows none.
     """
+    source = get_source(data.source)
     training, evaluation, truth, labels = {}, {}, {}, {}
     described = []
-    for seed in data.seeds:
-        key = seed_key(seed)
-        splits = draw_splits(digits["images"], digits["labels"], photographs["images"], data, seed)
-        training[key] = {
-            "labelled_images": splits.labelled_images,
-            "labels": splits.labels,
-            "unlabelled_images": splits.pool.images,
-        }
-        evaluation[key] = {
-            "test_images": splits.test_images,
-            "heldout_images": splits.heldout.images,
-        }
-        truth[key] = {
-            "pool_sources": splits.pool.sources,
-            "pool_classes": splits.pool.classes,
-            "pool_shifted": splits.pool.shifted,
-            "heldout_sources": splits.heldout.sources,
-            "heldout_classes": splits.heldout.classes,
-            "heldout_shifted": splits.heldout.shifted,
-        }
-        labels[key] = {"labels": splits.test_labels, "shifted": splits.test_shifted}
-        arrays: Arrays = {**training[key], **evaluation[key]}
-        described.append(
-            {
-                "seed": seed,
-                "labelled": len(splits.labels),
-                "pool": _count_sources(splits.pool.sources),
-                "heldout": _count_sources(splits.heldout.sources),
-                "test": len(splits.test_labels),
-                "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
-            }
-        )
-    manifest = {"parameters": asdict(data), "seeds": described}
+    for cell in make_cells(grid, data):
+        for seed in cell.data.seeds:
+            key, splits = cell.key(seed), source.draw(raw_images, cell.data, seed)
+            training[key] = _present(
+                labelled_images=splits.labelled_images,
+                labels=splits.labels,
+                unlabelled_images=splits.pool.images,
+                class_names=np.array(splits.class_names, np.str_),
+            )
+            evaluation[key] = _present(
+                test_images=splits.test_images,
+                heldout_images=splits.heldout and splits.heldout.images,
+            )
+            known = _truth("pool", splits.pool) | _truth("heldout", splits.heldout)
+            if known:
+                truth[key] = known
+            if splits.test_labels is not None:
+                labels[key] = _present(labels=splits.test_labels, shifted=splits.test_shifted)
+            images = {**training[key], **evaluation[key]}
+            described.append(_describe(cell, seed, splits, images))
+    manifest = {"parameters": data.parameters(), "cells": described}
     return training, evaluation, truth, labels, manifest
 
 
-def _count_sources(codes: Any) -> dict[str, Any]:
-    counts = np.bincount(codes, minlength=len(SOURCE_NAMES)).tolist()
-    by_source = dict(zip(SOURCE_NAMES, counts, strict=True))
-    return {"id": by_source["id"], "ood": sum(counts) - by_source["id"], "by_source": by_source}
+def _present(**arrays: Any) -> Arrays:
+    return {name: array for name, array in arrays.items() if array is not None}
 
 
-def draw_samples(training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays]) -> Any:
-    """Labelled images and pool images of each source, of the first seed."""
-    from weighmatch.evaluation.figures import draw_samples as draw
+def _truth(place: str, images: Unlabelled | None) -> Arrays:
+    if images is None:
+        return {}
+    return _present(
+        **{
+            f"{place}_sources": images.kinds,
+            f"{place}_classes": images.classes,
+            f"{place}_shifted": images.shifted,
+        }
+    )
 
+
+def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str, Any]:
+    """Describe one set of splits: an entry of the manifest's list `cells`."""
+    data = cell.data
+    return {
+        "key": cell.key(seed),
+        "setting": cell.setting,
+        "regime": data.regime if cell.contaminated else None,
+        "ratio": data.ratio if cell.contaminated else None,
+        "ood_source": data.ood_source if cell.contaminated else None,
+        "labels_per_class": data.labels_per_class,
+        "source": data.source,
+        "seed": seed,
+        "classes": list(splits.class_names),
+        "labelled": len(splits.labels),
+        "pool": _count(splits.pool),
+        "heldout": _count(splits.heldout),
+        "test": 0 if splits.test_images is None else len(splits.test_images),
+        "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
+    }
+
+
+def _count(images: Unlabelled | None) -> dict[str, Any]:
+    """Count unlabelled images, by kind where their kinds are known."""
+    if images is None or images.kinds is None:
+        return {"images": 0 if images is None else len(images.images)}
+    counts = np.bincount(images.kinds, minlength=len(KIND_NAMES)).tolist()
+    by_kind = dict(zip(KIND_NAMES, counts, strict=True))
+    total = sum(counts)
+    id_count = by_kind["id"]
+    return {"images": total, "id": id_count, "ood": total - id_count, "by_source": by_kind}
+
+
+def draw_samples(training_sets: Partitions, ood_truth: Partitions) -> Figure:
+    """Draw labelled images and pool images of the first set, a row a kind where kinds are known."""
     key = next(iter(training_sets))
-    pool, sources = training_sets[key]["unlabelled_images"], ood_truth[key]["pool_sources"]
-    labelled = training_sets[key]["labelled_images"]
-    # They are ordered by class: show some of each.
-    spread = np.linspace(0, len(labelled) - 1, min(14, len(labelled))).round().astype(int)
-    rows = {"labelled": labelled[spread]}
-    for code, name in enumerate(SOURCE_NAMES):
-        if (sources == code).any():
-            rows[name] = pool[sources == code][:14]
-    share = 100 * float((sources != 0).mean())
-    return draw(rows, f"What training is given: {share:.0f} % of the unlabelled pool is OOD")
+    pool, labelled = (training_sets[key][f"{n}_images"] for n in ("unlabelled", "labelled"))
+    # Labelled images are ordered by class: some of each are shown.
+    count = min(SAMPLES_PER_ROW, len(labelled))
+    rows = {"labelled": labelled[np.linspace(0, len(labelled) - 1, count).round().astype(int)]}
+    kinds = ood_truth.get(key, {}).get("pool_sources")
+    title = "What training is given"
+    if kinds is None:
+        rows["unlabelled"] = pool[:SAMPLES_PER_ROW]
+        return figures.draw_samples(rows, title)
+    for code in np.unique(kinds):
+        rows[KIND_NAMES[code]] = pool[kinds == code][:SAMPLES_PER_ROW]
+    share = 100 * float((kinds != 0).mean())
+    return figures.draw_samples(rows, f"{title}: {share:.0f} % of the unlabelled pool is OOD")

@@ -6,15 +6,20 @@ from weighmatch.pipelines.data_preparation import nodes
 
 
 def create_pipeline() -> Pipeline:
-    """From scikit-learn's images to splits, truth, manifest and a picture of samples."""
+    """From a source's images to splits, truth, manifest and a picture of samples."""
     return Pipeline(
         [
-            Node(nodes.load_images, None, ["digits", "photographs"], name="load_images"),
             Node(
-                nodes.split_and_contaminate,
-                ["digits", "photographs", "params:data"],
+                nodes.load_images,
+                ["params:grid", "params:data"],
+                "raw_images",
+                name="load_images",
+            ),
+            Node(
+                nodes.draw_splits,
+                ["raw_images", "params:grid", "params:data"],
                 ["training_sets", "evaluation_images", "ood_truth", "test_labels", "manifest"],
-                name="split_and_contaminate",
+                name="draw_splits",
             ),
             Node(
                 nodes.draw_samples,

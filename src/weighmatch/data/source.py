@@ -1,0 +1,113 @@
+"""What a source of images is, and the register of all sources.
+
+A new source is one new file in `weighmatch/data/sources`. It imports at its top only what costs
+no time, as every start of the project imports it; heavier libraries it imports where it loads.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from weighmatch.checks import require_choice
+from weighmatch.data.splits import Arrays, Splits
+
+if TYPE_CHECKING:
+    from weighmatch.data.config import DataConfig
+
+Own = TypeVar("Own")
+
+
+@dataclass(frozen=True)
+class NoParameters:
+    """The parameters of a source that has none of its own."""
+
+
+class Source(ABC, Generic[Own]):
+    """A source of images.
+
+    Attributes:
+        name: what `data.source` calls it.
+        parameters: a frozen dataclass whose fields are the source's own parameters in the group
+            `data`. Each has a default, and `__post_init__` checks the values.
+        contaminates: whether the source mixes OOD into the pool as `data.ratio` asks. False: the
+            pool is as it is found, and the parameters of contamination have no effect.
+        has_domains: whether the source can draw the share `data.shifted` from a shifted domain.
+    """
+
+    name: ClassVar[str]
+    parameters: type[Own]
+    contaminates: ClassVar[bool] = True
+    has_domains: ClassVar[bool] = False
+
+    def own(self, config: "DataConfig") -> Own:
+        """The source's own parameters; a TypeError if the configuration is of another source."""
+        if not isinstance(config.own, self.parameters):
+            raise TypeError(f"this configuration is of the source {config.source}, not {self.name}")
+        return config.own
+
+    def own_names(self) -> tuple[str, ...]:
+        """The names of the source's own parameters."""
+        return tuple(field.name for field in fields(self.parameters))  # type: ignore[arg-type]
+
+    def check(self, config: "DataConfig") -> None:
+        """Check a configuration without loading an image.
+
+        Raises:
+            ValueError: if it cannot be drawn; it names the parameter and the cure.
+        """
+
+    @abstractmethod
+    def class_names(self, config: "DataConfig") -> tuple[str, ...]:
+        """The names of the seen classes, in the order of their labels; no image is loaded."""
+
+    @abstractmethod
+    def load(self, config: "DataConfig") -> Arrays:
+        """The arrays that splits are drawn from, for the raw layer of the catalog.
+
+        A grid keeps what its settings load in one file, so an array's name says what it holds.
+        """
+
+    @abstractmethod
+    def draw(self, raw: Arrays, config: "DataConfig", seed: int) -> Splits:
+        """Draw the splits of one seed.
+
+        Args:
+            raw: arrays from `load`.
+            config: a configuration that `check` accepts.
+            seed: the seed of every draw.
+        """
+
+
+_SOURCES: dict[str, Source[Any]] = {}
+S = TypeVar("S", bound=type[Source[Any]])
+
+
+def register(source: S) -> S:
+    """Add a source to the register; a decorator of its class.
+
+    Raises:
+        ValueError: if there is another source of that name.
+    """
+    if source.name in _SOURCES:
+        raise ValueError(f"there is a source {source.name!r} already; choose another name")
+    _SOURCES[source.name] = source()
+    return source
+
+
+def unregister(name: str) -> None:
+    """Take a source out again, for tests."""
+    _SOURCES.pop(name, None)
+
+
+def all_sources() -> tuple[Source[Any], ...]:
+    """Every source, those of `weighmatch.data.sources` first."""
+    # Imported here, as the modules of that package import this one.
+    importlib.import_module("weighmatch.data.sources")
+    return tuple(_SOURCES.values())
+
+
+def get_source(name: str, parameter: str = "data.source") -> Source[Any]:
+    """The source of that name; a ValueError that names the parameter if there is none."""
+    require_choice(parameter, name, tuple(source.name for source in all_sources()))
+    return _SOURCES[name]
