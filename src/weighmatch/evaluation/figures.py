@@ -1,6 +1,11 @@
-"""Figures: one message each, readable without the text, in a palette safe for colour blindness."""
+"""Figures of the arms: one message each, readable without the text, safe for colour blindness.
 
-from collections.abc import Sequence
+A job of one cell has one panel, a job of several cells a panel each. `scores` come from
+`judge_runs`, `trace` from `trace_weights`, `calibration` from `calibration_table` and `comparison`
+from `compare_arms`.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -9,66 +14,42 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from weighmatch.arms import FIXMATCH, ORACLE, Arm, all_arms, arm_names, get_arm
+from weighmatch.data.ood import OOD_KINDS
 from weighmatch.evaluation.statistics import mean_interval
-from weighmatch.evaluation.tables import BASELINE, CEILING
+from weighmatch.evaluation.tables import (
+    BASELINE,
+    ONLINE,
+    Accuracies,
+    Series,
+    accuracies,
+    by_cell,
+    label_series,
+    of_series,
+)
 
 # Okabe & Ito (2008).
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
-# Tol (2021), muted: for what is more than eight.
-INDIGO, WINE, OLIVE, SAND, PURPLE = "#332288", "#882255", "#999933", "#DDCC77", "#AA4499"
-TEAL, BROWN = "#44AA99", "#661100"
 
-ARM_NAMES = {
-    "supervised": "supervised only",
-    "fixmatch": "FixMatch",
-    "fixmatch_matched": "FixMatch, learned arm's compute",
-    "fixmatch_converged": "FixMatch, twice that compute",
-    "fixmatch_realigned": "FixMatch, the other alignment",
-    "fixmatch_rounds": "FixMatch restarted",
-    "max_prob": "weights = confidence",
-    "softmatch": "SoftMatch",
-    "energy": "weights by energy",
-    "pu": "weights = labelled-vs-pool classifier",
-    "inlier": "inlier filter (one-vs-all heads)",
-    "ds3l": "one-step weights on the softmax vector",
-    "free": "a free weight an image",
-    "learned": "learned weights",
-    "oracle": "oracle (OOD removed)",
-}
-ARM_COLOURS = {
-    "supervised": GREY,
-    "fixmatch": BLUE,
-    "fixmatch_matched": SKY,
-    "fixmatch_converged": BLACK,
-    "fixmatch_realigned": BROWN,
-    "fixmatch_rounds": TEAL,
-    "max_prob": ORANGE,
-    "softmatch": SAND,
-    "energy": OLIVE,
-    "pu": PINK,
-    "inlier": INDIGO,
-    "ds3l": PURPLE,
-    "free": WINE,
-    "learned": RED,
-    "oracle": GREEN,
-}
-SOURCE_NAMES = {
-    "id": "in-distribution",
-    "unseen": "unseen classes (OOD)",
-    "patches": "photograph patches (OOD)",
-    "noise": "noise (OOD)",
-}
-SOURCE_COLOURS = {"id": GREEN, "unseen": RED, "patches": PINK, "noise": ORANGE}
+MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*", (4, 1, 0))
+LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
+# Shares of the gap beyond these (%) are cut off.
+MAX_GAP_SHOWN = 200.0
 
 
 def make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
     """A figure of `width` by `height` inches with `columns` plain panels."""
     figure = Figure(figsize=(width, height), layout="constrained")
-    grid = figure.subplots(1, columns, squeeze=False)[0]
-    for axes in grid:
+    return figure, make_grid(figure, 1, columns)
+
+
+def make_grid(figure: Figure, rows: int, columns: int, **shared: Any) -> list[Axes]:
+    """Plain panels in `rows` and `columns`, row by row."""
+    panels: list[Axes] = figure.subplots(rows, columns, squeeze=False, **shared).ravel().tolist()
+    for axes in panels:
         make_plain(axes)
-    return figure, list(grid)
+    return panels
 
 
 def make_plain(axes: Axes) -> None:
@@ -77,257 +58,316 @@ def make_plain(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
-def _in_order(arms: Sequence[str]) -> list[str]:
-    return [arm for arm in ARM_NAMES if arm in set(arms)]
+def _panel_a_cell(
+    table: pd.DataFrame, width: float, height: float, message: str
+) -> tuple[Figure, list[tuple[Axes, pd.DataFrame]]]:
+    """Up to two panels side by side; the message is the title of a single one, or of all."""
+    cells = by_cell(table) or [("", table)]
+    columns = min(len(cells), 2)
+    rows = -(-len(cells) // columns)
+    figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
+    panels = make_grid(figure, rows, columns)
+    for axes in panels[len(cells) :]:
+        axes.remove()
+    for axes, (title, _) in zip(panels, cells, strict=False):
+        axes.set_title(title if len(cells) > 1 else message, loc="left")
+    if len(cells) > 1:
+        figure.suptitle(message)
+    return figure, [(axes, rows) for axes, (_, rows) in zip(panels, cells, strict=False)]
 
 
 def draw_accuracy(scores: pd.DataFrame) -> Figure:
     """Test accuracy of each arm: seeds as dots, mean and 95 % interval."""
-    arms = _in_order(scores["arm"].unique().tolist())
-    figure, (axes,) = make_axes(8, 0.5 * len(arms) + 1.4)
-    for row, arm in enumerate(reversed(arms)):
-        values = scores.loc[scores["arm"] == arm, "accuracy"].to_numpy(np.float64)
-        _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
-    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
-    axes.set_xlabel("accuracy on test images of seen classes (%)")
-    # An interval may reach beyond what an accuracy can be.
-    axes.set_xlim(right=min(axes.get_xlim()[1], 101))
-    seeds = scores["seed"].nunique()
-    axes.set_title(
-        f"Test accuracy: mean and 95 % interval over {_count(seeds, 'seed')}", loc="left"
-    )
+    seeds = _count(scores["seed"].nunique(), "seed")
+    message = f"Test accuracy: mean and 95 % interval over {seeds}"
+    figure = _draw_seeds(scores, lambda arms: arms, message)
+    for axes in figure.axes:
+        axes.set_xlabel("accuracy on test images of seen classes (%)")
+        # An interval may reach beyond what an accuracy can be.
+        axes.set_xlim(right=min(axes.get_xlim()[1], 101))
     return figure
 
 
 def draw_differences(scores: pd.DataFrame) -> Figure:
-    """Each arm's accuracy minus FixMatch's on the same seed."""
-    wide = scores.pivot(index="seed", columns="arm", values="accuracy")
-    arms = [arm for arm in _in_order(list(wide.columns)) if arm != BASELINE and BASELINE in wide]
-    figure, (axes,) = make_axes(8, 0.5 * len(arms) + 1.6)
-    for row, arm in enumerate(reversed(arms)):
-        values = (wide[arm] - wide[BASELINE]).dropna().to_numpy(np.float64)
-        _dots_and_interval(axes, row, values, ARM_COLOURS[arm])
-    axes.axvline(0, color=BLACK, linewidth=1)
-    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
-    axes.set_xlabel("accuracy minus FixMatch's on the same seed (points)")
-    axes.set_title("Difference to FixMatch at equal steps: mean and 95 % interval", loc="left")
+    """Accuracy of each arm minus that of FixMatch on the same seed."""
+    message = "Difference to FixMatch at equal steps: mean and 95 % interval"
+    figure = _draw_seeds(scores, _minus_fixmatch, message)
+    for axes in figure.axes:
+        axes.axvline(0, color=BLACK, linewidth=1)
+        axes.set_xlabel("accuracy minus FixMatch's on the same seed (points)")
     return figure
 
 
-def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.float64], colour: str) -> None:
+def _minus_fixmatch(arms: Accuracies) -> Accuracies:
+    if BASELINE not in arms:
+        return {}
+    others = {series: accuracy for series, accuracy in arms.items() if series != BASELINE}
+    return {series: (mine - arms[BASELINE]).dropna() for series, mine in others.items()}
+
+
+def _draw_seeds(
+    scores: pd.DataFrame, values: Callable[[Accuracies], Accuracies], message: str
+) -> Figure:
+    """A row an arm and schedule with what `values` makes of the accuracies of a cell."""
+    found = [values(accuracies(rows)) for _, rows in by_cell(scores)]
+    labels = {
+        series: label
+        for series, label in label_series(scores).items()
+        if any(len(cell.get(series, ())) for cell in found)
+    }
+    figure, panels = _panel_a_cell(scores, 8, 0.5 * len(labels) + 1.5, message)
+    for (axes, _), cell in zip(panels, found, strict=True):
+        for row, series in enumerate(reversed(labels)):
+            if len(cell.get(series, ())):
+                colour = get_arm(series[0]).colour
+                _dots_and_interval(axes, row, cell[series].to_numpy(), colour)
+        axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
+    return figure
+
+
+def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.floating], colour: str) -> None:
     # Beside the interval, not on it; by rank, so that equal values do not hide each other.
     ranks = values.argsort(kind="stable").argsort(kind="stable")
     offsets = 0.14 + 0.1 * (ranks % 3)
-    axes.scatter(
-        values, row + offsets, s=20, color=colour, edgecolors="white", linewidths=0.6, zorder=2
-    )
-    low, high = mean_interval(values)
-    if low is not None and high is not None:
-        axes.plot([low, high], [row, row], color=colour, linewidth=2.5, zorder=1)
-    axes.scatter(
-        [values.mean()], [row], s=70, marker="D", color=colour, edgecolors="white", zorder=3
-    )
+    dots: dict[str, Any] = {"color": colour, "edgecolors": "white"}
+    axes.scatter(values, row + offsets, s=20, linewidths=0.6, zorder=2, **dots)
+    axes.plot(_interval(values), [row, row], color=colour, linewidth=2.5, zorder=1)
+    axes.scatter([values.mean()], [row], s=70, marker="D", zorder=3, **dots)
+
+
+def _interval(values: NDArray[np.floating]) -> list[float]:
+    """The ends of the 95 % interval of a mean; NaN, which is not drawn, for a single value."""
+    return [np.nan if end is None else end for end in mean_interval(values)]
 
 
 def draw_weights(trace: pd.DataFrame) -> Figure:
-    """Mean weight of each source of pool images through training, a panel a weighted arm."""
-    varying = trace.groupby("arm")["weight"].agg(lambda w: float(np.ptp(w)))
-    arms = _in_order([str(arm) for arm in varying[varying > 1e-6].index])
-    figure, panels = make_axes(4.2 * max(len(arms), 1), 3.6, max(len(arms), 1))
-    highest = 1.0
-    for axes, arm in zip(panels, arms, strict=False):
-        mine = trace[trace["arm"] == arm].assign(
-            share=lambda t: t["step"] / t.groupby("seed")["step"].transform("max")
-        )
-        for source in [s for s in SOURCE_NAMES if s in set(mine["source"])]:
-            wide = mine[mine["source"] == source].pivot(
-                index="share", columns="seed", values="weight"
-            )
-            mean = wide.mean(axis=1)
-            highest = max(highest, float(wide.to_numpy().max()))
-            colour = SOURCE_COLOURS[source]
-            low, high = wide.min(axis=1), wide.max(axis=1)
-            # One snapshot has neither line nor band.
-            marker = "o" if len(wide) == 1 else None
-            axes.plot(
-                100 * wide.index, mean, marker=marker, color=colour, label=SOURCE_NAMES[source]
-            )
-            axes.fill_between(100 * wide.index, low, high, color=colour, alpha=0.15)
-            if len(wide) == 1:
-                axes.vlines(100 * wide.index, low, high, color=colour, alpha=0.5)
-        axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
-        axes.set_title(ARM_NAMES[arm], loc="left")
+    """Mean weight of each kind of pool images through training, for arms whose weights vary."""
+    spread = trace.groupby(["arm", "schedule"])["weight"].agg(lambda w: float(np.ptp(w)))
+    labels = {s: label for s, label in label_series(trace).items() if spread[s] > 1e-6}
+    cells = by_cell(trace)
+    columns, rows = max(len(labels), 1), max(len(cells), 1)
+    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    panels = make_grid(figure, rows, columns, sharey=True)
+    places = [(title, cell, series) for title, cell in cells for series in labels]
+    for axes, (title, cell, series) in zip(panels, places, strict=False):
+        _draw_trace(axes, of_series(cell, series))
+        where = f"\n{title}" if len(cells) > 1 else ""
+        axes.set_title(f"{labels[series]}{where}", loc="left")
         axes.set_xlabel("training done (%)")
-    for axes in panels:
-        axes.set_ylim(0, 1.05 * highest)
-    panels[0].set_ylabel("mean weight (1: plain FixMatch)")
-    if arms:
-        panels[0].legend(frameon=False, loc="lower left", fontsize=9)
+    highest = max([1.0, *(axes.dataLim.y1 for axes in panels[: len(places)])])
+    panels[0].set_ylim(0, 1.05 * highest)
+    for axes in panels[::columns]:
+        axes.set_ylabel("mean weight (1: plain FixMatch)")
+    if places:
+        panels[0].legend(loc="lower left", **LEGEND)
     figure.suptitle(
         "Which pool images are weighed up: mean over seeds, band from lowest to highest seed"
     )
     return figure
 
 
+def _draw_trace(axes: Axes, trace: pd.DataFrame) -> None:
+    last = trace.groupby("seed")["step"].transform("max")
+    trace = trace.assign(share=100 * trace["step"] / last)
+    for kind in OOD_KINDS:
+        mine = trace[trace["kind"] == kind.name]
+        if mine.empty:
+            continue
+        wide = mine.pivot(index="share", columns="seed", values="weight")
+        low, high = wide.min(axis=1), wide.max(axis=1)
+        # One snapshot has neither line nor band.
+        alone = len(wide) == 1
+        marks: dict[str, Any] = {"marker": "o" if alone else None, "label": kind.label}
+        axes.plot(wide.index, wide.mean(axis=1), color=kind.colour, **marks)
+        axes.fill_between(wide.index, low, high, color=kind.colour, alpha=0.15)
+        if alone:
+            axes.vlines(wide.index, low, high, color=kind.colour, alpha=0.5)
+    axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
+
+
 def draw_auroc(scores: pd.DataFrame) -> Figure:
-    """How well weights and confidence tell held-out in-distribution images from OOD ones."""
-    arms = _in_order(scores["arm"].unique().tolist())
-    arms = [arm for arm in arms if arm not in ("supervised", CEILING)]
-    figure, (axes,) = make_axes(8, 0.6 * len(arms) + 1.6)
-    columns = (
-        ("auroc_weight", RED, "weight"),
-        ("auroc_confidence", BLUE, "classifier's confidence"),
-    )
-    named: set[str] = set()
-    for row, arm in enumerate(reversed(arms)):
-        for shift, (column, colour, name) in zip((0.16, -0.16), columns, strict=True):
-            values = scores.loc[scores["arm"] == arm, column].dropna().to_numpy(np.float64)
-            # Weights that are all the same rank nothing.
-            if len(values) == 0 or (column == "auroc_weight" and (values == 0.5).all()):
-                continue
-            low, high = mean_interval(values)
-            if low is not None and high is not None:
-                axes.plot([low, high], [row + shift] * 2, color=colour, linewidth=2)
-            label = None if name in named else name
-            named.add(name)
-            axes.scatter([values.mean()], [row + shift], color=colour, s=45, label=label, zorder=3)
-    axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
-    axes.set_xlim(0, 1)
-    axes.set_ylim(-0.6, len(arms) - 0.4)
-    axes.set_yticks(range(len(arms)), [ARM_NAMES[arm] for arm in reversed(arms)])
-    axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
-    axes.set_title("What tells new OOD images apart: mean and 95 % interval", loc="left")
-    if arms:
-        axes.legend(frameon=False, loc="upper left", fontsize=9)
+    """How well weights and confidence tell held-out in-distribution images from OOD ones.
+
+    Arms that were not trained on the whole pool are left out.
+    """
+    labels = label_series(scores)
+    labels = {series: labels[series] for series in labels if get_arm(series[0]).pool == "whole"}
+    message = "What tells new OOD images apart: mean and 95 % interval"
+    figure, panels = _panel_a_cell(scores, 8, 0.6 * len(labels) + 1.6, message)
+    for axes, cell in panels:
+        _draw_aurocs(axes, cell, list(reversed(labels)))
+        axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
+        axes.set_xlim(0, 1)
+        axes.set_ylim(-0.6, len(labels) - 0.4)
+        axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
+        axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
+    if labels:
+        panels[0][0].legend(loc="upper left", **LEGEND)
     return figure
+
+
+def _draw_aurocs(axes: Axes, cell: pd.DataFrame, rows: list[Series]) -> None:
+    for column, colour, name, shift in (
+        ("auroc_weight", RED, "weight", 0.16),
+        ("auroc_confidence", BLUE, "classifier's confidence", -0.16),
+    ):
+        means = {}
+        for row, series in enumerate(rows):
+            values = of_series(cell, series)[column].dropna().to_numpy()
+            # Weights that are all the same rank nothing.
+            if len(values) and not (column == "auroc_weight" and (values == 0.5).all()):
+                means[row + shift] = values.mean()
+                axes.plot(_interval(values), [row + shift] * 2, color=colour, linewidth=2)
+        if means:
+            axes.scatter(
+                list(means.values()), list(means), color=colour, s=45, label=name, zorder=3
+            )
 
 
 def draw_calibration(calibration: pd.DataFrame) -> Figure:
     """Reliability diagram: accuracy against confidence."""
-    figure, (axes,) = make_axes(5.2, 4.6)
-    axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle=":", label="calibrated")
-    for arm in _in_order(calibration["arm"].unique().tolist()):
-        bins = calibration[(calibration["arm"] == arm) & (calibration["count"] >= 10)]
-        bins = bins.sort_values("confidence")
-        axes.plot(
-            bins["confidence"],
-            bins["accuracy"],
-            marker="o",
-            markersize=4,
-            color=ARM_COLOURS[arm],
-            label=ARM_NAMES[arm],
-        )
-    axes.set_xlim(0.1, 1.01)
-    axes.set_ylim(0, 1.03)
-    axes.set_xlabel("confidence on test images")
-    axes.set_ylabel("share classified rightly")
-    axes.set_title("Calibration (bins of at least 10 images)", loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    message = "Calibration (bins of at least 10 images)"
+    figure, panels = _panel_a_cell(calibration, 5.2, 4.6, message)
+    for axes, cell in panels:
+        axes.plot([0, 1], [0, 1], color=BLACK, linewidth=0.8, linestyle=":", label="calibrated")
+        full = cell[cell["count"] >= 10].sort_values("confidence")
+        for series, label in label_series(calibration).items():
+            bins, colour = of_series(full, series), get_arm(series[0]).colour
+            marks: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour}
+            axes.plot(bins["confidence"], bins["accuracy"], label=label, **marks)
+        axes.set_xlim(0.1, 1.01)
+        axes.set_ylim(0, 1.03)
+        axes.set_xlabel("confidence on test images")
+        axes.set_ylabel("share classified rightly")
+    panels[0][0].legend(**{**LEGEND, "fontsize": 8})
     return figure
 
 
-def draw_samples(images: dict[str, NDArray[np.uint8]], title: str) -> Figure:
-    """Rows of images (n, C, H, W), one row a source, each named with its frame's colour."""
-    columns = max(len(part) for part in images.values())
-    figure = Figure(figsize=(0.62 * columns + 2.2, 0.72 * len(images) + 0.6), layout="constrained")
-    grid = figure.subplots(len(images), columns, squeeze=False)
-    for row, (name, part) in enumerate(images.items()):
-        colour = SOURCE_COLOURS.get(name, BLACK)
-        for column, axes in enumerate(grid[row]):
-            if column < len(part):
-                _show(axes, part[column], colour)
-            else:
-                axes.set_axis_off()
-        grid[row][0].set_ylabel(
-            SOURCE_NAMES.get(name, name).replace(" (", "\n("),
-            rotation=0,
-            ha="right",
-            va="center",
-            fontsize=9,
-        )
-    figure.suptitle(title, fontsize=11)
+def draw_compute(scores: pd.DataFrame) -> Figure:
+    """Test accuracy of every arm against the compute of a run, a column of panels a ratio."""
+    cells, labels = by_cell(scores), label_series(scores)
+    columns = scores["ratio"].nunique(dropna=False)
+    rows = -(-len(cells) // columns)
+    width = max(8.0, 1.2 + 4.2 * columns)
+    figure = Figure(figsize=(width, 2.2 + 3.0 * rows), layout="constrained")
+    panels = make_grid(figure, rows, columns, sharex=True, sharey="row")
+    for axes, (title, cell) in zip(panels, cells, strict=False):
+        _draw_costs(axes, cell, labels, apart=0.018 * float(scores["cost"].max()))
+        axes.set_title(title, loc="left")
+    for axes in panels[::columns]:
+        axes.set_ylabel("test accuracy (%)")
+        # An interval may reach beyond what an accuracy can be.
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    panels[0].set_xlim(left=0)
+    for axes in panels[-columns:]:
+        axes.set_xlabel("compute of a run (1,000 steps of FixMatch)")
+    handles, names = panels[0].get_legend_handles_labels()
+    columns = int(width // 3.9)
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, **LEGEND)
+    figure.suptitle(
+        f"{_sources(scores)}: what accuracy each arm buys with its compute\n"
+        f"mean and 95 % interval over {_count(scores['seed'].nunique(), 'seed')}; "
+        "arms of about the same compute side by side",
+        fontsize=12,
+    )
     return figure
 
 
-def draw_gallery(
-    images: NDArray[np.uint8],
-    scores: NDArray[np.float64],
-    weights: NDArray[np.float64],
-    sources: Sequence[str],
-    arm: str,
-    per_side: int = 24,
-) -> Figure:
-    """The images ranked highest and lowest by their scores, framed by what they really are.
+def _draw_costs(axes: Axes, cell: pd.DataFrame, labels: Mapping[Series, str], apart: float) -> None:
+    found = {series: mine for series, mine in accuracies(cell).items() if len(mine)}
+    costs = {s: float(of_series(cell, s)["cost"].mean()) for s in labels if s in found}
+    longer = []
+    for series, place in _side_by_side(costs, apart).items():
+        values, arm = found[series].to_numpy(), get_arm(series[0])
+        axes.plot([place, place], _interval(values), color=arm.colour, linewidth=1.5, zorder=2)
+        axes.plot(place, values.mean(), label=labels[series], zorder=3, **_marker(series))
+        if _is_plain(arm):
+            longer.append((place, values.mean()))
+    if len(longer) > 1:
+        axes.plot(*zip(*longer, strict=True), color=BLACK, linewidth=1, linestyle=":", zorder=1)
 
-    Where all scores are the same, a sentence in their place.
 
-    Args:
-        images: (n, C, H, W) uint8.
-        scores: what ranks them and is written below them, (n,).
-        weights: what follows from the scores, (n,); the titles name them.
-        sources: of each, names of `SOURCE_NAMES`.
-        arm: whose scores they are; the titles name it.
-        per_side: how many of the highest and of the lowest.
+def _is_plain(arm: Arm) -> bool:
+    """Whether it is FixMatch, trained longer or not, and otherwise unchanged."""
+    whole = arm.pool == "whole" and not arm.weighs
+    return whole and arm.alignment == "as_set" and arm.schedules == (ONLINE,)
+
+
+def _side_by_side(costs: Mapping[Series, float], apart: float) -> dict[Series, float]:
+    """The places of arms, in 1,000 steps: those of about the same cost lie `apart` steps apart."""
+    places = {}
+    for series, cost in costs.items():
+        alike = [other for other, theirs in costs.items() if abs(theirs - cost) < apart]
+        shift = alike.index(series) - (len(alike) - 1) / 2
+        places[series] = (cost + apart * shift) / 1000
+    return places
+
+
+def draw_gap(comparison: pd.DataFrame) -> Figure:
+    """Share of the way from FixMatch to the oracle that arms in rounds or with weights go.
+
+    FixMatch has the same compute or, where that was not run, as many steps.
     """
-    if np.ptp(scores) == 0:
-        figure = Figure(figsize=(9, 0.8))
-        figure.suptitle(f"{ARM_NAMES[arm]}: ranks no image", y=0.6, fontsize=11)
-        return figure
-    order = np.argsort(-scores, kind="stable")
-    per_side = min(per_side, len(order) // 2)
-    columns = 12
-    rows_each = -(-per_side // columns)
-    figure = Figure(
-        figsize=(0.72 * columns + 0.6, 0.98 * 2 * rows_each + 1.5), layout="constrained"
-    )
-    halves: Any = figure.subfigures(2, 1, hspace=0.04)
-    parts = {"weighed up most": order[:per_side], "weighed down most": order[-per_side:][::-1]}
-    for half, (title, chosen) in zip(halves, parts.items(), strict=True):
-        ood = float(np.mean([sources[k] != "id" for k in chosen]))
-        half.suptitle(
-            f"{ARM_NAMES[arm]}: {title} ({_span(weights[chosen])}), {100 * ood:.0f} % OOD",
-            fontsize=11,
-        )
-        grid = half.subplots(rows_each, columns, squeeze=False).ravel()
-        for axes in grid[len(chosen) :]:
-            axes.set_axis_off()
-        for axes, k in zip(grid, chosen, strict=False):
-            _show(axes, images[k], SOURCE_COLOURS[sources[k]])
-            axes.set_xlabel(f"{scores[k]:.2f}", fontsize=8, labelpad=2)
-    present = [name for name in SOURCE_NAMES if name in set(sources)]
-    handles = [_frame_handle(SOURCE_COLOURS[name]) for name in present]
-    figure.legend(
-        handles,
-        [SOURCE_NAMES[name] for name in present],
-        loc="outside lower center",
-        ncols=len(present),
-        frameon=False,
-        fontsize=9,
+    plain = [arm for arm in all_arms() if _is_plain(arm)]
+    matched = [arm for arm in plain if arm.compute == "matched"]
+    there = [arm for arm in matched if (comparison["against"] == arm.name).any()]
+    reference = (*there, FIXMATCH)[0]
+    left_out = [arm.name for arm in all_arms() if arm in plain or arm.pool == "none"]
+    rows = comparison[comparison["against"] == reference.name].dropna(subset="gap_closed")
+    rows = rows[~rows["arm"].isin(left_out)]
+    cells, labels = by_cell(rows), label_series(rows)
+    figure, (axes,) = make_axes(8, 2.2 + len(cells) * (0.35 + 0.22 * len(labels)))
+    for number, (series, label) in enumerate(labels.items()):
+        offset = 0.7 * ((number + 0.5) / len(labels) - 0.5)
+        for position, (_, cell) in enumerate(cells):
+            shares = (
+                100 * of_series(cell, series)[["gap_closed_low", "gap_closed_high", "gap_closed"]]
+            )
+            for low, high, share in shares.to_numpy():
+                places = [position + offset] * 2
+                axes.plot([low, high], places, color=get_arm(series[0]).colour, linewidth=2)
+                axes.plot(share, places[0], **_marker(series))
+        axes.plot([], [], label=label, **_marker(series))
+    for place, arm in ((0, reference), (100, ORACLE)):
+        axes.axvline(place, color=BLACK, linewidth=1, linestyle=":")
+        above: dict[str, Any] = {
+            "transform": axes.get_xaxis_transform(),
+            "ha": "center",
+            "va": "bottom",
+        }
+        axes.text(place, 1.0, arm.label, fontsize=8, **above)
+    axes.set_yticks(range(len(cells)), ["\n".join(title.rsplit(": ", 1)) for title, _ in cells])
+    axes.set_ylim(max(len(cells), 1) - 0.5, -0.5)
+    # At least from FixMatch to the oracle; at most where intervals are cut off.
+    low, high = axes.get_xlim()
+    axes.set_xlim(max(min(low, -10.0), -MAX_GAP_SHOWN), min(max(high, 110.0), MAX_GAP_SHOWN))
+    axes.set_xlabel("share of the gap closed (%)")
+    if labels:
+        figure.legend(loc="outside lower center", ncols=min(2, len(labels)), **LEGEND)
+    seeds = int(comparison["seeds"].max()) if len(comparison) else 0
+    figure.suptitle(
+        f"{_sources(comparison)}: how far arms go from FixMatch to the oracle\n"
+        f"mean and 95 % bootstrap interval over {_count(seeds, 'seed')}",
+        fontsize=12,
     )
     return figure
 
 
-def _span(weights: NDArray[np.float64]) -> str:
-    low, high = f"{weights.min():.2f}", f"{weights.max():.2f}"
-    return f"weight {low}" if low == high else f"weights {low} to {high}"
+def _marker(series: Series) -> dict[str, Any]:
+    """An arm's own colour and shape; hollow if it is not trained online."""
+    name, schedule = series
+    colour = get_arm(name).colour
+    return {
+        "marker": MARKERS[arm_names().index(name) % len(MARKERS)],
+        "linestyle": "none",
+        "color": colour,
+        "markerfacecolor": colour if schedule == ONLINE else "white",
+        "markersize": 8,
+    }
 
 
-def _frame_handle(colour: str) -> Any:
-    from matplotlib.patches import Patch
-
-    return Patch(facecolor="white", edgecolor=colour, linewidth=2)
-
-
-def _show(axes: Axes, image: NDArray[np.uint8], colour: str) -> None:
-    if image.shape[0] == 1:
-        axes.imshow(image[0], cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-    else:
-        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_edgecolor(colour)
-        spine.set_linewidth(2)
+def _sources(table: pd.DataFrame) -> str:
+    return " and ".join(str(name) for name in table["source"].unique()).capitalize()
 
 
 def _count(n: int, noun: str) -> str:

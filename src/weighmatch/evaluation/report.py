@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -10,50 +10,74 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from weighmatch.evaluation.figures import ARM_NAMES
+from weighmatch.arms import FIXMATCH, LEARNED, ORACLE, SCHEDULES, all_arms, get_arm
+from weighmatch.data.ood import KIND_NAMES, describe_ood
 from weighmatch.evaluation.ihvp_figures import base_cells
+from weighmatch.evaluation.judging import CELL, SERIES
 from weighmatch.evaluation.statistics import PairedDifference
-from weighmatch.evaluation.tables import BASELINE, CEILING, LEARNED
+from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
 
-# What learned weights must be held against before they are said to be of use.
-CONTROLS = {
-    "fixmatch_matched": "FixMatch with the learned arm's total compute",
-    "fixmatch_realigned": "FixMatch with that compute and the other choice of alignment",
-    "fixmatch_rounds": "FixMatch with that compute and as many restarts, which ranks nothing",
-    "pu": "weights from a classifier of labelled against pool images, which need no hypergradient",
-}
-SOURCES = {
-    "unseen": "images of unseen classes",
-    "patches": "patches of photographs",
-    "noise": "noise",
-    "mix": "a mix of unseen classes, photograph patches and noise",
-}
+Row = Mapping[str, Any]
 
 
-def summarise(
-    comparison: pd.DataFrame, against: Mapping[str, PairedDifference], setting: Mapping[str, Any]
-) -> dict[str, Any]:
+def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> dict[str, Any]:
     """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
 
+    All of these belong to the first cell of the manifest; the settings of other cells are listed.
+
     Args:
+        table: from `arm_table`.
         comparison: from `compare_arms`.
-        against: from `learned_against`.
-        setting: `ratio`, `regime`, `ood_source`, `labels_per_class`, `seeds`.
+        manifest: `cells`, a list with the columns of `CELL` and `seed` for each set of splits.
+
+    Returns:
+        `setting`, with `others` if there are other cells; `verdict`; `arms`, by name; and
+        `learned_minus`, the paired differences of learned weights to each other arm, by name. An
+        arm of several schedules is here in the last of `SCHEDULES`.
     """
-    arms: dict[str, dict[str, float | None]] = {
-        row["arm"]: {str(k): _number(v) for k, v in row.items() if k != "arm"}
-        for row in comparison.to_dict("records")
+    first = table[list(CELL)].head(1)
+    mine = _last_schedules(table.merge(first))
+    arms = {
+        row["arm"]: {str(k): _number(v) for k, v in row.items() if k not in SERIES}
+        for row in mine.to_dict("records")
     }
+    pairs = comparison.merge(first).merge(mine[["arm", "schedule"]])
+    pairs = pairs[pairs["arm"] == LEARNED.name].set_index("against")[list(DIFFERENCE)]
+    known: Any = pairs.astype(object).where(pairs.notna(), None)
+    against = {str(arm): PairedDifference(*row) for arm, *row in known.itertuples()}
+    settings = _settings(manifest)
+    setting = settings[0] | ({"others": settings[1:]} if len(settings) > 1 else {})
     learned_minus = {
-        arm: {k: None if v is None else _number(v) for k, v in asdict(difference).items()}
-        for arm, difference in against.items()
+        arm: {name: None if value is None else _number(value) for name, value in asdict(d).items()}
+        for arm, d in against.items()
     }
     return {
-        "setting": dict(setting),
+        "setting": setting,
         "verdict": verdict(arms, against, setting),
         "arms": arms,
         "learned_minus": learned_minus,
     }
+
+
+def _last_schedules(table: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm: that of its last schedule in `SCHEDULES`."""
+    by_schedule = table.sort_values("schedule", key=lambda s: s.map(SCHEDULES.index), kind="stable")
+    return by_schedule.drop_duplicates("arm", keep="last").sort_index()
+
+
+def _settings(manifest: Row) -> list[dict[str, Any]]:
+    """The setting of each cell of the manifest, in order, with its seeds."""
+    settings = []
+    for _, cell in pd.DataFrame(manifest["cells"]).groupby(list(CELL), sort=False, dropna=False):
+        first = cell.to_dict("records")[0]
+        names = ("ratio", "regime", "labels_per_class")
+        known = {name: None if _is_unknown(first[name]) else first[name] for name in names}
+        settings.append({"ood_source": first["setting"], **known, "seeds": cell["seed"].tolist()})
+    return settings
+
+
+def _is_unknown(value: Any) -> bool:
+    return value is None or value != value
 
 
 def _number(value: Any) -> float | None:
@@ -62,51 +86,55 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def verdict(
-    arms: Mapping[str, Mapping[str, Any]],
-    against: Mapping[str, PairedDifference],
-    setting: Mapping[str, Any],
-) -> str:
+def verdict(arms: Mapping[str, Row], against: Mapping[str, PairedDifference], setting: Row) -> str:
     """Who won, by how much and how sure that is, and whether the controls do as well."""
     where = describe(setting)
-    if BASELINE not in against:
-        best = max(arms, key=lambda arm: arms[arm]["accuracy"])
+    accuracy = {arm: row["accuracy"] for arm, row in arms.items() if row["accuracy"] is not None}
+    if not accuracy:
+        return f"{where}, no accuracy is known, as there are no labelled test images."
+    if FIXMATCH.name not in against:
+        best = max(accuracy, key=lambda arm: accuracy[arm])
         return (
-            f"{where}, the highest mean accuracy is {arms[best]['accuracy']:.1f} % "
-            f"({ARM_NAMES[best]}); learned weights and FixMatch were not both run, so there is "
-            f"no verdict between them."
+            f"{where}, the highest mean accuracy is {accuracy[best]:.1f} % "
+            f"({get_arm(best).label}); learned weights and FixMatch were not both "
+            "run, so there is no verdict between them."
         )
-    learned, baseline = arms[LEARNED]["accuracy"], arms[BASELINE]["accuracy"]
+    baseline = against[FIXMATCH.name]
     sentences = [
-        f"{where}, learned-weight FixMatch classifies {learned:.1f} % of the test images and "
-        f"FixMatch {baseline:.1f} %: {_difference(against[BASELINE])}, "
-        f"sign-flip p = {against[BASELINE].p_value:.2g}. {_conclusion(against[BASELINE])}"
+        f"{where}, learned-weight FixMatch classifies {accuracy[LEARNED.name]:.1f} % of the test "
+        f"images and FixMatch {accuracy[FIXMATCH.name]:.1f} %: {_difference(baseline)}, "
+        f"sign-flip p = {baseline.p_value:.2g}. {_conclusion(baseline)}"
     ]
-    for arm, name in CONTROLS.items():
-        if arm in against:
+    for arm in all_arms():
+        if arm.control and arm.name in against:
             sentences.append(
-                f"Against {name} ({arms[arm]['accuracy']:.1f} %) the difference is "
-                f"{_difference(against[arm])}."
+                f"Against {arm.control} ({accuracy[arm.name]:.1f} %) the difference is "
+                f"{_difference(against[arm.name])}."
             )
-    if CEILING in arms:
-        sentences.append(_towards_oracle(arms[LEARNED], arms[CEILING]))
+    if ORACLE.name in accuracy:
+        sentences.append(_towards_oracle(arms[LEARNED.name], accuracy[ORACLE.name]))
     return " ".join(sentences)
 
 
-def describe(setting: Mapping[str, Any]) -> str:
+def describe(setting: Row) -> str:
     """The setting as the opening of a sentence."""
     seeds = len(setting["seeds"])
+    pool = ""
+    if not _is_unknown(setting["ratio"]):
+        pool = (
+            f" and {100 * setting['ratio']:.0f} % of the unlabelled pool out-of-distribution "
+            f"({_in_words(setting['ood_source'])})"
+        )
     return (
-        f"With {setting['labels_per_class']} labels a class and "
-        f"{100 * setting['ratio']:.0f} % of the unlabelled pool out-of-distribution "
-        f"({_sources(setting['ood_source'])}), over {seeds} paired "
+        f"With {setting['labels_per_class']} labels a class{pool}, over {seeds} paired "
         f"{'seed' if seeds == 1 else 'seeds'}"
     )
 
 
-def _sources(ood_source: str) -> str:
-    """A source, or several joined by +, in words."""
-    return " and ".join(SOURCES[name] for name in ood_source.split("+"))
+def _in_words(setting: str) -> str:
+    """What the name of a setting says of its OOD images, or else the name."""
+    known = set(setting.split("+")) <= {*KIND_NAMES, "mix"}
+    return describe_ood(setting) if known else f"setting {setting}"
 
 
 def _difference(difference: PairedDifference) -> str:
@@ -127,29 +155,31 @@ def _conclusion(difference: PairedDifference) -> str:
     )
 
 
-def _towards_oracle(learned: Mapping[str, Any], oracle: Mapping[str, Any]) -> str:
-    text = f"With every OOD image removed FixMatch reaches {oracle['accuracy']:.1f} %"
-    share = learned.get("gap_closed")
+def _towards_oracle(learned: Row, oracle: float) -> str:
+    text = f"With every OOD image removed FixMatch reaches {oracle:.1f} %"
+    share = learned["gap_closed"]
     if share is None:
         return f"{text}, no more than with them, so there is no gap to close."
     return f"{text}; learned weights close {100 * share:.0f} % of that gap."
 
 
 def render_report(
-    metrics: Mapping[str, Any],
-    comparison: pd.DataFrame,
+    metrics: Row,
+    table: pd.DataFrame,
     study: pd.DataFrame,
-    manifest: Mapping[str, Any],
+    manifest: Row,
     figures: Mapping[str, bytes],
 ) -> str:
     """The page, with its figures inside.
 
     Args:
         metrics: from `summarise`.
-        comparison: from `compare_arms`.
+        table: from `arm_table`.
         study: from `weighmatch.studies.runs.compare_all`.
-        manifest: counts, seeds and fingerprints of the data.
-        figures: PNG bytes by name.
+        manifest: `cells`, a list with the counts and fingerprints of each set of splits, and, if
+            classes have names, `class_names`.
+        figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
+            ihvp and samples.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -159,32 +189,40 @@ def render_report(
         resources.files("weighmatch.evaluation").joinpath("report.html.j2").read_text("utf-8")
     )
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
-    rows = [
-        {**row, "name": ARM_NAMES[row["arm"]]}
-        for row in comparison.sort_values("accuracy").to_dict("records")
-    ]
     return environment.from_string(template).render(
         metrics=metrics,
-        rows=rows,
-        learned=metrics["arms"].get("learned"),
+        cells=_rows_by_cell(table),
+        learned=metrics["arms"].get(LEARNED.name),
         update_in_steps=_update_in_steps(metrics["arms"]),
         study=_summarise_study(study),
         manifest=manifest,
+        class_names=manifest.get("class_names", ()),
         figures=encoded,
-        sources=SOURCES,
     )
 
 
-def _update_in_steps(arms: Mapping[str, Mapping[str, Any]]) -> float | None:
+def _rows_by_cell(table: pd.DataFrame) -> list[tuple[str, list[dict[Hashable, Any]]]]:
+    """The title of each cell and its rows, the lowest accuracy first."""
+    labels = label_series(table)
+    table = table.assign(
+        name=[labels[series] for series in zip(table["arm"], table["schedule"], strict=True)],
+        learned=table["arm"] == LEARNED.name,
+    )
+    return [
+        (title, rows.sort_values("accuracy").to_dict("records")) for title, rows in by_cell(table)
+    ]
+
+
+def _update_in_steps(arms: Mapping[str, Row]) -> float | None:
     """What one update of the learned weights takes, in steps of FixMatch; None: not both run."""
-    if LEARNED not in arms or BASELINE not in arms or arms[LEARNED]["update_seconds"] is None:
+    learned, fixmatch = arms.get(LEARNED.name), arms.get(FIXMATCH.name)
+    if learned is None or fixmatch is None or learned["update_seconds"] is None:
         return None
-    step = arms[BASELINE]["seconds"] / arms[BASELINE]["steps"]
-    return float(arms[LEARNED]["update_seconds"] / step)
+    return float(learned["update_seconds"] * fixmatch["steps"] / fixmatch["seconds"])
 
 
 def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_unknown(value):
         return "–"
     return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 

@@ -1,4 +1,4 @@
-"""How well one run classifies, how well it is calibrated and what its weights tell apart."""
+"""How well one run classifies, how well it is calibrated and what its scores tell apart."""
 
 import numpy as np
 import pandas as pd
@@ -7,6 +7,7 @@ from sklearn.metrics import roc_auc_score
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
+Mask = NDArray[np.bool_]
 
 CALIBRATION_BINS = 10
 
@@ -17,14 +18,18 @@ def negative_log_likelihood(probabilities: Floats, labels: Integers) -> float:
     return float(-np.log(np.clip(chosen, 1e-12, None)).mean())
 
 
-def reliability(probabilities: Floats, labels: Integers) -> pd.DataFrame:
+def confidence_and_correct(probabilities: Floats, labels: Integers) -> tuple[Floats, Mask]:
+    """The highest probability of each image (n,), and whether its class is the label (n,)."""
+    return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+
+
+def reliability(confidence: Floats, correct: Mask) -> pd.DataFrame:
     """Accuracy against confidence in bins of equal width (Guo et al., 2017).
 
     Returns:
-        One row a bin that holds images: `confidence` and `accuracy` (means), `count`.
+        One row a bin that holds images: `bin`, `confidence` and `accuracy` (means, as fractions),
+        `count`.
     """
-    confidence = probabilities.max(axis=1)
-    correct = probabilities.argmax(axis=1) == labels
     bins = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
     table = pd.DataFrame({"bin": bins, "confidence": confidence, "accuracy": correct.astype(float)})
     grouped = table.groupby("bin")
@@ -33,16 +38,17 @@ def reliability(probabilities: Floats, labels: Integers) -> pd.DataFrame:
 
 def expected_calibration_error(probabilities: Floats, labels: Integers) -> float:
     """Mean gap between confidence and accuracy over the bins of `reliability`, 0 to 1."""
-    bins = reliability(probabilities, labels)
+    bins = reliability(*confidence_and_correct(probabilities, labels))
     gaps = (bins["confidence"] - bins["accuracy"]).abs()
     return float((gaps * bins["count"]).sum() / bins["count"].sum())
 
 
-def auroc(scores: Floats, is_id: NDArray[np.bool_]) -> float | None:
-    """Chance that an in-distribution image outscores an OOD one; None if one kind is missing.
+def auroc(scores: NDArray[np.floating], high: Mask, low: Mask) -> float:
+    """Chance that an image of `high` outscores one of `low`; scores and both masks are (n,).
 
-    Scores that are all the same tell nothing apart: .5.
+    It is NaN where one of the two is empty, and .5 where all scores are the same.
     """
-    if is_id.all() or not is_id.any():
-        return None
-    return float(roc_auc_score(is_id, scores))
+    if not high.any() or not low.any():
+        return np.nan
+    either = high | low
+    return float(roc_auc_score(high[either], scores[either].astype(np.float64)))

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-Floats = NDArray[np.float64]
+Floats = NDArray[np.floating[Any]]
 
 # Up to this many seeds all sign patterns are enumerated; beyond, they are sampled.
 EXACT_SEEDS = 16

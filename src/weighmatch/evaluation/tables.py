@@ -1,228 +1,198 @@
-"""From predictions and the truth to one row a run, and from runs to comparisons of arms."""
+"""From a row a run to a row an arm, and to paired differences between arms."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import astuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
-from weighmatch.data.config import seed_key
-from weighmatch.evaluation.scores import (
-    auroc,
-    expected_calibration_error,
-    negative_log_likelihood,
-    reliability,
+from weighmatch.arms import (
+    FIXMATCH,
+    LEARNED,
+    ORACLE,
+    SCHEDULES,
+    Arm,
+    all_arms,
+    get_arm,
+    in_order,
 )
-from weighmatch.evaluation.statistics import (
-    PairedDifference,
-    gap_closed,
-    holm,
-    mean_interval,
-    paired_difference,
+from weighmatch.evaluation.judging import CELL, SERIES
+from weighmatch.evaluation.statistics import gap_closed, holm, mean_interval, paired_difference
+
+# The columns of a run of which an arm's row holds the mean over seeds.
+MEANS = (
+    *("steps", "seconds", "update_seconds", "ece", "nll", "auroc_weight", "auroc_confidence"),
+    *("weight_id", "weight_ood", "mask_rate"),
 )
+# The columns that compare two arms: the fields of a `PairedDifference` and of a `GapClosed`.
+DIFFERENCE = ("difference", "difference_low", "difference_high", "p_value", "seeds")
+GAP = ("gap_closed", "gap_closed_low", "gap_closed_high")
+NUMBERS = (*DIFFERENCE[:-1], "p_holm", *GAP)
+ONLINE = "online"
+BASELINE, CEILING = (FIXMATCH.name, ONLINE), (ORACLE.name, ONLINE)
 
-Truth = Mapping[str, Mapping[str, Any]]
-BASELINE, CEILING, LEARNED = "fixmatch", "oracle", "learned"
+# An arm and a schedule.
+Series = tuple[str, str]
+Accuracies = dict[Series, "pd.Series[float]"]
 
 
-def class_probabilities(rows: pd.DataFrame) -> NDArray[np.float64]:
-    """The columns p_0, p_1, … as an array (n, classes)."""
-    columns = [str(name) for name in rows.columns if str(name).startswith("p_")]
-    columns.sort(key=lambda name: int(name.removeprefix("p_")))
-    return rows[columns].to_numpy(np.float64)
+def by_cell(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """The rows of each cell, after its title, such as "unseen: 75 % of the pool OOD".
 
-
-def join_truth(
-    predictions: pd.DataFrame, truth: Truth, test_labels: Truth, source_names: list[str]
-) -> pd.DataFrame:
-    """Predictions with what the images really are: the one place where the two meet.
-
-    Args:
-        predictions: columns `arm`, `seed`, `split` ("test", "heldout"), `index`, `score`,
-            `weight`, `p_0`, …; one row an image and run.
-        truth: by seed's key, `heldout_sources` (codes into `source_names`) and `heldout_classes`.
-        test_labels: by seed's key, `labels`.
-        source_names: what the codes mean; the first is in-distribution.
-
-    Returns:
-        `predictions` with `source` and `label` (index of the seen class, −1 for OOD).
+    Cells are in the order of the table, those that differ in the ratio alone by the ratio.
     """
-    parts = []
-    for _, rows in predictions.groupby(["seed", "split"], sort=False):
-        key, index = seed_key(int(rows["seed"].iloc[0])), rows["index"].to_numpy()
-        if rows["split"].iloc[0] == "test":
-            part = rows.assign(source=source_names[0], label=test_labels[key]["labels"][index])
-        else:
-            sources = np.array(source_names)[truth[key]["heldout_sources"][index]]
-            part = rows.assign(source=sources, label=truth[key]["heldout_classes"][index])
-        parts.append(part)
-    return pd.concat(parts).sort_index()
+    named = [name for name in ("regime", "source") if table[name].nunique() > 1]
+    labels_differ = table["labels_per_class"].nunique(dropna=False) > 1
+    cells: dict[str, list[tuple[float, str, pd.DataFrame]]] = {}
+    for values, rows in table.groupby(list(CELL), sort=False, dropna=False):
+        cell = dict(zip(CELL, values, strict=True))
+        parts = [str(cell[name]).replace("_", " ") for name in ("setting", *named)]
+        if labels_differ:
+            parts.append(f"{cell['labels_per_class']} labels a class")
+        name, ratio = ", ".join(parts), float(rows["ratio"].iloc[0])
+        title = name if np.isnan(ratio) else f"{name}: {100 * ratio:.0f} % of the pool OOD"
+        cells.setdefault(name, []).append((ratio, title, rows))
+    return [
+        (title, rows)
+        for alike in cells.values()
+        for _, title, rows in sorted(alike, key=lambda found: found[0])
+    ]
 
 
-def score_runs(runs: pd.DataFrame, judgements: pd.DataFrame) -> pd.DataFrame:
-    """One row a run.
+def label_series(table: pd.DataFrame) -> dict[Series, str]:
+    """What figures and the report call each arm and schedule of a table, in the order of all arms.
+
+    An arm that was trained in several schedules has that of each in its label.
+    """
+    there = {(str(arm), str(schedule)) for arm, schedule in table[["arm", "schedule"]].to_numpy()}
+    labels = {}
+    for arm in in_order([name for name, _ in there]):
+        schedules = [schedule for schedule in SCHEDULES if (arm.name, schedule) in there]
+        for schedule in schedules:
+            words = f", {schedule.replace('_', ' ')}" if len(schedules) > 1 else ""
+            labels[arm.name, str(schedule)] = f"{arm.label}{words}"
+    return labels
+
+
+def of_series(table: pd.DataFrame, series: Series) -> pd.DataFrame:
+    """The rows of one arm and schedule."""
+    return table[(table["arm"] == series[0]) & (table["schedule"] == series[1])]
+
+
+def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row an arm and schedule in each cell, also against FixMatch over paired seeds.
 
     Args:
-        runs: columns `arm`, `seed`, `steps`, `seconds`, `update_seconds`, `mask_rate`.
-        judgements: from `join_truth`.
+        scores: from `judge_runs`.
 
     Returns:
-        `runs` with `accuracy` (%), `nll` (nats) and `ece` on the test images, `heldout_accuracy`
-        (%) on the held-out in-distribution images, and on all held-out images `auroc_weight`,
-        `auroc_confidence`, `weight_id` and `weight_ood` (NaN where not defined).
+        The columns of `SERIES`, `seeds`, `accuracy` with its 95 % t interval `accuracy_low`,
+        `accuracy_high` (%), and the means over seeds of the columns `MEANS`. Against FixMatch:
+        `difference`, `difference_low`, `difference_high` (points), `p_value` (sign-flip),
+        `p_holm` (over the arms of a cell) and, where the oracle was run, `gap_closed` with its
+        bootstrap interval `gap_closed_low`, `gap_closed_high`. NaN where not defined.
     """
     rows = []
-    by_run = dict(list(judgements.groupby(["arm", "seed"])))
-    records: list[dict[str, Any]] = runs.to_dict("records")  # type: ignore[assignment]
-    for run in records:
-        mine = by_run[(run["arm"], run["seed"])]
-        test, heldout = mine[mine["split"] == "test"], mine[mine["split"] == "heldout"]
-        is_id = (heldout["label"] >= 0).to_numpy()
-        confidence = class_probabilities(heldout).max(axis=1)
-        weights = heldout["weight"].to_numpy(np.float64)
-        rows.append(
-            {
-                **run,
-                "accuracy": _accuracy(test),
-                "nll": negative_log_likelihood(class_probabilities(test), _labels(test)),
-                "ece": expected_calibration_error(class_probabilities(test), _labels(test)),
-                "heldout_accuracy": _accuracy(heldout[is_id]),
-                "auroc_weight": auroc(heldout["score"].to_numpy(np.float64), is_id),
-                "auroc_confidence": auroc(confidence, is_id),
-                "weight_id": float(weights[is_id].mean()),
-                "weight_ood": float(weights[~is_id].mean()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def _labels(rows: pd.DataFrame) -> NDArray[np.int64]:
-    return rows["label"].to_numpy(np.int64)
-
-
-def _accuracy(rows: pd.DataFrame) -> float:
-    """Share of images classified rightly, in per cent."""
-    return 100 * float((class_probabilities(rows).argmax(axis=1) == _labels(rows)).mean())
-
-
-def calibration_table(judgements: pd.DataFrame) -> pd.DataFrame:
-    """Reliability bins of each arm, all its seeds' test images together."""
-    tables = []
-    for arm, rows in judgements[judgements["split"] == "test"].groupby("arm", sort=False):
-        tables.append(reliability(class_probabilities(rows), _labels(rows)).assign(arm=arm))
-    return pd.concat(tables, ignore_index=True)
-
-
-def trace_weights(
-    pool_weights: pd.DataFrame, truth: Truth, source_names: list[str], threshold: float
-) -> pd.DataFrame:
-    """Mean weight and mask rate of each source of pool images, through training.
-
-    Args:
-        pool_weights: columns `arm`, `seed`, `step`, `index`, `weight`, `confidence`.
-        truth: by seed's key, `pool_sources` codes into `source_names`.
-        source_names: what the codes mean.
-        threshold: τ.
-
-    Returns:
-        Columns `arm`, `seed`, `step`, `source`, `weight`, `mask_rate`, `images`.
-    """
-    parts = []
-    for _, rows in pool_weights.groupby("seed", sort=False):
-        codes = truth[seed_key(int(rows["seed"].iloc[0]))]["pool_sources"]
-        names = np.array(source_names)[codes[rows["index"].to_numpy()]]
-        parts.append(rows.assign(source=names, passed=rows["confidence"] >= threshold))
-    if not parts:
-        columns = ["arm", "seed", "step", "source", "weight", "mask_rate", "images"]
-        return pd.DataFrame(columns=columns)
-    ordered = pd.concat(parts)
-    grouped = ordered.groupby(["arm", "seed", "step", "source"], sort=False)
-    table = grouped.agg(
-        weight=("weight", "mean"), mask_rate=("passed", "mean"), images=("weight", "size")
-    )
-    return table.reset_index()
+    for _, cell in scores.groupby(list(CELL), sort=False, dropna=False):
+        arms = accuracies(cell)
+        baseline, ceiling = arms.get(BASELINE), arms.get(CEILING)
+        for series, mine in cell.groupby(list(SERIES), sort=False, dropna=False):
+            name, schedule = str(series[-2]), str(series[-1])
+            accuracy = arms[name, schedule]
+            low, high = mean_interval(accuracy.to_numpy())
+            numbers = {}
+            if name != FIXMATCH.name and baseline is not None:
+                goal = None if name == ORACLE.name else ceiling
+                numbers = _compare(accuracy, baseline, goal)
+            rows.append(
+                {
+                    **dict(zip(SERIES, series, strict=True)),
+                    **{column: float(mine[column].mean()) for column in MEANS},
+                    **numbers,
+                    "accuracy": float(accuracy.mean()),
+                    "accuracy_low": low,
+                    "accuracy_high": high,
+                    "seeds": len(mine),
+                }
+            )
+    means = ("accuracy", "accuracy_low", "accuracy_high", *MEANS, *NUMBERS)
+    table = pd.DataFrame(rows, columns=[*SERIES, "seeds", *means])
+    return _with_holm(table.astype(dict.fromkeys(means, float)), CELL)
 
 
 def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm: accuracy with its interval, and against FixMatch over paired seeds.
+    """Paired differences of accuracy between arms within each cell.
+
+    Every arm is compared with each rival, a rival with those before it, and learned weights with
+    all other arms. Both arms have the same schedule. Where the other was not run in it, it is
+    taken online, unless it is a rival that can do without.
+
+    Args:
+        scores: from `judge_runs`.
 
     Returns:
-        Columns `arm`, `seeds`, `accuracy`, `accuracy_low`, `accuracy_high` (%), `steps`,
-        `seconds`, `update_seconds` (one update of the weights), `ece`, `nll`, `auroc_weight`,
-        `auroc_confidence`, `weight_id`, `weight_ood`, `mask_rate`; against FixMatch
-        `difference`, `difference_low`, `difference_high` (points),
-        `p_value`, `p_holm` (over the arms) and, where the oracle was run, `gap_closed`,
-        `gap_closed_low`, `gap_closed_high`. NaN where not defined.
+        The columns of `SERIES`, `against`, `difference` (points) with its 95 % t interval
+        `difference_low`, `difference_high`, `p_value` (sign-flip), `p_holm` (over the ratios of a
+        setting and pair), `seeds`, and `gap_closed`, the share of the way from `against`, a
+        FixMatch, to the oracle, with its bootstrap interval `gap_closed_low`, `gap_closed_high`.
+        NaN where not defined.
     """
-    accuracy = scores.pivot(index="seed", columns="arm", values="accuracy")
-    rows: list[dict[str, Any]] = []
-    for arm in scores["arm"].unique():
-        mine = scores[scores["arm"] == arm]
-        low, high = mean_interval(mine["accuracy"].to_numpy(np.float64))
-        row = {
-            "arm": arm,
-            "seeds": len(mine),
-            "accuracy": float(mine["accuracy"].mean()),
-            "accuracy_low": low,
-            "accuracy_high": high,
-            **{
-                name: float(mine[name].mean())
-                for name in (
-                    "steps",
-                    "seconds",
-                    "update_seconds",
-                    "ece",
-                    "nll",
-                    "auroc_weight",
-                    "auroc_confidence",
-                    "weight_id",
-                    "weight_ood",
-                    "mask_rate",
-                )
-            },
-        }
-        rows.append({**row, **_against_baseline(arm, accuracy)})
-    table = pd.DataFrame(rows)
-    if "p_value" in table:
-        tested = table["p_value"].notna()
-        table.loc[tested, "p_holm"] = holm(table.loc[tested, "p_value"].tolist())
-    return table.astype({c: float for c in table.columns if c not in ("arm", "seeds")})
+    rows = []
+    for values, cell in scores.groupby(list(CELL), sort=False, dropna=False):
+        arms = accuracies(cell)
+        for (name, schedule), accuracy in arms.items():
+            for other in _rivals(get_arm(name), dict.fromkeys(arm for arm, _ in arms)):
+                needs_schedule = other.rival and other.schedules != (ONLINE,)
+                alone = None if needs_schedule else arms.get((other.name, ONLINE))
+                baseline = arms.get((other.name, schedule), alone)
+                if baseline is None:
+                    continue
+                plain = other.pool == "whole" and not other.weighs
+                goal = arms.get(CEILING) if plain and name != ORACLE.name else None
+                if numbers := _compare(accuracy, baseline, goal):
+                    names = dict(zip(SERIES, (*values, name, schedule), strict=True))
+                    rows.append({**names, "against": other.name, **numbers})
+    table = pd.DataFrame(rows, columns=[*SERIES, "against", *NUMBERS, "seeds"])
+    families = [column for column in (*SERIES, "against") if column != "ratio"]
+    return _with_holm(table.astype(dict.fromkeys(NUMBERS, float)), families)
 
 
-def learned_against(scores: pd.DataFrame) -> dict[str, PairedDifference]:
-    """The learned arm's accuracy minus that of each other arm it shares seeds with, in points."""
-    accuracy = scores.pivot(index="seed", columns="arm", values="accuracy")
-    if LEARNED not in accuracy:
-        return {}
-    others = [str(arm) for arm in accuracy.columns if arm != LEARNED]
-    pairs = {arm: (accuracy[LEARNED] - accuracy[arm]).dropna() for arm in others}
+def accuracies(cell: pd.DataFrame) -> Accuracies:
+    """The accuracies (%) of each arm and schedule by seed, without runs that have none."""
     return {
-        arm: paired_difference(differences.to_numpy(np.float64))
-        for arm, differences in pairs.items()
-        if len(differences)
+        (str(arm), str(schedule)): mine.set_index("seed")["accuracy"].dropna().sort_index()
+        for (arm, schedule), mine in cell.groupby(["arm", "schedule"], sort=False)
     }
 
 
-def _against_baseline(arm: str, accuracy: pd.DataFrame) -> dict[str, Any]:
-    if arm == BASELINE or BASELINE not in accuracy:
+def _rivals(arm: Arm, there: Iterable[str]) -> list[Arm]:
+    """The arms that an arm is compared with; `there` are the names of those that were run."""
+    rivals = [other for other in all_arms() if other.rival]
+    if arm == LEARNED:
+        others = [get_arm(name) for name in there]
+        return rivals + [other for other in others if not other.rival and other != LEARNED]
+    return rivals[: rivals.index(arm)] if arm.rival else rivals
+
+
+def _compare(
+    accuracy: "pd.Series[float]", baseline: "pd.Series[float]", goal: "pd.Series[float] | None"
+) -> dict[str, float | None]:
+    """The numbers of one comparison over the seeds that all have; none without such a seed."""
+    pairs = pd.concat([accuracy, baseline], axis=1, join="inner").to_numpy()
+    if not len(pairs):
         return {}
-    pairs = accuracy[[arm, BASELINE]].dropna()
-    if pairs.empty:
-        return {}
-    test = paired_difference((pairs[arm] - pairs[BASELINE]).to_numpy(np.float64))
-    row: dict[str, Any] = {
-        "difference": test.mean,
-        "difference_low": test.low,
-        "difference_high": test.high,
-        "p_value": test.p_value,
-    }
-    if CEILING in accuracy and arm != CEILING:
-        triples = accuracy[[arm, BASELINE, CEILING]].dropna().to_numpy(np.float64)
-        closed = gap_closed(*triples.T)
-        row |= {
-            "gap_closed": closed.share,
-            "gap_closed_low": closed.low,
-            "gap_closed_high": closed.high,
-        }
-    return row
+    row = dict(zip(DIFFERENCE, astuple(paired_difference(pairs[:, 0] - pairs[:, 1])), strict=True))
+    if goal is None:
+        return row
+    triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
+    return (
+        row | dict(zip(GAP, astuple(gap_closed(*triples.T)), strict=True)) if len(triples) else row
+    )
+
+
+def _with_holm(table: pd.DataFrame, families: Iterable[str]) -> pd.DataFrame:
+    """The table with `p_holm`: the p-values, adjusted within each family of tests."""
+    tested = table[table["p_value"].notna()]
+    for _, family in tested.groupby(list(families), sort=False, dropna=False):
+        table.loc[family.index, "p_holm"] = holm(family["p_value"].tolist())
+    return table

@@ -1,0 +1,291 @@
+"""Predictions held against the truth, one run in memory at a time.
+
+A run is a row of the table `runs`. What it says of images lies in `predictions`, a function by the
+name of the run that loads its arrays. The truth about OOD and the test labels are dictionaries by
+the key of the splits. Where a key has none, what would need them is NaN or has no row.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from weighmatch.data.ood import KIND_NAMES
+from weighmatch.evaluation.scores import (
+    auroc,
+    confidence_and_correct,
+    expected_calibration_error,
+    negative_log_likelihood,
+    reliability,
+)
+
+Arrays = Mapping[str, NDArray[Any]]
+Predictions = Mapping[str, Callable[[], Arrays]]
+
+# The columns that say what a run was trained on, and which run it is.
+CELL = ("source", "setting", "regime", "ratio", "labels_per_class")
+SERIES = (*CELL, "arm", "schedule")
+RUN = (*SERIES, "seed")
+
+# The columns that `judge_runs` adds: on test images, on held-out images, on the pool.
+SCORES = (
+    *("accuracy", "accuracy_shifted", "nll", "ece"),
+    *("heldout_accuracy", "auroc_weight", "auroc_near", "auroc_far", "auroc_confidence"),
+    *("weight_id", "weight_ood", "pool_weight_id", "pool_weight_ood", "pool_weight_shifted"),
+    *("worst_class_kept", "pool_weight_right", "pool_weight_wrong", "right_labels"),
+    *("auroc_influence", "auroc_influence_near", "auroc_influence_labels"),
+)
+NEAR = "unseen"
+
+
+def require_same_data(runs: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
+    """Refuse runs of other data than `manifest` describes.
+
+    Args:
+        runs: columns `key`, `arm`, `seed` and `pool`, the fingerprint of the pool that the run
+            was trained on ("" for a cleaned pool).
+        manifest: `cells`, a list with `key` and `fingerprints` of each set of splits.
+
+    Raises:
+        ValueError: if a run was trained on another pool.
+    """
+    pools = {cell["key"]: cell["fingerprints"]["unlabelled_images"] for cell in manifest["cells"]}
+    for run in runs.to_dict("records"):
+        if run["pool"] not in ("", pools.get(run["key"])):
+            raise ValueError(
+                f"the checkpoint of {run['arm']}, seed {run['seed']}, was trained on other data "
+                "than lie in the data folder; run the pipelines training and scoring"
+            )
+
+
+def judge_runs(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    truth: Mapping[str, Arrays],
+    test_labels: Mapping[str, Arrays],
+    kinds: Sequence[str] = KIND_NAMES,
+) -> pd.DataFrame:
+    """One row a run, with what it is worth.
+
+    Args:
+        runs: `run` (name), `key` (of the splits) and what else is known of a run.
+        predictions: by the name of the run, what loads its arrays: those that there are of
+            `test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores`,
+            `heldout_weights` (n,), `pool_weights`, `pool_labels` and `pool_influence` (N,), NaN
+            where it was not measured.
+        truth: by key, `pool_…` and `heldout_…`: `sources` (codes into `kinds`), `classes` (−1 for
+            OOD) and `shifted`.
+        test_labels: by key, `labels` and `shifted`.
+        kinds: names of the kinds of images; the first is in-distribution.
+
+    Returns:
+        `runs` without `key` and `pool`, and these columns, NaN where not defined. Accuracies are
+        percentages, all other shares fractions.
+
+        On test images: `accuracy`, `accuracy_shifted` (on the shifted domain), `nll` (nats),
+        `ece`. On held-out images: `heldout_accuracy` (in-distribution images), `auroc_weight` of
+        the arm's scores, in-distribution against OOD, `auroc_near` against unseen classes alone,
+        `auroc_far` against the other OOD, `auroc_confidence` of the classifier's confidence, and
+        the mean weights `weight_id` and `weight_ood`.
+
+        On the pool at the end of training: the mean weights `pool_weight_id`, `pool_weight_ood`,
+        `pool_weight_shifted` (in-distribution images of the shifted domain), `pool_weight_right`
+        and `pool_weight_wrong` (in-distribution images whose pseudo-label is right or wrong);
+        `right_labels`, the share of right pseudo-labels; `worst_class_kept`, the share that has at
+        least half of the largest weight, in the class where it is smallest; and of the measured
+        influences `auroc_influence` (against OOD), `auroc_influence_near` (against unseen
+        classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
+    """
+    near = list(kinds).index(NEAR) if NEAR in kinds else -1
+    rows = [
+        {
+            **run,
+            **_judge(
+                predictions[run["run"]](), truth.get(run["key"]), test_labels.get(run["key"]), near
+            ),
+        }
+        for run in runs.to_dict("records")
+    ]
+    known = [name for name in runs.columns if name not in ("key", "pool")]
+    return pd.DataFrame(rows, columns=[*known, *SCORES]).astype(dict.fromkeys(SCORES, float))
+
+
+def _judge(
+    found: Arrays, truth: Arrays | None, labels: Arrays | None, near: int
+) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    if labels is not None and "test_probabilities" in found:
+        scores |= _on_test(found["test_probabilities"].astype(np.float64), labels)
+    if truth is not None and "heldout_probabilities" in found:
+        scores |= _on_heldout(found, truth, near)
+    if truth is not None and "pool_weights" in found:
+        scores |= _on_pool(found, truth)
+    if truth is not None and "pool_influence" in found:
+        scores |= _on_influence(found, truth, near)
+    return scores
+
+
+def _on_test(probabilities: NDArray[np.float64], truth: Arrays) -> dict[str, float]:
+    labels = truth["labels"]
+    correct = probabilities.argmax(axis=1) == labels
+    return {
+        "accuracy": 100 * _mean(correct),
+        "accuracy_shifted": 100 * _mean(correct[truth["shifted"]]),
+        "nll": negative_log_likelihood(probabilities, labels),
+        "ece": expected_calibration_error(probabilities, labels),
+    }
+
+
+def _on_heldout(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
+    probabilities, sources = found["heldout_probabilities"], truth["heldout_sources"]
+    is_id, is_near = sources == 0, sources == near
+    confidence, correct = confidence_and_correct(probabilities, truth["heldout_classes"])
+    scores, weights = found["heldout_scores"], found["heldout_weights"].astype(np.float64)
+    return {
+        "heldout_accuracy": 100 * _mean(correct[is_id]),
+        "auroc_weight": auroc(scores, is_id, ~is_id),
+        "auroc_near": auroc(scores, is_id, is_near),
+        "auroc_far": auroc(scores, is_id, ~is_id & ~is_near),
+        "auroc_confidence": auroc(confidence, is_id, ~is_id),
+        "weight_id": _mean(weights[is_id]),
+        "weight_ood": _mean(weights[~is_id]),
+    }
+
+
+def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
+    weights, classes = found["pool_weights"].astype(np.float64), truth["pool_classes"]
+    is_id = truth["pool_sources"] == 0
+    right = found["pool_labels"] == classes
+    kept = weights >= weights.max() / 2
+    return {
+        "pool_weight_id": _mean(weights[is_id]),
+        "pool_weight_ood": _mean(weights[~is_id]),
+        "pool_weight_shifted": _mean(weights[is_id & truth["pool_shifted"]]),
+        "pool_weight_right": _mean(weights[is_id & right]),
+        "pool_weight_wrong": _mean(weights[is_id & ~right]),
+        "right_labels": _mean(right[is_id]),
+        "worst_class_kept": min(_mean(kept[classes == c]) for c in np.unique(classes[is_id])),
+    }
+
+
+def _on_influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
+    influence, sources = found["pool_influence"], truth["pool_sources"]
+    measured = ~np.isnan(influence)
+    is_id = measured & (sources == 0)
+    right = found["pool_labels"] == truth["pool_classes"]
+    return {
+        "auroc_influence": auroc(influence, is_id, measured & ~is_id),
+        "auroc_influence_near": auroc(influence, is_id, measured & (sources == near)),
+        "auroc_influence_labels": auroc(influence, is_id & right, is_id & ~right),
+    }
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else np.nan
+
+
+def calibration_table(
+    runs: pd.DataFrame, predictions: Predictions, test_labels: Mapping[str, Arrays]
+) -> pd.DataFrame:
+    """Reliability bins of each arm and schedule in each cell, over the test images of all seeds.
+
+    The arguments are those of `judge_runs`.
+
+    Returns:
+        The columns of `SERIES`, and `bin`, `confidence`, `accuracy` (fractions) and `count`.
+    """
+    tables = []
+    tested = runs[runs["key"].isin(list(test_labels))]
+    for _, group in tested.groupby(list(SERIES), sort=False, dropna=False):
+        parts = [
+            confidence_and_correct(
+                predictions[run]()["test_probabilities"], test_labels[key]["labels"]
+            )
+            for run, key in zip(group["run"], group["key"], strict=True)
+        ]
+        confidence, correct = (np.concatenate(part) for part in zip(*parts, strict=True))
+        names = {name: group[name].iloc[0] for name in SERIES}
+        tables.append(reliability(confidence, correct).assign(**names))
+    return _stack(tables, (*SERIES, "bin", "confidence", "accuracy", "count"))
+
+
+def trace_weights(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    truth: Mapping[str, Arrays],
+    threshold: float,
+    kinds: Sequence[str] = KIND_NAMES,
+) -> pd.DataFrame:
+    """Mean weight and mask rate of each kind of pool images, through training.
+
+    Args:
+        runs: as in `judge_runs`.
+        predictions: as in `judge_runs`; runs without a history have no row.
+        truth: by key, `pool_sources`, codes into `kinds`.
+        threshold: the confidence τ from which a pseudo-label counts.
+        kinds: names of the kinds of images.
+
+    Returns:
+        The columns of `RUN`, and `step`, `kind`, `weight`, `mask_rate` (a fraction) and `images`.
+    """
+    tables = [
+        _trace(
+            predictions[run["run"]](), truth[run["key"]]["pool_sources"], kinds, threshold
+        ).assign(**{name: run[name] for name in RUN})
+        for run in runs.to_dict("records")
+        if run["key"] in truth
+    ]
+    return _stack(tables, (*RUN, "step", "kind", "weight", "mask_rate", "images"))
+
+
+def _trace(
+    found: Arrays, codes: NDArray[np.int64], kinds: Sequence[str], threshold: float
+) -> pd.DataFrame:
+    steps = found.get("history_step", np.zeros(0, int))
+    tables = [pd.DataFrame({"step": []})]
+    for code in np.unique(codes) if len(steps) else ():
+        mine = codes == code
+        table = pd.DataFrame({"step": steps, "kind": kinds[code]})
+        table["weight"] = found["history_weights"][:, mine].mean(axis=1, dtype=np.float64)
+        table["mask_rate"] = (found["history_confidence"][:, mine] >= threshold).mean(axis=1)
+        tables.append(table.assign(images=int(mine.sum())))
+    return pd.concat(tables[1:] or tables)
+
+
+def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataFrame:
+    """Each pool image's measured influence, a row an image and run.
+
+    The arguments are those of `judge_runs`; images that were never measured have no row.
+
+    Returns:
+        The columns of `RUN`, and `index` (of the image in the pool), `mean` and `variance` in
+        units of the spread of a batch's influences, and `evidence`, the weight of the
+        measurements behind them (0 to 1, NaN where the run does not tell).
+    """
+    tables = [
+        _influences(predictions[run["run"]]()).assign(**{name: run[name] for name in RUN})
+        for run in runs.to_dict("records")
+    ]
+    return _stack(tables, (*RUN, "index", "mean", "variance", "evidence"))
+
+
+def _influences(found: Arrays) -> pd.DataFrame:
+    mean = found.get("pool_influence", np.zeros(0))
+    measured = np.flatnonzero(~np.isnan(mean))
+    unknown = np.full(len(mean), np.nan)
+    return pd.DataFrame(
+        {
+            "index": measured,
+            "mean": mean[measured],
+            "variance": found.get("pool_influence_variance", unknown)[measured],
+            "evidence": found.get("pool_evidence", unknown)[measured],
+        }
+    )
+
+
+def _stack(tables: Iterable[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    full = [table for table in tables if len(table)]
+    stacked = pd.concat(full, ignore_index=True) if full else pd.DataFrame()
+    return stacked.reindex(columns=list(columns))
