@@ -31,6 +31,7 @@ class Arm:
             "two_stages": they are learned, frozen, and a classifier is trained anew; "rounds":
             the pool is ranked and a classifier trained on its best, in turn.
         alignment: whether distribution alignment is "as_set" by the parameters or the "opposite".
+        reads: groups of the parameters `training` that it reads, where its schedule does.
         inductive: whether it scores images that it never saw.
         rival: whether every arm that comes after it is compared with it.
         control: what the report calls it where learned weights are held against it; "": they
@@ -45,6 +46,7 @@ class Arm:
     pool: Literal["none", "whole", "clean"] = "whole"
     schedules: tuple[Schedule, ...] = ("online",)
     alignment: Literal["as_set", "opposite"] = "as_set"
+    reads: tuple[str, ...] = ("weighting",)
     inductive: bool = True
     rival: bool = False
     control: str = ""
@@ -199,6 +201,7 @@ register(
         "#CC79A7",
         weighting="positive_unlabelled",
         schedules=("online", "two_stages", "rounds"),
+        reads=("weighting", "ranking"),
         rival=True,
         control="weights from a classifier of labelled against pool images, which need no "
         "hypergradient",
@@ -220,6 +223,7 @@ register(
         "#AA4499",
         weighting="softmax",
         schedules=("online", "two_stages"),
+        reads=("weighting", "influence"),
     )
 )
 register(
@@ -229,6 +233,7 @@ register(
         "#882255",
         weighting="free",
         schedules=("online", "two_stages"),
+        reads=("weighting", "influence"),
         inductive=False,
     )
 )
@@ -239,6 +244,7 @@ LEARNED = register(
         "#D55E00",
         weighting="learned",
         schedules=("online", "two_stages", "rounds"),
+        reads=("weighting", "influence", "ranking"),
     )
 )
 ORACLE = register(Arm("oracle", "oracle (OOD removed)", "#009E73", pool="clean"))

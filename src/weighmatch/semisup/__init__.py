@@ -1,45 +1,43 @@
 """FixMatch with a weight on every unlabelled image; usable without Kedro.
 
-from weighmatch.semisup import RunConfig, Trainer, TrainingConfig, TrainingSet
-Trainer(RunConfig("learned", seed=0, steps=1000, classes=6, training=TrainingConfig())).fit(
-    TrainingSet(labelled_images, labels, unlabelled_images), Path("run")
-)
+from weighmatch.semisup import RunConfig, TrainingConfig, TrainingSet, make_schedule
+data = TrainingSet(labelled_images, labels, unlabelled_images)
+config = RunConfig("learned", 0, 1000, data.classes, TrainingConfig(), "rounds", 4)
+run = make_schedule(config).fit(data, Path("run"))
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from weighmatch.semisup.config import AugmentationConfig, TrainingConfig, WeighingConfig
+    from weighmatch.semisup.checkpoint import TrainedRun
+    from weighmatch.semisup.config import AugmentationConfig, RunsConfig, TrainingConfig
     from weighmatch.semisup.parts.networks import ConfidenceNetwork, build_classifier
-    from weighmatch.semisup.rounds import RoundsTrainer
-    from weighmatch.semisup.trainer import RunConfig, Trainer, TrainingSet
-    from weighmatch.semisup.two_stages import TwoStageTrainer
+    from weighmatch.semisup.training.config import RunConfig, TrainingSet
+    from weighmatch.semisup.training.schedules import make_schedule
 
 _HOMES = {
     "AugmentationConfig": "config",
     "ConfidenceNetwork": "parts.networks",
-    "RoundsTrainer": "rounds",
-    "RunConfig": "trainer",
-    "Trainer": "trainer",
+    "RunConfig": "training.config",
+    "RunsConfig": "config",
+    "TrainedRun": "checkpoint",
     "TrainingConfig": "config",
-    "TrainingSet": "trainer",
-    "TwoStageTrainer": "two_stages",
-    "WeighingConfig": "config",
+    "TrainingSet": "training.config",
     "build_classifier": "parts.networks",
+    "make_schedule": "training.schedules",
 }
 
 __all__ = [
     "AugmentationConfig",
     "ConfidenceNetwork",
-    "RoundsTrainer",
     "RunConfig",
-    "Trainer",
+    "RunsConfig",
+    "TrainedRun",
     "TrainingConfig",
     "TrainingSet",
-    "TwoStageTrainer",
-    "WeighingConfig",
     "build_classifier",
+    "make_schedule",
 ]
 
 

@@ -28,6 +28,10 @@ class Streams:
             self._generators[purpose] = generator
         return self._generators[purpose]
 
+    def draw(self, size: int, count: int, purpose: str) -> torch.Tensor:
+        """Indices (count,) below `size`, with replacement, on the CPU."""
+        return torch.randint(size, (count,), generator=self[purpose])
+
     def state_dict(self) -> dict[str, torch.Tensor]:
         """Where each stream stands."""
         return {name: g.get_state() for name, g in self._generators.items()}

@@ -1,0 +1,325 @@
+"""A trained run: what training hands back, what scores images, and what is kept on disk."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighmatch.checks import require_images
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import PseudoLabels, mean_one, pseudo_label
+from weighmatch.semisup.parts.networks import Classifier, build_classifier
+from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.training.config import RunConfig
+from weighmatch.semisup.weightings import Context, Weighting
+from weighmatch.semisup.weightings.base import State, confidence_weights
+from weighmatch.semisup.weightings.head import ConfidenceHead
+from weighmatch.semisup.weightings.meter import Measured
+
+BATCH = 1024
+CPU = torch.device("cpu")
+Parameters = dict[str, Tensor]
+Criterion = Callable[[Tensor, Tensor, PseudoLabels], Tensor]
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a run says of n images.
+
+    Attributes:
+        probabilities: probabilities of the classes, (n, classes).
+        scores: what ranks the images: the arm's own criterion (the Confidence Network's score,
+            the confidence, the negative free energy, …), or 1 where it has none, (n,).
+        weights: positive, mean 1 over the n images, (n,).
+    """
+
+    probabilities: NDArray[np.float64]
+    scores: NDArray[np.float64]
+    weights: NDArray[np.float64]
+
+
+@dataclass
+class History:
+    """Snapshots of the pool through training.
+
+    Attributes:
+        step: step of each of S snapshots; none for an arm without a pool.
+        weights: weights of the N pool images, mean 1, (S, N).
+        confidence: confidence of the averaged classifier in them, without alignment, (S, N).
+    """
+
+    step: list[int]
+    weights: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, snapshots: list[tuple[int, Tensor, Tensor]]) -> "History":
+        """Snapshots (step, weights, confidence) together."""
+        if not snapshots:
+            return cls([], torch.zeros(0, 0), torch.zeros(0, 0))
+        steps, weights, confidence = zip(*snapshots, strict=True)
+        return cls(list(steps), torch.stack(weights), torch.stack(confidence))
+
+
+@dataclass
+class PoolState:
+    """What a run knows of the N images of its pool at its end; None where it knows nothing.
+
+    Attributes:
+        labels: the averaged classifier's pseudo-labels, (N,).
+        scores: what the last ranking ranks by, (N,).
+        cut: the score above which the last ranking takes an image for useful.
+        kept: the images that the last classifier was trained on, (N,) bool.
+        measured: their influences.
+    """
+
+    labels: Tensor | None = None
+    scores: Tensor | None = None
+    cut: float | None = None
+    kept: Tensor | None = None
+    measured: Measured | None = None
+
+
+@dataclass
+class Ranker:
+    """What ranked the pool between stages or rounds, and ranks any image since.
+
+    Attributes:
+        weighting: name of the weighting, for its criterion.
+        state: its state.
+        classifier: parameters of the classifier whose features or outputs are ranked by; None:
+            the run's own.
+        head: parameters of the head on its features; None: the weighting's criterion ranks.
+    """
+
+    weighting: str
+    state: State
+    classifier: Parameters | None = None
+    head: Parameters | None = None
+
+
+@dataclass
+class TrainedRun:
+    """A finished run.
+
+    Attributes:
+        config: what defined it.
+        classifier: the averaged classifier, in evaluation mode, on the CPU.
+        weighting: state of its weighting.
+        image_shape: (C, H, W) of the images that it was trained on.
+        class_names: a name for each class, or ().
+        pool_fingerprint: identifies the pool that it was trained on.
+        history: snapshots of the pool.
+        pool: what it knows of the pool at its end.
+        ranker: what ranks images in the place of the weighting; None in the schedule online.
+        log: the lines of `metrics.jsonl`, each with `step`, `seconds` and `loss`.
+        seconds: time spent training, rankings included.
+        update_seconds: mean time of one update of the weights or one ranking; None: there was
+            none.
+    """
+
+    config: RunConfig
+    classifier: Classifier
+    weighting: State
+    image_shape: tuple[int, int, int]
+    class_names: tuple[str, ...]
+    pool_fingerprint: str
+    history: History
+    pool: PoolState = field(default_factory=PoolState)
+    ranker: Ranker | None = None
+    log: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    update_seconds: float | None = None
+
+    def mask_rate(self) -> float | None:
+        """Share of the pool with a confidence of at least τ at the end; None without a pool."""
+        if not self.history.step:
+            return None
+        passed = self.history.confidence[-1] >= self.config.training.threshold
+        return float(passed.float().mean())
+
+    # --- scoring ----------------------------------------------------------------------------
+
+    def classify(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
+        """Probabilities of the classes, (n, classes) float32 on the CPU; see `score`."""
+        classifier = on_device(self.classifier, device)
+        with torch.no_grad():
+            parts = torch.from_numpy(self._checked(images)).split(BATCH)
+            return torch.cat(
+                [classifier(part.to(device).float() / 255).softmax(dim=1).cpu() for part in parts]
+            )
+
+    def score(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Scored:
+        """Class probabilities, scores and weights of any images, without augmentation.
+
+        Args:
+            images: (n, C, H, W) uint8, whether or not they were in the pool.
+            device: where the classifier runs.
+
+        Raises:
+            ValueError: if the images are of another type or shape than those trained on.
+        """
+        images = self._checked(images)
+        classifier = on_device(self.classifier, device)
+        weighting = self._load_weighting(classifier, device)
+        criterion = self._criterion(weighting, device)
+        found = []
+        with torch.no_grad():
+            for part in torch.from_numpy(images).split(BATCH):
+                batch = part.to(device).float() / 255
+                features = classifier.features(batch)
+                pseudo = pseudo_label(classifier.head(features), self.config.training.threshold)
+                scored = criterion(batch, features, pseudo)
+                found.append((pseudo.probabilities.cpu(), scored.cpu().double()))
+            probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
+            if self.ranker is None:
+                weights = weighting.sized(scores)
+            else:
+                weights = confidence_weights(scores, self.pool.cut)
+        return Scored(probabilities.double().numpy(), scores.numpy(), mean_one(weights).numpy())
+
+    def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        images = require_images("images", images)
+        trained = self.image_shape
+        if tuple(images.shape[1:]) != tuple(trained):
+            raise ValueError(
+                f"the classifier was trained on images of {trained[0]} channel(s), {trained[1]} by "
+                f"{trained[2]}, these are of {images.shape[1]}, {images.shape[2]} by "
+                f"{images.shape[3]}; convert or resize them"
+            )
+        return images
+
+    def _load_weighting(self, classifier: Classifier, device: torch.device) -> Weighting:
+        name = self.config.row.weighting if self.ranker is None else self.ranker.weighting
+        state = self.weighting if self.ranker is None else self.ranker.state
+        nothing = np.zeros((0, *self.image_shape), np.uint8)
+        images = torch.from_numpy(nothing).to(device)
+        labels = torch.zeros(0, dtype=torch.long, device=device)
+        context = Context(
+            classifier,
+            images,
+            labels,
+            (images, labels),
+            ImageStore(nothing, device, "device"),
+            self.config.classes,
+            Augmentation(self.config.training.augmentation),
+            self.config.training,
+            Streams(self.config.seed),
+        )
+        weighting = Weighting.kind(name)(context)
+        if state:
+            weighting.load_state_dict(state)
+        return weighting
+
+    def _criterion(self, weighting: Weighting, device: torch.device) -> Criterion:
+        """What ranks images: scores (n,) from images, the run's features and its outputs."""
+        ranker = self.ranker
+        if ranker is None:
+            return lambda images, features, pseudo: weighting.criterion(
+                images, lambda: features, pseudo
+            )
+        other = None
+        if ranker.classifier is not None:
+            other = load_classifier(self.config, ranker.classifier, self.image_shape[0])
+            other = other.to(device)
+        head = None
+        if ranker.head is not None:
+            width = self.classifier.head.in_features
+            head = ConfidenceHead(width, self.config.classes, seed=0)
+            head.load_state_dict(ranker.head)
+            head.to(device)
+
+        def score(images: Tensor, features: Tensor, pseudo: PseudoLabels) -> Tensor:
+            if other is not None:
+                features = other.features(images)
+                pseudo = pseudo_label(other.head(features), self.config.training.threshold)
+            if head is not None:
+                return torch.sigmoid(head(features))
+            return weighting.criterion(images, lambda: features, pseudo)
+
+        return score
+
+    # --- files ------------------------------------------------------------------------------
+
+    def to_state(self) -> State:
+        """Nested containers of tensors, numbers and strings."""
+        own = ("weighting", "pool_fingerprint", "log", "seconds", "update_seconds")
+        pool = {**vars(self.pool)}
+        measured = pool.pop("measured")
+        return {
+            **{name: getattr(self, name) for name in own},
+            "config": self.config.to_dict(),
+            "classifier": self.classifier.state_dict(),
+            "image_shape": list(self.image_shape),
+            "class_names": list(self.class_names),
+            "history": vars(self.history),
+            "pool": pool,
+            "measured": None if measured is None else vars(measured),
+            "ranker": None if self.ranker is None else vars(self.ranker),
+        }
+
+    @classmethod
+    def from_state(cls, state: State) -> "TrainedRun":
+        """The run that `to_state` described."""
+        state = dict(state)
+        measured, ranker = state.pop("measured"), state["ranker"]
+        config = RunConfig.from_dict(state["config"])
+        channels = state["image_shape"][0]
+        return cls(
+            **{
+                **state,
+                "config": config,
+                "classifier": load_classifier(config, state["classifier"], channels),
+                "image_shape": tuple(state["image_shape"]),
+                "class_names": tuple(state["class_names"]),
+                "history": History(**state["history"]),
+                "pool": PoolState(
+                    **state["pool"], measured=None if measured is None else Measured(**measured)
+                ),
+                "ranker": None if ranker is None else Ranker(**ranker),
+            }
+        )
+
+    def save(self, path: Path | str) -> None:
+        """Write the run to one file, whole or not at all."""
+        write_state(Path(path), self.to_state())
+
+    @classmethod
+    def load(cls, path: Path | str) -> "TrainedRun":
+        """The run that `save` wrote; runs no code from the file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            DamagedFileError: if its content is not what was written.
+        """
+        state = read_state(Path(path))
+        if state is None:
+            raise FileNotFoundError(f"there is no trained run at {path}")
+        try:
+            return cls.from_state(state)
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise DamagedFileError(
+                f"{path} is no trained run of this version; train it anew"
+            ) from error
+
+
+def load_classifier(config: RunConfig, state: Parameters, channels: int) -> Classifier:
+    """A classifier with these parameters, in evaluation mode, on the CPU."""
+    training = config.training
+    classifier = build_classifier(training.network, channels, config.classes, 0, training.width)
+    classifier.load_state_dict(state)
+    return classifier.eval()
+
+
+def on_device(classifier: Classifier, device: torch.device) -> Classifier:
+    """The classifier, or on another device a copy of it."""
+    if device.type == "cpu":
+        return classifier
+    return copy.deepcopy(classifier).to(device)

@@ -1,0 +1,79 @@
+"""Files of tensors, written whole or not at all, with a checksum of their content.
+
+torch does not check what it reads: a flipped bit would give other weights without a word.
+"""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DamagedFileError(ValueError):
+    """A file whose content is not what was written; the message names it and the cure."""
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write nested containers of tensors, numbers and strings to `path`.
+
+    Equal content gives equal bytes: torch would put the name of a path into the archive.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with partial.open("wb") as file:
+        torch.save({"checksum": content_digest(state), "content": state}, file)
+    os.replace(partial, path)
+
+
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What `write_state` wrote to `path`, on the CPU; None if there is no such file.
+
+    Raises:
+        DamagedFileError: if the file is damaged or something else.
+    """
+    if not path.exists():
+        return None
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = saved["content"]
+        whole = saved["checksum"] == content_digest(state)
+    except Exception as error:  # damaged files make torch raise almost anything
+        raise _damaged(path) from error
+    if not whole:
+        raise _damaged(path)
+    return state
+
+
+def _damaged(path: Path) -> DamagedFileError:
+    return DamagedFileError(
+        f"{path} is damaged or was not written by this program; delete it (in a folder of runs: "
+        "that folder), and it will be made anew"
+    )
+
+
+def content_digest(content: Any) -> str:
+    """Identifies nested dictionaries, lists and tuples of tensors, numbers and strings; SHA-256."""
+    digest = hashlib.sha256()
+    _add(digest, content)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any) -> None:
+    if isinstance(value, Tensor):
+        digest.update(f"tensor {value.dtype} {list(value.shape)}".encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        digest.update(f"dict {len(value)}".encode())
+        for key, item in value.items():
+            digest.update(repr(key).encode())
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"list {len(value)}".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(f"{type(value).__name__} {value!r}".encode())

@@ -1,0 +1,1 @@
+"""How a run is trained: its data and configuration, the loop, the schedules, many runs at once."""

@@ -1,0 +1,94 @@
+"""The views of many steps, made together: one pass over many images instead of many passes."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
+
+# Steps whose images are augmented together, and the bytes that their views may take.
+CHUNK, CHUNK_BYTES = 100, 2**28
+
+
+class Batch(NamedTuple):
+    """What a step sees: B labelled images and µB unlabelled ones, n of both together.
+
+    Attributes:
+        images: labelled weak views and after them the strong views, (n, C, H, W).
+        labels: (B,).
+        weak: weak views, (µB, C, H, W).
+        indices: which images of the pool they are, (µB,).
+    """
+
+    images: Tensor
+    labels: Tensor
+    weak: Tensor | None = None
+    indices: Tensor | None = None
+
+
+class Batches:
+    """Draws and augments the images of steps.
+
+    Args:
+        labelled: uint8 (n, C, H, W).
+        labels: (n,).
+        pool: the unlabelled images.
+        training: batch size, ratio and layout.
+        augmentation: makes the views.
+        streams: random streams by purpose.
+        with_pool: whether steps see unlabelled images.
+    """
+
+    def __init__(
+        self,
+        labelled: Tensor,
+        labels: Tensor,
+        pool: ImageStore,
+        training: TrainingConfig,
+        augmentation: Augmentation,
+        streams: Streams,
+        with_pool: bool,
+    ) -> None:
+        self.labelled, self.labels, self.pool = labelled, labels, pool
+        self.augmentation, self.streams = augmentation, streams
+        self.batch = training.batch_size
+        self.unlabelled = training.unlabelled_ratio * self.batch if with_pool else 0
+        self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
+
+    def chunk(self) -> int:
+        """How many steps' images are augmented together; no result depends on it."""
+        views = self.batch + 2 * self.unlabelled
+        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * self.pool.shape[1:].numel())))
+
+    def arranged(self, images: Tensor) -> Tensor:
+        """The images in the memory layout of training."""
+        return images.contiguous(memory_format=self.layout)
+
+    def draw(self, size: int) -> list[Batch]:
+        """The batches of `size` steps."""
+        batch, unlabelled = self.batch, self.unlabelled
+        drawn = self.streams.draw(len(self.labelled), size * batch, "labelled batches")
+        drawn = drawn.to(self.pool.device, non_blocking=True)
+        noise = self.streams["augmentation of labelled images"]
+        labelled = self.augmentation.weak(self.labelled[drawn], noise)
+        labels = self.labels[drawn].split(batch)
+        if not unlabelled:
+            parts = self.arranged(labelled).split(batch)
+            return [Batch(*pair) for pair in zip(parts, labels, strict=True)]
+        chosen = self.streams.draw(len(self.pool), size * unlabelled, "unlabelled batches")
+        images = self.pool[chosen]
+        weak = self.augmentation.weak(images, self.streams["weak views of unlabelled images"])
+        weak_batches = self.arranged(weak).split(unlabelled)
+        strong = self.augmentation.strong(images, self.streams["strong views of unlabelled images"])
+        # Only what is differentiated shares a pass: the weak view needs no backward.
+        both = torch.cat(
+            [labelled.unflatten(0, (size, batch)), strong.unflatten(0, (size, unlabelled))], dim=1
+        )
+        together = self.arranged(both.flatten(0, 1)).split(batch + unlabelled)
+        indices = chosen.to(self.pool.device, non_blocking=True).split(unlabelled)
+        columns = zip(together, labels, weak_batches, indices, strict=True)
+        return [Batch(*parts) for parts in columns]

@@ -1,0 +1,387 @@
+"""The loop: FixMatch with a weight on every unlabelled image, one step after another."""
+
+import copy
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from weighmatch.implicit.memory import keep_freed_memory
+from weighmatch.semisup.checkpoint import (
+    CPU,
+    History,
+    Parameters,
+    PoolState,
+    TrainedRun,
+    load_classifier,
+)
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
+from weighmatch.semisup.parts.networks import build_classifier
+from weighmatch.semisup.parts.running import DistributionAlignment
+from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.training.batches import Batch, Batches
+from weighmatch.semisup.training.config import (
+    RunConfig,
+    TrainingSet,
+    fingerprint,
+    pick_device,
+)
+from weighmatch.semisup.weightings import Context, Weighting
+from weighmatch.semisup.weightings.base import State
+
+Entry = dict[str, Tensor | float]
+
+
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Repeatable algorithms, or else, on a GPU, the fastest for the shapes at hand.
+
+    Either way single precision is that, in convolutions, too, which cuDNN would cut to 10 bits
+    (TF32): curvature products and hypergradients rely on it.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    tf32 = torch.backends.cudnn.allow_tf32
+    if deterministic:
+        # cuBLAS reads it when a process first multiplies matrices on the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic or before[0])
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.backends.cudnn.allow_tf32 = tf32
+
+
+class Run:
+    """The state of a run and how it moves; most callers want a schedule.
+
+    Args:
+        config: what defines the run.
+        data: what it trains on.
+        directory: made if missing; gets `checkpoint.pt` and `metrics.jsonl`. What it holds of
+            another run (other data, seed, configuration or code) is replaced.
+        start: parameters of the classifier to begin with; None: the seed's.
+        until: the step that a checkpoint may not be beyond; None: the last.
+        earlier: another folder to look for a checkpoint of this very run in.
+
+    Raises:
+        DamagedFileError: if `directory` holds a damaged checkpoint.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        data: TrainingSet,
+        directory: Path,
+        start: Parameters | None = None,
+        until: int | None = None,
+        earlier: Path | None = None,
+    ) -> None:
+        self.config, self.training, self.data = config, config.training, data
+        self.directory = directory
+        self.fingerprint = fingerprint(config, data, start)
+        self.device = pick_device(self.training.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.streams = Streams(config.seed)
+        labelled = torch.from_numpy(data.labelled_images).to(self.device)
+        labels = torch.from_numpy(data.labels).to(self.device)
+        outer = (labelled, labels)
+        weighting = Weighting.kind(config.row.weighting)
+        held_out = self.training.weighting.outer_labels == "held_out"
+        if weighting.lowers_outer_loss and held_out:
+            kept = _first_half_of_each_class(labels)
+            if bool(kept.all()):
+                raise ValueError(
+                    "training.weighting.outer_labels: held_out needs data.labels_per_class of at "
+                    "least 2; raise it or set outer_labels to training"
+                )
+            outer = (labelled[~kept], labels[~kept])
+            labelled, labels = labelled[kept], labels[kept]
+        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory)
+        augmentation = Augmentation(self.training.augmentation)
+        self.with_pool = config.row.pool != "none"
+        self.batches = Batches(
+            labelled, labels, pool, self.training, augmentation, self.streams, self.with_pool
+        )
+        self._build_networks(pool.shape[1], start)
+        self.alignment: DistributionAlignment | None = None
+        if self.training.distribution_alignment != (config.row.alignment == "opposite"):
+            self.alignment = DistributionAlignment(labels, config.classes)
+        self.weighting = weighting(
+            Context(
+                self.classifier,
+                labelled,
+                labels,
+                outer,
+                pool,
+                config.classes,
+                augmentation,
+                self.training,
+                self.streams,
+                self.alignment,
+            )
+        )
+        self.step, self.seconds = 0, 0.0
+        self.updates, self.update_seconds = 0, 0.0
+        count = self.training.snapshots
+        self._snapshot_steps = {round((k + 1) * config.steps / count) for k in range(count)}
+        self.snapshots: list[tuple[int, Tensor, Tensor]] = []
+        self.pool_labels: Tensor | None = None
+        directory.mkdir(parents=True, exist_ok=True)
+        self.saved: int | None = None  # the step of the checkpoint in `directory`
+        self._resume(config.steps if until is None else until, earlier or directory)
+
+    def _build_networks(self, channels: int, start: Parameters | None) -> None:
+        """The classifier, its average and its optimiser."""
+        training = self.training
+        seed = derive_seed(self.config.seed, "initialisation of the classifier")
+        self.classifier = build_classifier(
+            training.network, channels, self.config.classes, seed, training.width
+        ).to(self.device)
+        if start is not None:
+            self.classifier.load_state_dict(start)
+        self.classifier = self.classifier.to(memory_format=self.batches.layout)
+        self._forward: Callable[[Tensor], Tensor] = self.classifier
+        if training.compile:
+            self._forward = torch.compile(self.classifier)
+        self.average = copy.deepcopy(self.classifier).requires_grad_(False)
+        self._tensors: list[Tensor] = list(self.classifier.parameters())
+        self._average_tensors: list[Tensor] = list(self.average.parameters())
+        self.optimizer = torch.optim.SGD(
+            self._tensors,
+            lr=training.learning_rate,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+            nesterov=True,
+            fused=True,
+        )
+
+    # --- training ---------------------------------------------------------------------------
+
+    def train_steps(self, limit: int | None = None) -> int:
+        """Train for up to `limit` steps; write metrics and, where due, a checkpoint."""
+        started = time.perf_counter()
+        size = min(limit or self.batches.chunk(), self.config.steps - self.step)
+        before = self.step
+        losses = [self._train_step(batch) for batch in self.batches.draw(size)]
+        self.seconds += time.perf_counter() - started
+        mean = torch.stack([torch.as_tensor(entry["loss"]) for entry in losses]).mean()
+        self._require_finite(float(mean))
+        self._log(losses)
+        done = self.step >= self.config.steps
+        every = self.training.checkpoint_every
+        if done or self.step // every > before // every:
+            self.save()
+        return size
+
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise FloatingPointError(
+                f"{self.config.arm}, seed {self.config.seed}: the loss is no longer finite after "
+                f"{self.step} steps; lower training.learning_rate"
+            )
+
+    def _train_step(self, batch: Batch) -> Entry:
+        entry: Entry = {}
+        if batch.weak is None:
+            loss = F.cross_entropy(self._logits(batch.images), batch.labels)
+        else:
+            with torch.no_grad():
+                weak_logits = self._logits(batch.weak)
+                if self.alignment is not None:
+                    self.alignment.observe(weak_logits)
+                pseudo = pseudo_label(weak_logits, self.training.threshold, self.alignment)
+            entry["mask_rate"] = pseudo.mask
+            weights = None
+            if self._weighs():
+                weights = self.weighting.weights(batch.weak, pseudo, batch.indices)
+                if not self.weighting.masks:
+                    pseudo = replace(pseudo, mask=torch.ones_like(pseudo.mask))
+            loss = fixmatch_loss(
+                self._logits(batch.images),
+                batch.labels,
+                pseudo,
+                weights,
+                self.training.unlabelled_weight,
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._learning_rate()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self._update_average()
+        self.step += 1
+        entry["loss"] = loss.detach()
+        if self._weighs() and self.step % self.training.weighting.interval == 0:
+            self._require_finite(float(loss.detach()))
+            started = time.perf_counter()
+            entry.update(self.weighting.update(self.classifier))
+            self.updates += 1
+            self.update_seconds += time.perf_counter() - started
+        if self.step in self._snapshot_steps and self.with_pool:
+            self._record_pool()
+        return entry
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits by the precision of training, given in single precision."""
+        if self.training.precision == "float32":
+            return self._forward(images)
+        with torch.autocast(self.device.type, torch.bfloat16):
+            return self._forward(images).float()
+
+    def _update_average(self) -> None:
+        """θ̄ ← θ̄ + (1 − decay)(θ − θ̄); the decay is less at first, so that θ̄ forgets its start.
+
+        In one fused call: on a small network the bookkeeping of torch's AveragedModel shows.
+        """
+        decay = min(self.training.ema, self.step / (self.step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(self._average_tensors, self._tensors, 1 - decay)
+
+    def _weighs(self) -> bool:
+        if not self.config.row.weighs:
+            return False
+        return self.step >= self.training.weighting.warmup * self.config.steps
+
+    def _learning_rate(self) -> float:
+        phase = 7 * math.pi * self.step / (16 * self.config.steps)
+        return self.training.learning_rate * math.cos(phase)
+
+    # --- records ----------------------------------------------------------------------------
+
+    def _record_pool(self) -> None:
+        """Weights and confidences of the whole pool, as it is, at this step.
+
+        The confidence is that of the averaged classifier, without alignment: every arm's the same.
+        """
+        pool = self.batches.pool
+        found = []
+        with torch.no_grad():
+            for part in torch.arange(len(pool), device=self.device).split(1024):
+                images = self.batches.arranged(pool[part].float() / 255)
+                confidence, labels = self.average(images).softmax(dim=1).max(dim=1)
+                scores = torch.ones_like(confidence)
+                if self._weighs():
+                    logits = self._logits(images)
+                    pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
+                    scores = self.weighting.scores(images, pseudo, part)
+                found.append((scores, confidence, labels))
+        scores, confidence, labels = (torch.cat(column) for column in zip(*found, strict=True))
+        self.snapshots.append((self.step, mean_one(scores).cpu(), confidence.cpu()))
+        self.pool_labels = labels.cpu()
+
+    def _log(self, entries: list[Entry]) -> None:
+        """One line of means over the chunk: a line a step would cost a device synchronisation."""
+        line: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 3)}
+        for name in sorted({name for entry in entries for name in entry}):
+            values = [entry[name] for entry in entries if name in entry]
+            tensors = [value for value in values if isinstance(value, Tensor)]
+            mean = torch.stack(tensors).mean() if tensors else sum(values) / len(values)
+            line[name] = float(mean)
+        with self._metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    @property
+    def _metrics(self) -> Path:
+        return self.directory / "metrics.jsonl"
+
+    def result(self) -> TrainedRun:
+        """The run as it stands."""
+        state = {name: value.cpu() for name, value in self.average.state_dict().items()}
+        shape = self.batches.pool.shape
+        meter = self.weighting.meter
+        measured = None if meter is None else meter.measured.to(CPU)
+        return TrainedRun(
+            config=self.config,
+            classifier=load_classifier(self.config, state, shape[1]),
+            weighting=self.weighting.state_dict(),
+            image_shape=(shape[1], shape[2], shape[3]),
+            class_names=self.data.class_names,
+            pool_fingerprint=self.data.pool_fingerprint,
+            history=History.of(self.snapshots),
+            pool=PoolState(labels=self.pool_labels, measured=measured),
+            log=[json.loads(line) for line in self._metrics.read_text().splitlines()],
+            seconds=self.seconds,
+            update_seconds=self.update_seconds / self.updates if self.updates else None,
+        )
+
+    # --- checkpoints ------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.saved = self.step
+        state: State = {
+            "fingerprint": self.fingerprint,
+            **{name: getattr(self, name) for name in _NUMBERS},
+            **{name: getattr(self, name).state_dict() for name in _PARTS},
+            "alignment": None if self.alignment is None else self.alignment.state_dict(),
+            "snapshots": self.snapshots,
+            "pool_labels": self.pool_labels,
+        }
+        write_state(self.directory / "checkpoint.pt", state)
+
+    def _resume(self, until: int, earlier: Path) -> None:
+        """Go on from a checkpoint of this very run; anything else there is started over.
+
+        Args:
+            until: the step that a checkpoint may not be beyond.
+            earlier: where to look for one if the run's own folder has none.
+        """
+        for folder in (self.directory, earlier):
+            state = read_state(folder / "checkpoint.pt")
+            if state is None or state["fingerprint"] != self.fingerprint:
+                continue
+            if state["step"] <= until:
+                break
+        else:
+            self._metrics.write_text("")
+            return
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(state["alignment"])
+        self.snapshots, self.pool_labels = state["snapshots"], state["pool_labels"]
+        self.saved = self.step if folder == self.directory else None
+        found = folder / self._metrics.name
+        lines = found.read_text().splitlines() if found.exists() else []
+        kept = [line for line in lines if _step_of(line) <= self.step]
+        self._metrics.write_text("".join(line + "\n" for line in kept))
+
+
+# What a checkpoint repeats of a run: numbers, and parts that have a state.
+_NUMBERS = ("step", "seconds", "updates", "update_seconds")
+_PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics; past every checkpoint where a kill cut the line."""
+    try:
+        return float(json.loads(line)["step"])
+    except json.JSONDecodeError:
+        return math.inf
+
+
+def _first_half_of_each_class(labels: Tensor) -> Tensor:
+    """True for the first ⌈half⌉ of the images of each class, (n,)."""
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        kept[members[: (len(members) + 1) // 2]] = True
+    return kept

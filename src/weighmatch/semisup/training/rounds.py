@@ -1,0 +1,254 @@
+"""The schedule rounds: rank the pool, train on its best, and rank it again.
+
+What tells near OOD from useful images are the classifier's features, and OOD images spoil these.
+So ranking and training alternate. Every round
+
+1. goes on with the averaged classifier of the round before (the first one starts anew, with the
+   whole pool) and trains it by FixMatch on what is kept, the learning rate from the start. As
+   long as no round has dropped anything, it goes on with FixMatch's own run, so that a pool that
+   never looks contaminated costs nothing but its rankings;
+2. measures, for an arm that does so, the influence of pool images (`ranking.pool_sample`) at the
+   classifier so found: the hypergradient with respect to an image's weight;
+3. ranks the whole pool and keeps the best of each pseudo-class (`ranking.rank_pool`): an image
+   left out may come back.
+
+All rounds together take `RunConfig.steps` steps. An arm that weighs nothing keeps the whole pool in
+all rounds, and starts each of them with the learning rate from the start.
+"""
+
+import copy
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.training.loop import algorithms
+from weighmatch.semisup.training.online import Progress, train_online
+from weighmatch.semisup.training.ranking import Ranking, pool_sample, rank_pool, record_kept
+from weighmatch.semisup.weightings import Context, Weighting
+from weighmatch.semisup.weightings.meter import InfluenceMeter, Measured
+
+
+@dataclass
+class _Progress:
+    """What the rounds so far have come to.
+
+    Attributes:
+        kept: the images that the next round trains on, (N,) bool.
+        whole: whether no round has dropped anything, so that FixMatch's own run goes on.
+        measured: influences so far, or none.
+        trained: the last round's run.
+        ranking: the last round's ranking.
+        stages: for each round its last step, its run and what it was trained on.
+        log: lines of metrics of all rounds.
+        seconds: time spent, rankings included.
+        ranking_seconds: time spent ranking.
+    """
+
+    kept: Tensor
+    whole: bool
+    measured: Measured | None = None
+    trained: TrainedRun | None = None
+    ranking: Ranking | None = None
+    stages: list[tuple[int, TrainedRun, Tensor]] = field(default_factory=list)
+    log: list[dict[str, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    ranking_seconds: float = 0.0
+
+
+def train_in_rounds(
+    config: RunConfig, data: TrainingSet, folder: Path, progress: Progress
+) -> TrainedRun:
+    """Train all rounds, or go on where they were interrupted.
+
+    Args:
+        config: what defines the run, `config.rounds` among it.
+        data: what to train on.
+        folder: gets a folder a round with its `ranking.pt`.
+        progress: called with the number of steps done since the last call.
+
+    Returns:
+        The last round's classifier and ranking. Its history has a snapshot a round: what it
+        trained on, and confidences at its end. Times and the log are those of all rounds.
+    """
+    ranks = config.row.weighs
+    so_far = _Progress(torch.ones(len(data.unlabelled_images), dtype=torch.bool), whole=ranks)
+    done = 0
+    for number in range(config.rounds):
+        end = (number + 1) * config.steps // config.rounds
+        _train_round(config, data, folder, progress, so_far, number, done, end)
+        done = end
+    trained, ranking = so_far.trained, so_far.ranking
+    assert trained is not None
+    history, labels = record_kept(so_far.stages, data)
+    pool = PoolState(labels)
+    ranker = None
+    if ranking is not None:
+        last_kept = so_far.stages[-1][2]
+        pool = PoolState(labels, ranking.scores, ranking.cut, last_kept, so_far.measured)
+        ranker = Ranker(config.row.weighting, {}, head=ranking.head)
+    return replace(
+        trained,
+        config=config,
+        pool_fingerprint=data.pool_fingerprint,
+        history=history,
+        pool=pool,
+        ranker=ranker,
+        log=so_far.log,
+        seconds=so_far.seconds,
+        update_seconds=so_far.ranking_seconds / config.rounds if ranks else None,
+    )
+
+
+def _train_round(
+    config: RunConfig,
+    data: TrainingSet,
+    folder: Path,
+    progress: Progress,
+    so_far: _Progress,
+    number: int,
+    done: int,
+    end: int,
+) -> None:
+    """One round, from step `done` to `end`; adds to `so_far`."""
+    before = so_far.trained
+    fixmatch = replace(config, arm="fixmatch", schedule="online", rounds=1)
+    place = folder / f"round_{number}"
+    if so_far.whole:
+        spent, offset = before.seconds if before is not None else 0.0, 0
+        earlier = folder / f"round_{number - 1}"
+        trained = train_online(
+            fixmatch, data, place, _beyond(done, progress), until=end, earlier=earlier
+        )
+    else:
+        spent, offset = 0.0, done
+        chosen = replace(data, unlabelled_images=data.unlabelled_images[so_far.kept.numpy()])
+        start = None if before is None else before.classifier.state_dict()
+        own = replace(fixmatch, seed=_seed(config, number), steps=end - done)
+        trained = train_online(own, chosen, place, progress, start)
+    seconds = 0.0
+    if config.row.weighs:
+        so_far.ranking, so_far.measured, seconds = _rank(
+            trained, data, so_far, config, place, _seed(config, number)
+        )
+    so_far.log += [
+        {
+            **line,
+            "step": line["step"] + offset,
+            "seconds": line["seconds"] - spent + so_far.seconds,
+        }
+        for line in trained.log
+        if line["step"] + offset > done
+    ]
+    so_far.stages.append((end, trained, so_far.kept))
+    so_far.trained = trained
+    so_far.seconds += trained.seconds - spent + seconds
+    so_far.ranking_seconds += seconds
+    if so_far.ranking is not None:
+        so_far.kept = so_far.ranking.kept
+        so_far.whole = so_far.whole and bool(so_far.kept.all())
+
+
+def _seed(config: RunConfig, number: int) -> int:
+    """The seed of a round's random streams."""
+    return derive_seed(config.seed, f"round {number}") if number else config.seed
+
+
+def _rank(
+    trained: TrainedRun,
+    data: TrainingSet,
+    so_far: _Progress,
+    config: RunConfig,
+    folder: Path,
+    seed: int,
+) -> tuple[Ranking, Measured | None, float]:
+    """The ranking of an earlier call for the same run or a new one, and the seconds it took."""
+    path = folder / "ranking.pt"
+    run = fingerprint(config, data, trained.classifier.state_dict())
+    known = read_state(path)
+    if known is not None and known["fingerprint"] == run:
+        measured = known["measured"]
+        return (
+            Ranking(**known["ranking"]),
+            None if measured is None else Measured(**measured),
+            known["seconds"],
+        )
+    started = time.perf_counter()
+    with algorithms(config.training.deterministic):
+        measured = so_far.measured
+        if Weighting.kind(config.row.weighting).measures_rounds:
+            measured = measure_pool(trained, data, so_far.kept, measured, config, seed)
+        # FixMatch trained it; the arm's weighting says by what its outputs are ranked.
+        ranking = rank_pool(
+            replace(trained, config=replace(trained.config, arm=config.arm)), measured, data, config
+        )
+    seconds = time.perf_counter() - started
+    found = None if measured is None else vars(measured)
+    state = {"ranking": vars(ranking), "measured": found, "seconds": seconds}
+    write_state(path, {"fingerprint": run, **state})
+    return ranking, measured, seconds
+
+
+def _beyond(done: int, progress: Progress) -> Progress:
+    """`progress` without the first `done` steps, which it was told of before."""
+    known = done
+
+    def report(steps: int) -> None:
+        nonlocal known
+        told = min(known, steps)
+        known -= told
+        progress(steps - told)
+
+    return report
+
+
+def measure_pool(
+    trained: TrainedRun,
+    data: TrainingSet,
+    kept: Tensor,
+    before: Measured | None,
+    config: RunConfig,
+    seed: int,
+) -> Measured:
+    """Influence of images of the pool at a trained classifier, averaged with earlier ones.
+
+    Args:
+        trained: a run trained with equal weights.
+        data: with the pool (N, C, H, W).
+        kept: the images that it was trained on, (N,) bool.
+        before: what this function returned of an earlier classifier, or nothing.
+        config: what defines the whole run.
+        seed: seed of what is drawn; another one each time, so that the average loses noise.
+    """
+    training = config.training
+    device = pick_device(training.device)
+    classifier = copy.deepcopy(trained.classifier).to(device)
+    labelled = torch.from_numpy(data.labelled_images).to(device)
+    labels = torch.from_numpy(data.labels).to(device)
+    context = Context(
+        classifier,
+        labelled,
+        labels,
+        (labelled, labels),
+        ImageStore(data.unlabelled_images, device, training.pool_memory),
+        config.classes,
+        Augmentation(training.augmentation),
+        training,
+        Streams(derive_seed(seed, "influence of the pool")),
+    )
+    meter = InfluenceMeter(
+        context, lambda weak, pseudo, indices: torch.ones(len(weak), device=weak.device)
+    )
+    if before is not None:
+        meter.measured = copy.deepcopy(before).to(device)
+    images = pool_sample(len(data.unlabelled_images), config.seed)
+    meter.measure_many(classifier, kept.nonzero().squeeze(1), images)
+    return meter.measured.to("cpu")

@@ -1,0 +1,86 @@
+"""Schedules: how the steps of a run are spent. Each trains a `RunConfig` to a `TrainedRun`."""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar, Protocol
+
+from weighmatch.arms import Schedule as ScheduleName
+from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
+from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
+from weighmatch.semisup.training.online import Progress, train_online
+from weighmatch.semisup.training.rounds import train_in_rounds
+from weighmatch.semisup.training.two_stages import train_in_two_stages
+
+log = logging.getLogger(__name__)
+
+
+class Schedule(Protocol):
+    """What a schedule can do."""
+
+    def fit(self, data: TrainingSet, folder: Path, progress: Progress = ...) -> TrainedRun:
+        """Train to the end, or go on where an earlier call was interrupted; see `Fit.fit`."""
+
+
+class Fit:
+    """A schedule of a run.
+
+    The same data, seed and configuration give the same result to the bit on the CPU of the same
+    machine with the same number of threads, whether or not the run was interrupted.
+    """
+
+    trainers: ClassVar[dict[ScheduleName, Callable[..., TrainedRun]]] = {
+        "online": train_online,
+        "two_stages": train_in_two_stages,
+        "rounds": train_in_rounds,
+    }
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+
+    def fit(
+        self, data: TrainingSet, folder: Path, progress: Progress = lambda steps: None
+    ) -> TrainedRun:
+        """Train to the end, go on where an earlier call was interrupted, or read what is done.
+
+        Args:
+            data: what to train on.
+            folder: made if missing; gets checkpoints, `metrics.jsonl` and at the end `run.pt`.
+                What it holds of another run (other data, seed, configuration or code) is
+                replaced.
+            progress: called with the number of steps done since the last call.
+
+        Raises:
+            FloatingPointError: if a loss is no longer finite.
+            DamagedFileError: if `folder` holds a damaged checkpoint.
+            ValueError: if a label is none of the classes.
+        """
+        self.config.check_labels(data)
+        finished = self.read(data, folder)
+        if finished is not None:
+            progress(self.config.first_steps + self.config.steps)
+            return finished
+        run = self.trainers[self.config.schedule](self.config, data, folder, progress)
+        write_state(
+            folder / "run.pt",
+            {"fingerprint": fingerprint(self.config, data), "run": run.to_state()},
+        )
+        return run
+
+    def read(self, data: TrainingSet, folder: Path) -> TrainedRun | None:
+        """The finished run in `folder`, or None if there is none, or one of something else."""
+        path = folder / "run.pt"
+        try:
+            state = read_state(path)
+        except DamagedFileError as error:
+            log.warning("%s; it is made again from its checkpoints", error)
+            return None
+        if state is None or state.get("fingerprint") != fingerprint(self.config, data):
+            return None
+        return TrainedRun.from_state(state["run"])
+
+
+def make_schedule(config: RunConfig) -> Schedule:
+    """What trains a run of this configuration."""
+    return Fit(config)
