@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation import ihvp_figures as figures
 from weighmatch.studies import memory
 from weighmatch.studies.config import StudyConfig

@@ -3,7 +3,7 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation import meta_figures as figures
 from weighmatch.evaluation import meta_tables as tables
 from weighmatch.evaluation.snapshot_figures import draw_influence

@@ -14,7 +14,7 @@ DRAWN = {
     "gap": (nodes.draw_gap, "comparison"),
     "gallery": (
         nodes.draw_gallery,
-        ["runs", "predictions", "training_sets", "evaluation_images", "ood_truth"],
+        ["runs", "predictions", "ood_truth", "evaluation_images"],
     ),
 }
 

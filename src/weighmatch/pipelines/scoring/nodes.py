@@ -44,6 +44,8 @@ def collect_runs(
         raise ValueError(
             "the checkpoints are not of the data in the data folder; run the pipeline training"
         )
+    numbers = dict.fromkeys(["update_seconds", "mask_rate"], float)
+    measured = measured.astype(numbers)
     return known.merge(cells, on="key").merge(measured, on="run"), pd.DataFrame(lines)
 
 
@@ -51,47 +53,45 @@ def score_images(
     runs: pd.DataFrame,
     checkpoints: Runs,
     oracle_checkpoints: Runs,
-    training_sets: dict[str, Arrays],
     evaluation_images: dict[str, Arrays],
 ) -> dict[str, Callable[[], Arrays]]:
     """By run, what makes its predictions; one run at a time is read, used and forgotten."""
     load = {**checkpoints, **oracle_checkpoints}
     return {
-        name: partial(_predict, load[name], training_sets[key], evaluation_images.get(key, {}))
+        name: partial(_predict, load[name], evaluation_images.get(key, {}))
         for name, key in zip(runs["run"], runs["key"], strict=True)
     }
 
 
-def _predict(load: Callable[[], TrainedRun], training_set: Arrays, unseen: Arrays) -> Arrays:
+def _predict(load: Callable[[], TrainedRun], images: Arrays) -> Arrays:
     """What a run says of unseen images and, if it was trained on the whole pool, of the pool."""
     run = load()
     found: Arrays = {}
-    if "test_images" in unseen:
-        found["test_probabilities"] = run.score(unseen["test_images"]).probabilities
-    if "heldout_images" in unseen:
-        scored = run.score(unseen["heldout_images"])
+    if "test_images" in images:
+        found["test_probabilities"] = run.score(images["test_images"]).probabilities
+    if "heldout_images" in images:
+        scored = run.score(images["heldout_images"])
         found["heldout_probabilities"] = scored.probabilities
         found |= {"heldout_scores": scored.scores, "heldout_weights": scored.weights}
     if get_arm(run.config.arm).pool == "whole":
-        found |= _describe_pool(run, training_set["unlabelled_images"])
+        found |= _describe_pool(run)
     return found
 
 
-def _describe_pool(run: TrainedRun, images: NDArray[np.uint8]) -> Arrays:
+def _describe_pool(run: TrainedRun) -> Arrays:
     """Weights and pseudo-labels at the end, measured influences, and weights through training."""
     history, pool = run.history, run.pool
-    found: Arrays = {"pool_labels": run.score(images).probabilities.argmax(axis=1)}
-    if len(history.step):
-        found["pool_weights"] = history.weights[-1].numpy()
-        found["history_step"] = np.array(history.step)
-        found["history_weights"] = history.weights.numpy()
-        found["history_confidence"] = history.confidence.numpy()
-    if pool.evidence is not None:
-        known = pool.evidence > 0
-        evidence = pool.evidence.clamp(min=1e-12)
-        mean, square = pool.influence / evidence, pool.influence_square / evidence
-        variance = (square - mean.square()).clamp(min=0)
-        found["pool_influence"] = mean.masked_fill(~known, np.nan).numpy()
-        found["pool_influence_variance"] = variance.masked_fill(~known, np.nan).numpy()
-        found["pool_evidence"] = pool.evidence.numpy()
+    found = {
+        "history_step": np.array(history.step),
+        "history_weights": history.weights.numpy(),
+        "history_confidence": history.confidence.numpy(),
+        "pool_weights": history.weights[-1].numpy(),
+    }
+    if pool.labels is not None:
+        found["pool_labels"] = pool.labels.numpy()
+    if pool.measured is not None:
+        unknown, measured = ~pool.measured.known, pool.measured
+        found["pool_influence"] = measured.mean().masked_fill(unknown, np.nan).numpy()
+        found["pool_influence_variance"] = measured.variance().masked_fill(unknown, np.nan).numpy()
+        found["pool_evidence"] = measured.evidence.numpy()
     return found

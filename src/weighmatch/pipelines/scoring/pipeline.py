@@ -19,7 +19,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.score_images,
-                ["runs", *CHECKPOINTS, "training_sets", "evaluation_images"],
+                ["runs", *CHECKPOINTS, "evaluation_images"],
                 "predictions",
                 name="score_images",
             ),

@@ -58,12 +58,11 @@ def _train(
     """By name, what reads a finished run; and a row a run."""
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     finish_jobs(jobs, Path(run_folder), runs.workers)
-    finished, rows = {}, []
-    for job in jobs:
-        config = job.config
-        name = f"{config.arm}-{config.schedule}-{job.key}"
-        finished[name] = partial(read_job, job, Path(run_folder))
-        who = (name, job.key, config.arm, config.schedule, config.seed)
-        rows.append((*who, job.steps, job.cost))
     columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
+    rows = [
+        (job.name, job.key, job.config.arm, job.config.schedule, job.config.seed)
+        + (job.steps, job.cost)
+        for job in jobs
+    ]
+    finished = {job.name: partial(read_job, job, Path(run_folder)) for job in jobs}
     return finished, pd.DataFrame(rows, columns=columns)
