@@ -13,19 +13,17 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import yaml  # type: ignore[import-untyped]
 
 from benchmarks import augmentation, ihvp_peers, startup, steps
 from benchmarks.tables import conditions, show
 from weighmatch.data.config import DataConfig
-from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.runs import default_workers
+from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.workers import default_workers
 
 Device = Literal["cpu", "cuda"]
-CONFIGURATION = Path(__file__).parents[1] / "conf" / "base"
 PACKAGES = ("weighmatch", "pillow", "torchvision", "kornia")
 
 
@@ -44,15 +42,14 @@ def augmentations(quick: bool, device: Device) -> None:
 
 def training_steps(quick: bool, device: Device) -> None:
     """A step, an update of the weights, a ranking of the pool, and the bare loop."""
-    parameters = _parameters("training")
-    default = TrainingConfig(**parameters["training"])
+    default, stages = TrainingConfig(), RunsConfig().rounds
     rounds = 2 if quick else 9
     if device == "cpu":
         settings = [steps.digits_cnn(default)]
         if quick:
             # Small, where time is short: the same calls as on a GPU.
             few = replace(default, batch_size=2, unlabelled_ratio=2)
-            few = replace(few, weighing=replace(few.weighing, outer_batch=4, curvature_batch=4))
+            few = replace(few, influence=replace(few.influence, outer_batch=4, curvature_batch=4))
             settings.append(steps.wide_resnet(few, pool=16, labelled=10))
         else:
             settings.append(steps.wide_resnet(default))
@@ -73,10 +70,9 @@ def training_steps(quick: bool, device: Device) -> None:
             steps.step_table(settings, rounds, Path(folder)),
             f"Median (range) of {rounds} rounds, thrice as many on the CNN, ratios within a round; "
             "the learned arm has the "
-            f"default IHVP and interval ({default.weighing.interval} steps), once its weights are "
-            f"learned, which they are from {default.weighing.warmup:.0%} of a run on.",
+            f"default IHVP and interval ({default.weighting.interval} steps), once its weights are "
+            f"learned, which they are from {default.weighting.warmup:.0%} of a run on.",
         )
-        stages = parameters["runs"]["stages"]
         show(
             "Rankings of the pool",
             steps.ranking_table(settings, stages, min(rounds, 3), Path(folder)),
@@ -96,27 +92,20 @@ def training_steps(quick: bool, device: Device) -> None:
             )
 
 
-def _parameters(group: str) -> dict[str, Any]:
-    """The file of the base configuration that has this group."""
-    found: dict[str, Any] = yaml.safe_load((CONFIGURATION / f"parameters_{group}.yml").read_text())
-    return found
-
-
 def whole_runs(quick: bool, device: Device) -> None:
     """Runs from their first step to their last, and side by side."""
-    parameters = _parameters("training")
-    training = replace(TrainingConfig(**parameters["training"]), device=device)
-    workers = [1, 2, 4] if device == "cuda" else [1, default_workers(torch.device("cpu"))]
+    training = TrainingConfig(device=device)
+    workers = [1, 2, 4] if device == "cuda" else [1, default_workers()]
     length = 100 if quick else training.steps
     rounds = 1 if quick else 5
-    data = steps.training_set(DataConfig(**_parameters("data")["data"]))
+    data = steps.training_set(DataConfig(seeds=(10,)))
     with tempfile.TemporaryDirectory() as folder:
         show(
             f"Whole runs of {length:,} steps: the CNN on digits, as in `kedro run`",
             steps.whole_run_table(
                 data,
                 replace(training, steps=length),
-                parameters["runs"]["stages"],
+                RunsConfig().rounds,
                 rounds,
                 Path(folder),
             ),
@@ -133,8 +122,7 @@ def whole_runs(quick: bool, device: Device) -> None:
 
 def growth(quick: bool, device: Device) -> None:
     """The digits CNN with more and more images in a step, and in the pool."""
-    parameters = _parameters("training")
-    training = replace(TrainingConfig(**parameters["training"]), device=device)
+    training = TrainingConfig(device=device)
     batches = [8, 32] if quick else [8, 16, 32, 64, 128]
     settings = [
         replace(steps.digits_cnn(replace(training, batch_size=batch)), name=f"B{batch}")
@@ -152,7 +140,7 @@ def growth(quick: bool, device: Device) -> None:
         rounds = 1 if quick else 3
         show(
             "A ranking against the images of the pool",
-            steps.ranking_table(pools, parameters["runs"]["stages"], rounds, Path(folder)),
+            steps.ranking_table(pools, RunsConfig().rounds, rounds, Path(folder)),
             f"Median (range) of {rounds} rounds.",
         )
 

@@ -18,12 +18,15 @@ from weighmatch.data.config import DataConfig
 from weighmatch.data.glyphs import CHARACTERS, GlyphConfig, render
 from weighmatch.data.sources import load_digits, load_photographs
 from weighmatch.data.splits import draw_splits
-from weighmatch.semisup.config import ArmName, NetworkName, TrainingConfig, WeighingConfig
-from weighmatch.semisup.learned import PROBE_EVERY, Learned
-from weighmatch.semisup.rounds import RoundsTrainer, measure_pool
-from weighmatch.semisup.runs import Job, finish_all
-from weighmatch.semisup.trainer import CHUNK, Run, RunConfig, Trainer, TrainingSet
-from weighmatch.semisup.two_stages import rank_pool
+from weighmatch.semisup.config import TrainingConfig, WeightingConfig
+from weighmatch.semisup.training.batches import CHUNK
+from weighmatch.semisup.training.config import RunConfig, TrainingSet
+from weighmatch.semisup.training.jobs import Job, finish_jobs
+from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.training.ranking import rank_pool
+from weighmatch.semisup.training.rounds import measure_pool
+from weighmatch.semisup.training.schedules import make_schedule
+from weighmatch.semisup.weightings.meter import PROBE_EVERY
 from weighmatch.studies.memory import peak_memory
 
 FOREVER = 10**9
@@ -36,10 +39,10 @@ class Setting:
     Attributes:
         name: for the table.
         data: images; only their shape matters here.
-        training: the configuration, its weighing that of the learned arm.
-        steps: that are timed together.
-        updated_steps: that are timed together where the last of them updates the weights.
-        run_steps: of a whole run, which rankings of the pool are a part of.
+        training: the configuration.
+        steps: steps that are timed together.
+        updated_steps: steps that are timed together where the last of them updates the weights.
+        run_steps: steps of a whole run, which rankings of the pool are a part of.
         turns: rounds of timing, for one where a step takes long.
     """
 
@@ -57,7 +60,7 @@ def digits_cnn(training: TrainingConfig, pool: int = 600) -> Setting:
     images, _ = load_digits()
     unlabelled = np.resize(images[100:], (pool, *images.shape[1:]))
     data = TrainingSet(images[:24], np.arange(24) % 6, unlabelled)
-    interval = training.weighing.interval
+    interval = training.weighting.interval
     # As many steps as training itself augments together.
     return Setting("CNN on digits", data, training, CHUNK, interval, training.steps, turns=3)
 
@@ -73,31 +76,30 @@ def wide_resnet(
     training: TrainingConfig, pool: int = 4096, labelled: int = 40, steps: int = 2
 ) -> Setting:
     """A WRN-28-2 on 32×32 glyphs in colour, ten classes."""
-    network: NetworkName = "wrn_28_2"
     letters = np.arange(labelled + pool) % 10
     glyphs = GlyphConfig(seen=CHARACTERS[:10], unseen=CHARACTERS[10:], size=32, channels=3)
     same = np.zeros(len(letters), bool)
     rng = np.random.default_rng(0)
     images = render(letters, "train", same, glyphs, load_photographs(), rng)
     data = TrainingSet(images[:labelled], letters[:labelled], images[labelled:])
-    training = replace(training, network=network)
+    training = replace(training, network="wrn_28_2")
     # Few for such a network (Sohn et al., 2020, take 2^20), so that rankings rather count too much.
     return Setting("WRN-28-2 at 32×32", data, training, steps, steps, run_steps=10_000)
 
 
-def _run(arm: ArmName, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
+def _run(arm: str, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
     # Any confidence passes, so that an untrained network's step does all that a trained one's
     # does.
-    weighing = replace(setting.training.weighing, warmup=0.0, interval=interval)
-    training = replace(setting.training, threshold=1e-6, snapshots=1, weighing=weighing)
-    classes = int(setting.data.labels.max()) + 1
+    weighting = replace(setting.training.weighting, warmup=0.0, interval=interval)
+    training = replace(setting.training, threshold=1e-6, snapshots=1, weighting=weighting)
+    classes = setting.data.classes
     config = RunConfig(arm, 0, FOREVER, classes, replace(training, checkpoint_every=FOREVER))
     return Run(config, setting.data, folder / f"{arm}-{interval}-{setting.name.split()[0]}")
 
 
 def bare_loop(run: Run, steps: int) -> Callable[[], None]:
     """Passes, gradients and the optimiser's step on a fixed batch of the same shape."""
-    batch = run._views(1)[0]
+    batch = run.batches.draw(1)[0]
     assert batch.weak is not None
     weak, optimizer = batch.weak, run.optimizer
     targets = torch.zeros(len(batch.images), dtype=torch.long, device=run.device)
@@ -127,19 +129,19 @@ class StepTimes:
     update: list[float]
     probing_update: list[float]
 
-    def overheads(self, weighing: WeighingConfig) -> list[float]:
+    def overheads(self, weighting: WeightingConfig) -> list[float]:
         """The learned arm's step, its share of an update included, over FixMatch's."""
         found = []
         for step, own, update, probing in zip(
             self.fixmatch, self.learned, self.update, self.probing_update, strict=True
         ):
             mean = (probing + (PROBE_EVERY - 1) * update) / PROBE_EVERY
-            found.append((own + mean / weighing.interval) / step)
+            found.append((own + mean / weighting.interval) / step)
         return found
 
-    def run_overheads(self, weighing: WeighingConfig) -> list[float]:
+    def run_overheads(self, weighting: WeightingConfig) -> list[float]:
         """The same over a whole run, of which the first `warmup` learns no weights."""
-        return [1 + (1 - weighing.warmup) * (o - 1) for o in self.overheads(weighing)]
+        return [1 + (1 - weighting.warmup) * (o - 1) for o in self.overheads(weighting)]
 
     def updates_in_steps(self) -> list[float]:
         """One update over one step of FixMatch."""
@@ -154,14 +156,14 @@ def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
     count, updated_count = setting.steps, setting.updated_steps
     plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
     updated = _run("learned", setting, folder, interval=updated_count)
-    weighting = updated.weighting
-    assert isinstance(weighting, Learned)
+    meter = updated.weighting.meter
+    assert meter is not None
     # One that was never updated would score images on the fly.
     updated.train_steps(updated_count)
-    learned.weighting.load_state_dict(weighting.state_dict())
+    learned.weighting.load_state_dict(updated.weighting.state_dict())
 
     def block(*, probing: bool) -> None:
-        weighting.updates = 0 if probing else 1
+        meter.updates = 0 if probing else 1
         updated.train_steps(updated_count)
 
     calls: dict[str, Callable[[], object]] = {
@@ -195,8 +197,8 @@ def step_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
                 spread([b / s for b, s in zip(times.bare, times.fixmatch, strict=True)]),
                 spread([o / s for o, s in zip(times.learned, times.fixmatch, strict=True)]),
                 spread(times.updates_in_steps()),
-                spread(times.overheads(setting.training.weighing)),
-                spread(times.run_overheads(setting.training.weighing)),
+                spread(times.overheads(setting.training.weighting)),
+                spread(times.run_overheads(setting.training.weighting)),
             ]
         )
     header = ["problem", "ms a FixMatch step", "images a second", "bare loop / FixMatch"]
@@ -237,20 +239,19 @@ def ranking_table(settings: list[Setting], stages: int, rounds: int, folder: Pat
 def whole_run_table(
     data: TrainingSet, training: TrainingConfig, stages: int, rounds: int, folder: Path
 ) -> list[str]:
-    """Whole runs, checkpoints and all: the learned arm's in one stage and in rounds, FixMatch's."""
-    classes = int(data.labels.max()) + 1
-    learned = RunConfig("learned", 0, training.steps, classes, training)
-    trainers: dict[str, Trainer | RoundsTrainer] = {
-        "FixMatch": Trainer(replace(learned, arm="fixmatch")),
-        "learned weights, one stage": Trainer(learned),
-        f"learned weights, {stages} rounds": RoundsTrainer(learned, stages),
+    """Whole runs, checkpoints and all: FixMatch's, and the learned arm's online and in rounds."""
+    learned = RunConfig("learned", 0, training.steps, data.classes, training)
+    runs = {
+        "FixMatch": replace(learned, arm="fixmatch"),
+        "learned weights, online": learned,
+        f"learned weights, {stages} rounds": replace(learned, schedule="rounds", rounds=stages),
     }
 
-    def train(trainer: Trainer | RoundsTrainer) -> None:
+    def train(config: RunConfig) -> None:
         with TemporaryDirectory(dir=folder) as anew:
-            trainer.fit(data, Path(anew))
+            make_schedule(config).fit(data, Path(anew))
 
-    calls = {name: partial(train, trainer) for name, trainer in trainers.items()}
+    calls = {name: partial(train, config) for name, config in runs.items()}
     times = by_turns(calls, rounds)
     rows = []
     for name, found in times.items():
@@ -264,8 +265,8 @@ def _rank(run: Run, setting: Setting) -> None:
     config = replace(run.config, arm="learned")
     trained = run.result()
     kept = torch.ones(len(setting.data.unlabelled_images), dtype=torch.bool)
-    measured = measure_pool(trained, setting.data, kept, {}, config, config.seed)
-    rank_pool({**trained, "weighting": measured}, setting.data, config)
+    measured = measure_pool(trained, setting.data, kept, None, config, config.seed)
+    rank_pool(trained, measured, setting.data, config)
 
 
 def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:
@@ -363,17 +364,17 @@ def many_runs_table(
 ) -> list[str]:
     """As many runs of FixMatch as the largest number of workers, at once and one after another."""
     training = replace(setting.training, steps=steps, snapshots=1, checkpoint_every=FOREVER)
-    classes = int(setting.data.labels.max()) + 1
-    jobs = [
-        Job(f"run {seed}", RunConfig("fixmatch", seed, steps, classes, training), setting.data)
+    configs = [
+        RunConfig("fixmatch", seed, steps, setting.data.classes, training)
         for seed in range(max(workers))
     ]
+    jobs = [Job(f"run {c.seed}", "", c, setting.data, float(steps)) for c in configs]
     times: dict[int, list[float]] = {count: [] for count in workers}
     for turn in range(rounds + 1):
         for count in workers:
             # Workers are kept as long as their number does, and start before they are timed.
-            finish_all(jobs, folder / f"start {turn} {count}", count)
-            seconds = seconds_of(partial(finish_all, jobs, folder / f"{turn} {count}", count))
+            finish_jobs(jobs, folder / f"start {turn} {count}", count)
+            seconds = seconds_of(partial(finish_jobs, jobs, folder / f"{turn} {count}", count))
             if turn:
                 times[count].append(seconds)
     alone = times[workers[0]]

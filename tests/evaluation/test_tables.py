@@ -1,121 +1,155 @@
+"""Arms beside each other, from runs made by hand."""
+
 import numpy as np
 import pandas as pd
 import pytest
 
-from weighmatch.evaluation.tables import (
-    calibration_table,
-    class_probabilities,
-    compare_arms,
-    join_truth,
-    score_runs,
-    trace_weights,
-)
+from weighmatch.arms import Arm, register, unregister
+from weighmatch.evaluation.statistics import gap_closed, holm, mean_interval, paired_difference
+from weighmatch.evaluation.tables import MEANS, arm_table, by_cell, compare_arms, label_series
+
+from .examples import ARMS, grid, scores
 
 
-def test_class_probabilities_are_in_numeric_order():
-    frame = pd.DataFrame({f"p_{k}": [float(k)] for k in (10, 2, 0, 1, 3, 4, 5, 6, 7, 8, 9)})
-    assert class_probabilities(frame).tolist() == [[float(k) for k in range(11)]]
-
-
-def predictions(shuffle=False):
-    """Two test and four held-out images of one run; the first two held-out ones are ID."""
-    rows = pd.DataFrame(
-        {
-            "arm": "learned",
-            "seed": 7,
-            "split": ["test"] * 2 + ["heldout"] * 4,
-            "index": [0, 1, 0, 1, 2, 3],
-            "score": [1, 1, 0.9, 0.4, 0.6, 0.1],
-            "weight": [1, 1, 2.0, 0.5, 1.0, 0.5],
-            "p_0": [0.9, 0.2, 0.8, 0.4, 0.6, 0.5],
-            "p_1": [0.1, 0.8, 0.2, 0.6, 0.4, 0.5],
-        }
-    )
-    return rows.sample(frac=1, random_state=0) if shuffle else rows
-
-
-TRUTH = {
-    "seed_0007": {
-        "heldout_sources": np.array([0, 0, 1, 2]),
-        "heldout_classes": np.array([0, 0, -1, -1]),
-    }
-}
-LABELS = {"seed_0007": {"labels": np.array([0, 0])}}
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_truth_is_joined_by_image(shuffle):
-    given = predictions(shuffle)
-    joined = join_truth(given, TRUTH, LABELS, ["id", "unseen", "noise"])
-    assert len(joined) == len(given)
-    heldout = joined[joined["split"] == "heldout"].sort_values("index")
-    assert heldout["source"].tolist() == ["id", "id", "unseen", "noise"]
-    assert heldout["label"].tolist() == [0, 0, -1, -1]
-    assert joined[joined["split"] == "test"]["label"].tolist() == [0, 0]
-
-
-@pytest.mark.parametrize("shuffle", [False, True])
-def test_scores_of_a_run_by_hand(shuffle):
-    runs = pd.DataFrame(
-        [{"arm": "learned", "seed": 7, "steps": 5, "seconds": 1.0, "update_seconds": 0.5}]
-    )
-    judgements = join_truth(predictions(shuffle), TRUTH, LABELS, ["id", "unseen", "noise"])
-    (row,) = score_runs(runs, judgements).to_dict("records")
-    assert row["accuracy"] == 50
-    assert row["heldout_accuracy"] == 50
-    assert row["auroc_weight"] == 0.75
-    assert row["auroc_confidence"] == 0.875
-    assert (row["weight_id"], row["weight_ood"]) == (1.25, 0.75)
-    assert row["steps"] == 5
-    assert calibration_table(judgements)["count"].sum() == 2
-
-
-def test_trace_gives_each_image_its_own_source():
-    rows = [
-        {"arm": arm, "seed": seed, "step": step, "index": k, "weight": w, "confidence": c}
-        for arm in ("pu", "learned")
-        for seed in (1, 2)
-        for step in (10, 20)
-        for k, (w, c) in enumerate([(1.5, 0.99), (0.5, 0.2)])
-    ]
-    truth = {
-        "seed_0001": {"pool_sources": np.array([0, 1])},
-        "seed_0002": {"pool_sources": np.array([1, 0])},
-    }
-    trace = trace_weights(pd.DataFrame(rows), truth, ["id", "unseen"], threshold=0.95)
-    assert len(trace) == 16
-    by = trace.set_index(["arm", "seed", "step", "source"])
-    assert by.loc[("learned", 1, 20, "id"), "weight"] == 1.5
-    assert by.loc[("learned", 2, 20, "id"), "weight"] == 0.5
-    assert by.loc[("pu", 2, 10, "unseen"), "mask_rate"] == 1.0
-    assert trace_weights(pd.DataFrame(rows)[:0], truth, ["id"], 0.95).empty
-
-
-def scores(**accuracy):
-    extra = ("steps", "seconds", "update_seconds", "ece", "nll", "auroc_weight", "auroc_confidence")
-    extra += ("weight_id", "weight_ood", "mask_rate")
-    return pd.DataFrame(
-        [
-            {"arm": arm, "seed": seed, "accuracy": value, **dict.fromkeys(extra, 1.0)}
-            for arm, values in accuracy.items()
-            for seed, value in enumerate(values)
-        ]
-    )
-
-
-def test_arms_are_compared_seed_by_seed():
-    table = compare_arms(
-        scores(fixmatch=[80.0, 90.0], learned=[82.0, 94.0], oracle=[90.0, 96.0])
-    ).set_index("arm")
-    assert table.loc["learned", "difference"] == 3
-    assert table.loc["learned", "gap_closed"] == pytest.approx(3 / 8)
-    assert table.loc["learned", "p_value"] == 0.5
-    assert table.loc["learned", "p_holm"] == 1.0
+def test_arms_are_compared_with_fixmatch_seed_by_seed():
+    runs = scores(fixmatch=[80.0, 90.0], learned=[82.0, 94.0], oracle=[90.0, 96.0])
+    table = arm_table(runs).set_index("arm")
+    learned = table.loc["learned"]
+    assert (learned["accuracy"], learned["seeds"]) == (88, 2)
+    interval = mean_interval(np.array([82.0, 94.0]))
+    assert (learned["accuracy_low"], learned["accuracy_high"]) == pytest.approx(interval)
+    assert learned["difference"] == 3
+    assert learned["gap_closed"] == pytest.approx(3 / 8)
+    assert learned["p_value"] == 0.5
+    assert learned["p_holm"] == 1.0
     assert np.isnan(table.loc["fixmatch", "difference"])
     assert np.isnan(table.loc["oracle", "gap_closed"])
+    assert (table[list(MEANS)] == 1).all(axis=None)
+
+
+def test_a_cell_does_not_see_another():
+    table = arm_table(grid())
+    alone = arm_table(grid()[lambda runs: (runs["ratio"] == 0.5) & (runs["setting"] == "near+far")])
+    mine = table[(table["ratio"] == 0.5) & (table["setting"] == "near+far")]
+    pd.testing.assert_frame_equal(mine.reset_index(drop=True), alone)
+    assert len(table) == 4 * (len(ARMS) + 3)
 
 
 @pytest.mark.parametrize("arms", [{"learned": [1.0]}, {"fixmatch": [1.0]}, {"supervised": [2.0]}])
 def test_missing_arms_and_a_single_seed_are_no_error(arms):
-    table = compare_arms(scores(**arms))
+    table = arm_table(scores(**arms))
     assert table["accuracy_low"].isna().all()
+    assert compare_arms(scores(**arms)).empty
+
+
+def test_runs_without_an_accuracy_are_compared_as_far_as_they_can():
+    runs = scores(fixmatch=[np.nan, np.nan], learned=[np.nan, np.nan])
+    table = arm_table(runs)
+    assert table["accuracy"].isna().all()
+    assert (table["auroc_weight"] == 1).all()
+    assert compare_arms(runs).empty
+
+
+def test_comparisons_are_paired_within_a_setting_and_ratio():
+    runs = grid()
+    found = compare_arms(runs)
+    mine = found[
+        (found["setting"] == "near+far")
+        & (found["arm"] == "learned")
+        & (found["schedule"] == "two_stages")
+        & (found["against"] == "fixmatch_matched")
+    ].set_index("ratio")
+    assert set(mine.index) == {0.5, 0.75}
+    wide = runs[(runs["setting"] == "near+far") & (runs["ratio"] == 0.75)].pivot(
+        index="seed", columns=["arm", "schedule"], values="accuracy"
+    )
+    series = (("learned", "two_stages"), ("fixmatch_matched", "online"), ("oracle", "online"))
+    learned, matched, oracle = (wide[pair].to_numpy() for pair in series)
+    test, closed = paired_difference(learned - matched), gap_closed(learned, matched, oracle)
+    row = mine.loc[0.75]
+    names = ("difference", "difference_low", "difference_high", "p_value")
+    assert row[list(names)].tolist() == pytest.approx(
+        [test.mean, test.low, test.high, test.p_value]
+    )
+    names = ("gap_closed", "gap_closed_low", "gap_closed_high")
+    assert row[list(names)].tolist() == pytest.approx([closed.share, closed.low, closed.high])
+    assert row["seeds"] == 5
+    assert mine["p_holm"].tolist() == pytest.approx(holm(mine["p_value"].tolist()))
+
+
+def test_every_arm_is_compared_once_with_each_rival():
+    found = compare_arms(grid(settings=("near",), ratios=(0.5,)))
+    pairs = [tuple(p) for p in found[["arm", "schedule", "against"]].to_numpy()]
+    assert len(pairs) == len(set(pairs))
+    longer = ("fixmatch", "fixmatch_matched", "fixmatch_converged", "fixmatch_realigned")
+    for schedule in ("online", "two_stages"):
+        mine = [a for arm, s, a in pairs if (arm, s) == ("learned", schedule)]
+        assert mine[:6] == [*longer, "fixmatch_rounds", "pu"]
+        assert set(mine[6:]) == set(ARMS) - {*mine[:6], "learned"}
+    assert [a for arm, _, a in pairs if arm == "fixmatch_converged"] == list(longer[:2])
+    assert not any(arm == "fixmatch" for arm, _, _ in pairs)
+    # A share of the gap belongs to a FixMatch that is left behind, and not to the oracle.
+    closed = found[found["gap_closed"].notna()]
+    assert set(closed["against"]) == {*longer, "fixmatch_rounds"}
+    assert set(closed["arm"]) == set(ARMS) - {"fixmatch", "oracle"}
+
+
+def test_learned_weights_are_compared_in_the_same_schedule_or_else_with_the_other_online():
+    rng = np.random.default_rng(1)
+    runs = [scores(**{arm: rng.random(5)}) for arm in ("energy", "oracle")]
+    for schedule in ("online", "two_stages"):
+        runs += [scores(schedule, **{arm: rng.random(5)}) for arm in ("learned", "max_prob")]
+    runs = pd.concat([*runs, scores(pu=rng.random(5))], ignore_index=True)
+    found = compare_arms(runs).set_index(["arm", "schedule", "against"])["difference"]
+    mean = runs.groupby(["arm", "schedule"])["accuracy"].mean()
+    for schedule in ("online", "two_stages"):
+        mine = mean["learned", schedule]
+        for other, taken in (("max_prob", schedule), ("energy", "online"), ("oracle", "online")):
+            assert found["learned", schedule, other] == pytest.approx(mine - mean[other, taken])
+    # `pu` could have been trained in two stages; its online runs do not stand in for that.
+    assert ("learned", "online", "pu") in found.index
+    assert ("learned", "two_stages", "pu") not in found.index
+
+
+def test_an_arm_that_is_registered_later_is_compared_and_named():
+    register(Arm("mine", "my own weights", "#123456", weighting="energy"))
+    try:
+        runs = pd.concat([scores(fixmatch=[80.0], mine=[83.0], learned=[84.0])])
+        found = compare_arms(runs).set_index(["arm", "against"])["difference"]
+        assert found.to_dict() == {
+            ("mine", "fixmatch"): 3,
+            ("learned", "fixmatch"): 4,
+            ("learned", "mine"): 1,
+        }
+        assert label_series(runs)["mine", "online"] == "my own weights"
+    finally:
+        unregister("mine")
+
+
+def test_labels_name_the_schedule_where_an_arm_has_several():
+    runs = pd.concat(
+        [
+            scores("two_stages", learned=[1.0], pu=[1.0]),
+            scores(fixmatch=[1.0], learned=[1.0], oracle=[1.0]),
+        ]
+    )
+    assert list(label_series(runs).items()) == [
+        (("fixmatch", "online"), "FixMatch"),
+        (("pu", "two_stages"), "weights = labelled-vs-pool classifier"),
+        (("learned", "online"), "learned weights, online"),
+        (("learned", "two_stages"), "learned weights, two stages"),
+        (("oracle", "online"), "oracle (OOD removed)"),
+    ]
+
+
+def test_titles_of_cells_tell_what_differs():
+    one = scores(learned=[1.0, 2.0])
+    assert [title for title, _ in by_cell(one)] == ["unseen: 75 % of the pool OOD"]
+    both = pd.concat([one, one.assign(ratio=0.5), one.assign(regime="added", labels_per_class=2)])
+    assert [(title, len(rows)) for title, rows in by_cell(both)] == [
+        ("unseen, fixed total, 4 labels a class: 50 % of the pool OOD", 2),
+        ("unseen, fixed total, 4 labels a class: 75 % of the pool OOD", 2),
+        ("unseen, added, 2 labels a class: 75 % of the pool OOD", 2),
+    ]
+    unknown = one.assign(setting="photographs", ratio=np.nan)
+    assert [title for title, _ in by_cell(unknown)] == ["photographs"]
