@@ -57,8 +57,7 @@ def assert_one_sentence(result, message):
         ("rns.arms=learned", "there is no parameter rns"),
         ("training.device=cuda", "set it to auto or cpu"),
         (
-            "training.weighting.outer_labels=held_out,data.labels_per_class=1,"
-            "runs.schedule=online",
+            "training.weighting.outer_labels=held_out,data.labels_per_class=1,runs.schedule=online",
             "needs data.labels_per_class of at least 2",
         ),
         ("training.steps=3", "runs.rounds 4 are more rounds than there are steps (3); lower them"),

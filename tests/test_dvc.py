@@ -8,6 +8,7 @@ import yaml
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
 from kedro.framework.project import pipelines
+
 from tests.project import ROOT, as_folders, code_behind, load_context, path_of
 
 ENVIRONMENTS = {"main": "base", "benchmark": "experiments/benchmark"}

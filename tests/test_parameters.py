@@ -57,7 +57,7 @@ def test_environments_are_complete_and_have_jobs_of_their_own(env):
     parameters = read(env)
     groups = {name: kind(**parameters[name]) for name, kind in KINDS.items()}
     assert make_cells(groups["grid"], groups["data"])
-    assert {path.name for path in (ROOT / "conf").iterdir() if path.is_dir()} == {
+    assert {path.name for path in (ROOT / "conf").iterdir() if any(path.rglob("*"))} == {
         *("base", "local", "test", "gpu", "experiments")
     }
     jobs = [read(other, "globals")["job"] for other in ENVIRONMENTS]

@@ -12,9 +12,8 @@ from kedro.pipeline import Pipeline
 
 from weighmatch.arms import get_arm
 from weighmatch.checks import require_group
+from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
-from weighmatch.data import grid as cells
-from weighmatch.data.grid import GridConfig
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 
 Catalog = CatalogProtocol[Any, Any]
@@ -44,7 +43,7 @@ class Asked:
     """The parameters that decide together what is trained on what."""
 
     data: DataConfig
-    grid: GridConfig
+    grid: grid.GridConfig
     training: TrainingConfig
     runs: RunsConfig
 
@@ -69,7 +68,7 @@ class ChecksBeforeWork:
         try:
             asked = _read(catalog)
             if "params:data" in inputs:
-                cells.require_effect(given.get("data", {}), asked.grid, asked.data)
+                grid.require_effect(given.get("data", {}), asked.grid, asked.data)
             if "params:runs" in inputs:
                 _check_runs(given, asked)
         except ValueError as error:
@@ -109,7 +108,7 @@ def _read(catalog: Catalog) -> Asked:
     data = catalog.load("params:data")
     return Asked(
         data if isinstance(data, DataConfig) else DataConfig(**data),
-        require_group("grid", catalog.load("params:grid"), GridConfig),
+        require_group("grid", catalog.load("params:grid"), grid.GridConfig),
         require_group("training", catalog.load("params:training"), TrainingConfig),
         require_group("runs", catalog.load("params:runs"), RunsConfig),
     )
@@ -131,11 +130,11 @@ def _check_runs(given: Given, asked: Asked) -> None:
             "lower them or raise training.steps"
         )
     if training.device == "cuda":
-        from weighmatch.semisup.parts.running import pick_device
+        from weighmatch.semisup.training.config import pick_device
 
         pick_device(training.device)
-    grid = cells.make_cells(asked.grid, asked.data)
-    fewest = min(cell.data.labels_per_class for cell in grid)
+    cells = grid.make_cells(asked.grid, asked.data)
+    fewest = min(cell.data.labels_per_class for cell in cells)
     held_out = training.weighting.outer_labels == "held_out"
     if held_out and fewest < 2 and schedules & {"online", "two_stages"}:
         raise ValueError(

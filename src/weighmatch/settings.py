@@ -19,23 +19,24 @@ class ExperimentLoader(OmegaConfigLoader):
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         """The merged configuration of a kind, such as "parameters"."""
-        other = "" if key == "globals" else self["globals"].get("extends", "")
-        if key != "parameters" or "parameters" in self.data or not other:
+        other = self["globals"].get("extends") if key == "parameters" else None
+        if other is None or key in self.data:
             return super().__getitem__(key)
-        settings = {**CONFIG_LOADER_ARGS, "env": other, "runtime_params": self.runtime_params}
-        parameters = OmegaConfigLoader(self.conf_source, **settings)[key]
+        loader = OmegaConfigLoader(
+            self.conf_source, env=other, runtime_params=self.runtime_params, **CONFIG_LOADER_ARGS
+        )
         folder = str(Path(self.conf_source) / str(self.env))
         own = self.load_and_merge_dir_config(folder, self.config_patterns[key], key, set())
+        parameters = loader[key]
         if "settings" in own.get("grid", {}):
             parameters["grid"].pop("settings", None)
-        merged: dict[str, Any] = OmegaConf.to_container(OmegaConf.merge(parameters, own))
-        return merged
+        return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
 
 
 HOOKS = (ChecksBeforeWork(),)
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
-CONFIG_LOADER_ARGS = {
+CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",
     "default_run_env": "local",
     "merge_strategy": {"parameters": "soft"},

@@ -7,12 +7,12 @@ from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation import ihvp_figures as figures
 from weighmatch.studies import memory
 from weighmatch.studies.config import StudyConfig
-from weighmatch.studies.runs import compare_all
+from weighmatch.studies.ihvp import compare_all
 
 
-def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_ihvps(ihvp_analysis: StudyConfig, run_folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every method in every cell of the study on digits; and the spectra behind them."""
-    return compare_all(*load_digits(), ihvp_analysis)
+    return compare_all(*load_digits(), ihvp_analysis, run_folder)
 
 
 def measure_memory(ihvp_analysis: StudyConfig) -> pd.DataFrame:

@@ -13,10 +13,10 @@ from weighmatch.studies.meta_learning import run_all
 
 
 def run_meta_learning(
-    meta_learning_analysis: MetaLearningConfig,
+    meta_learning_analysis: MetaLearningConfig, run_folder: str
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every training of the study, step by step; and influence in FixMatch's snapshots."""
-    return run_all(*load_digits(), meta_learning_analysis)
+    return run_all(*load_digits(), meta_learning_analysis, run_folder)
 
 
 def summarise_meta_learning(

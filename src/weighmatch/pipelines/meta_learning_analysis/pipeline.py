@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.run_meta_learning,
-                "params:meta_learning_analysis",
+                ["params:meta_learning_analysis", "params:run_folder"],
                 ["meta_learning_steps", "influence_quality"],
                 name="run_meta_learning",
             ),

@@ -1,21 +1,22 @@
 """Graph of `reporting`."""
 
+from collections.abc import Callable
+
 from kedro.pipeline import Node, Pipeline
+from matplotlib.figure import Figure
 
 from weighmatch.pipelines.reporting import nodes
 
-DRAWN = {
-    "accuracy": (nodes.draw_accuracy, "run_scores"),
-    "differences": (nodes.draw_differences, "run_scores"),
-    "weights": (nodes.draw_weights, "weight_trace"),
-    "auroc": (nodes.draw_auroc, "run_scores"),
-    "calibration": (nodes.draw_calibration, "calibration"),
-    "compute": (nodes.draw_compute, "run_scores"),
-    "gap": (nodes.draw_gap, "comparison"),
-    "gallery": (
-        nodes.draw_gallery,
-        ["runs", "predictions", "ood_truth", "evaluation_images"],
-    ),
+# What draws each figure, and from what.
+DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
+    "accuracy": (nodes.draw_accuracy, ["run_scores"]),
+    "differences": (nodes.draw_differences, ["run_scores"]),
+    "weights": (nodes.draw_weights, ["weight_trace"]),
+    "auroc": (nodes.draw_auroc, ["run_scores"]),
+    "calibration": (nodes.draw_calibration, ["calibration"]),
+    "compute": (nodes.draw_compute, ["run_scores"]),
+    "gap": (nodes.draw_gap, ["comparison"]),
+    "gallery": (nodes.draw_gallery, ["runs", "predictions", "ood_truth", "evaluation_images"]),
 }
 
 

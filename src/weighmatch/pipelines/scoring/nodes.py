@@ -35,9 +35,7 @@ def collect_runs(
         pool = "" if get_arm(run.config.arm).pool == "clean" else run.pool_fingerprint
         rows.append((name, run.seconds, run.update_seconds, run.mask_rate(), pool))
         lines += [{"run": name, **line} for line in run.log]
-    measured = pd.DataFrame(
-        rows, columns=["run", "seconds", "update_seconds", "mask_rate", "pool"]
-    )
+    measured = pd.DataFrame(rows, columns=["run", "seconds", "update_seconds", "mask_rate", "pool"])
     known = pd.concat([table for table in (trained_runs, oracle_runs) if len(table)])
     cells = pd.DataFrame(manifest["cells"])[CELL]
     if not set(known["key"]) <= set(cells["key"]):

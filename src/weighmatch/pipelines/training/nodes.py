@@ -60,9 +60,9 @@ def _train(
     finish_jobs(jobs, Path(run_folder), runs.workers)
     columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
     rows = [
-        (job.name, job.key, job.config.arm, job.config.schedule, job.config.seed)
-        + (job.steps, job.cost)
+        (job.name, job.key, run.arm, run.schedule, run.seed, job.steps, job.cost)
         for job in jobs
+        for run in [job.config]
     ]
-    finished = {job.name: partial(read_job, job, Path(run_folder)) for job in jobs}
+    finished: Runs = {job.name: partial(read_job, job, Path(run_folder)) for job in jobs}
     return finished, pd.DataFrame(rows, columns=columns)
