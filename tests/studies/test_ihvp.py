@@ -3,8 +3,8 @@ import pytest
 
 from weighmatch.data.sources import load_digits
 from weighmatch.studies.config import StudyConfig
+from weighmatch.studies.ihvp import compare_all
 from weighmatch.studies.memory import measure_memory
-from weighmatch.studies.runs import compare_all
 
 SMALL = {
     "networks": ("mlp-4",),

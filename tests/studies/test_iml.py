@@ -7,9 +7,12 @@ import torch
 
 from weighmatch.data.sources import load_digits
 from weighmatch.implicit import Dense, Exact, flatten
-from weighmatch.studies import iml
-from weighmatch.studies.iml import IHVPS, OTHERS, Training, gradient_memory, train
-from weighmatch.studies.problems import PROBLEMS, Size, minimise
+from weighmatch.studies.iml import Training, gradient_memory, train
+from weighmatch.studies.iml.hypergradients import Hypergradients, factored_exact
+from weighmatch.studies.iml.training import _Learner
+from weighmatch.studies.methods import METHOD_NAMES, all_methods
+from weighmatch.studies.minimise import minimise
+from weighmatch.studies.problems import PROBLEMS, Size
 
 IMAGES, LABELS = load_digits()
 SIZE = Size(inner=40, outer=40, test=60, hidden=3)
@@ -21,7 +24,7 @@ def make(name="example_weights", size=SIZE, seed=0):
     return kind(kind.draw(IMAGES, LABELS, size, seed), size, seed)
 
 
-@pytest.mark.parametrize("method", [*IHVPS, *OTHERS])
+@pytest.mark.parametrize("method", METHOD_NAMES)
 def test_every_method_trains(method):
     rows = train(make(), replace(SHORT, method=method, curvature="gauss_newton"), 0)
     assert [row["outer_step"] for row in rows] == [0, 1, 2, 3]
@@ -158,14 +161,8 @@ def test_the_unguarded_series_leaves_what_its_terms_leave():
 def test_sama_takes_adams_mean_over_the_steps_so_far():
     problem = make()
     rows = train(problem, replace(SHORT, method="sama", outer_steps=1, damping=0.0), 0)
-    inner = iml._descend(
-        problem,
-        replace(SHORT, method="sama"),
-        problem.hyperparameters(),
-        iml._Inner.begin(problem.initial),
-        0.1,
-        torch.Generator(),
-    )
+    learner = _Learner(problem, replace(SHORT, method="sama"), 0, problem)
+    inner = learner.descend()
     squares = [
         problem.inner_gradient(params, problem.hyperparameters())[1][0].square()
         for params, _ in inner.history
@@ -287,14 +284,16 @@ def test_a_minimum_is_one():
     assert max(float(s.abs().max()) for s in slopes) <= 1e-6
 
 
-@pytest.mark.parametrize("method", iml._OF_MANY_PRODUCTS)
+@pytest.mark.parametrize(
+    "method", [row.name for row in all_methods() if row.solver and row.budgeted and row.trains]
+)
 @pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
 def test_a_matrix_in_closed_form_is_a_shorter_way_to_the_same_and_costs_the_same(
     method, curvature, monkeypatch
 ):
     training = replace(SHORT, method=method, curvature=curvature, batch=20, outer_steps=2)
     short = train(make(), training, 0)
-    monkeypatch.setattr(iml, "_in_closed_form", lambda *_: False)
+    monkeypatch.setattr(Hypergradients, "in_closed_form", lambda _: False)
     long = train(make(), training, 0)
     for key in ("outer_loss", "residual", "cost"):
         ends = [[row.get(key, 0.0) for row in rows] for rows in (short, long)]
@@ -307,7 +306,7 @@ def test_an_exact_solve_by_factors_is_that_by_eigenvalues():
     rhs = torch.randn(12, generator=generator, dtype=torch.float64)
     low_rank = root[:, :5] @ root[:, :5].T
     for matrix, damping in ((root @ root.T, 0.1), (root + root.T, 0.0), (low_rank, 0.0)):
-        ours = iml._Direct(damping=damping).solve(Dense(matrix), rhs)
+        ours = factored_exact(damping=damping).solve(Dense(matrix), rhs)
         theirs = Exact(damping=damping).solve(Dense(matrix), rhs)
         torch.testing.assert_close(ours.value, theirs.value)
         assert ours.status == theirs.status

@@ -8,9 +8,9 @@ import pytest
 from weighmatch.data.sources import load_digits
 from weighmatch.evaluation.meta_tables import RUN, compare_to, summarise_runs
 from weighmatch.studies import meta_learning
-from weighmatch.studies.iml import IHVPS
-from weighmatch.studies.meta_config import METHODS, MetaLearningConfig
-from weighmatch.studies.names import IHVP_NAMES, PROBLEM_NAMES, REMEDIES, SOURCES
+from weighmatch.studies.meta_config import MetaLearningConfig
+from weighmatch.studies.methods import METHOD_NAMES
+from weighmatch.studies.names import DISTURBANCES, PROBLEM_NAMES, REMEDIES
 from weighmatch.studies.problems import PROBLEMS
 from weighmatch.studies.snapshot_config import SnapshotConfig
 from weighmatch.studies.snapshots import influence_quality
@@ -123,18 +123,17 @@ def test_a_training_that_a_remedy_leaves_as_it_is_runs_once(monkeypatch):
     assert cases.count("none | all") == 1
 
 
-def test_names_are_those_of_what_there_is():
-    assert tuple(IHVPS) == IHVP_NAMES
+def test_names_of_problems_are_those_of_what_there_is():
     assert set(PROBLEMS) == set(PROBLEM_NAMES)
 
 
 def test_the_default_study_covers_what_the_library_has():
     config = MetaLearningConfig()
     first = [r for r in meta_learning.generalisation(config) if r.case == "online"]
-    assert {r.training.method for r in first} == set(METHODS)
+    assert {r.training.method for r in first} == set(METHOD_NAMES)
     assert {r.seed for r in first} == set(range(10))
     grid = list(meta_learning.instability(config))
-    assert {r.case.split(" | ")[0] for r in grid} == set(SOURCES)
+    assert {r.case.split(" | ")[0] for r in grid} == set(DISTURBANCES)
     assert {r.case.split(" | ")[1] for r in grid} == {
         "without",
         "all but backtracking",
@@ -142,7 +141,7 @@ def test_the_default_study_covers_what_the_library_has():
         *REMEDIES,
     }
     ends = {r.case: r.training for r in grid if r.training.step == 1.5}
-    for source in SOURCES:
+    for source in DISTURBANCES:
         others = ends[f"{source} | all but backtracking"]
         assert replace(others, backtrack=0.1) == ends[f"{source} | all"]
     forgetting = list(meta_learning.forgetting(config))

@@ -7,10 +7,11 @@ import torch
 
 from weighmatch.data.sources import load_digits
 from weighmatch.implicit import Exact, flatten, implicit_gradient, unflatten
+from weighmatch.studies.digits import scaled
+from weighmatch.studies.minimise import minimise
 from weighmatch.studies.names import LABELLED
-from weighmatch.studies.problems import PROBLEMS, Size, minimise
+from weighmatch.studies.problems import PROBLEMS, Size
 from weighmatch.studies.problems.contaminated_pool import SEEN
-from weighmatch.studies.problems.contract import scaled
 
 IMAGES, LABELS = load_digits()
 SOFTMAX = Size(inner=40, outer=40, test=60, hidden=0, l2=0.05)

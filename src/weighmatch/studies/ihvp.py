@@ -7,7 +7,9 @@ Gauss-Newton matrix for networks with normalisation and large ones.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,20 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.implicit import (
-    KFAC,
-    Chebyshev,
-    ConjugateGradient,
-    Diagonal,
     GaussNewton,
     Hessian,
-    Identity,
+    LinearOperator,
     Method,
-    MinRes,
-    Neumann,
-    Nystrom,
     Parameters,
     Solution,
-    Woodbury,
     darts_gradient,
     low_rank,
     sama_gradient,
@@ -39,10 +33,14 @@ from weighmatch.implicit import (
     weight_gradient,
 )
 from weighmatch.studies.config import StudyConfig
+from weighmatch.studies.kept import finish_jobs
 from weighmatch.studies.memory import peak_memory
+from weighmatch.studies.methods import HypergradientMethod, all_methods
 from weighmatch.studies.weighing import Point, WeighingProblem, build, gradient
 
 T = TypeVar("T")
+# Relative residual that iterative methods aim at: their budget ends them first.
+RTOL = 1e-12
 
 
 @dataclass(frozen=True)
@@ -50,12 +48,12 @@ class Cell:
     """Where and how the methods are compared.
 
     Attributes:
-        point: of training.
+        point: the point of the training.
         damping_ratio: δ/λ_max.
-        dtype: of the solve; the reference is always in double precision.
-        rows: of the inner images that the curvature is taken on; None: all.
+        budgets: budgets of the methods that have one.
+        dtype: precision of the solves; the reference is always in double precision.
+        rows: inner images that the curvature is taken on; None: all.
         batch: number of the mini-batch, −1 for all images.
-        budgets: of the methods.
     """
 
     point: Point
@@ -64,6 +62,11 @@ class Cell:
     dtype: torch.dtype = torch.float64
     rows: Tensor | None = None
     batch: int = -1
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the system is the one that the reference solves."""
+        return self.rows is None and self.dtype == torch.float64
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,41 @@ class Reference:
 
     @property
     def smallest(self) -> float:
-        """Of C; 0 where eigenpairs were left out."""
+        """The smallest eigenvalue of C; 0 where eigenpairs were left out."""
         complete = self.vectors.shape[1] == self.vectors.shape[0]
         return float(self.eigenvalues.min()) if complete else 0.0
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a method gave: v if it computes one, the hypergradient (n,), the solver's account."""
+    """What a method gave: the hypergradient (n,) and, if it is an IHVP, the solver's account."""
 
     hypergradient: Tensor
-    value: Tensor | None = None
     solution: Solution | None = None
+
+
+def compare_all(
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    config: StudyConfig,
+    folder: Path | str | None = None,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of `compare_methods` over `config.networks` and `config.seeds`, stacked.
+
+    Args:
+        images: digits, (N, 1, 8, 8).
+        labels: their classes, (N,).
+        config: what is compared.
+        folder: keeps what is finished, so that a study started again goes on; None: nothing is.
+    """
+    jobs = []
+    for name in reversed(config.networks):
+        # What a job is known by must not change with how many there are, and at a time.
+        alone = replace(config, networks=(name,), seeds=config.seeds[:1], workers=1)
+        jobs += [(compare_methods, (images, labels, alone, name, s)) for s in config.seeds]
+    found = finish_jobs(jobs, config.workers, folder, "IHVPs")
+    tables, spectra = zip(*found, strict=True)
+    return pd.concat(tables, ignore_index=True), pd.concat(spectra, ignore_index=True)
 
 
 def compare_methods(
@@ -118,10 +144,10 @@ def compare_methods(
 
     Args:
         images: digits, (N, 1, 8, 8).
-        labels: theirs, (N,).
-        config: what is compared.
-        name: of the network.
-        seed: of everything drawn.
+        labels: their classes, (N,).
+        config: what is compared; memory is measured for the first of its seeds.
+        name: name of the network.
+        seed: seed of everything drawn.
 
     Returns:
         A row a solve: `network`, `parameters` (P), `seed`, `curvature`, `stage`, `progress`, `l2`,
@@ -149,27 +175,22 @@ def compare_methods(
             reference = Reference.of(operator)
             if is_base_l2:
                 spectra.append(_spectrum(problem, point, reference, seed))
-            for cell in _cells(problem, config, point, point is last, is_base_l2, seed):
-                rows += _solve_cell(problem, config, cell, reference, operator, seed)
+            for cell in _cells(config, point, point is last, is_base_l2, seed):
+                system = System(problem, config, cell, reference, operator)
+                rows += system.compare(seed)
     return pd.DataFrame(rows), pd.concat(spectra, ignore_index=True)
 
 
 def _cells(
-    problem: WeighingProblem,
-    config: StudyConfig,
-    point: Point,
-    is_last: bool,
-    is_base_l2: bool,
-    seed: int,
+    config: StudyConfig, point: Point, is_last: bool, is_base_l2: bool, seed: int
 ) -> Iterator[Cell]:
     base, *others = config.dampings
-    cross = config.all_combinations
-    middle = (config.budgets[len(config.budgets) // 2],)
     yield Cell(point, base, config.budgets)
-    for damping in others if cross or (is_last and is_base_l2) else []:
+    for damping in others if config.all_combinations or (is_last and is_base_l2) else []:
         yield Cell(point, damping, config.budgets)
     if not (is_last and is_base_l2):
         return
+    middle = (config.budgets[len(config.budgets) // 2],)
     yield Cell(point, base, middle, dtype=torch.float32)
     rng = np.random.default_rng([seed, 7])
     for batch in range(config.batches):
@@ -188,10 +209,9 @@ def _curvature(
 def _spectrum(
     problem: WeighingProblem, point: Point, reference: Reference, seed: int
 ) -> pd.DataFrame:
-    values = reference.eigenvalues.flip(0) if reference.smallest < 0 else reference.eigenvalues
+    values = reference.eigenvalues
     # The eigenvalues that a factor of low rank leaves out are zero.
-    missing = problem.size - len(values)
-    padded = torch.cat([values, values.new_zeros(missing)]).sort().values
+    padded = torch.cat([values, values.new_zeros(problem.size - len(values))]).sort().values
     return pd.DataFrame(
         {
             "network": problem.name,
@@ -203,215 +223,198 @@ def _spectrum(
     )
 
 
-def _solve_cell(
-    problem: WeighingProblem,
-    config: StudyConfig,
-    cell: Cell,
-    reference: Reference,
-    full: Hessian | GaussNewton,
-    seed: int,
-) -> list[dict[str, Any]]:
-    point = cell.point
-    damping = problem.l2 + cell.damping_ratio * reference.largest
-    exact = reference.solve(problem.outer_gradient(point.params), damping)
-    exact_hyper = weight_gradient(problem.example_losses, point.params, exact)
-    weights = torch.ones(len(problem.labels), dtype=cell.dtype)
-    params = {name: p.to(cell.dtype) for name, p in point.params.items()}
-    rhs = problem.outer_gradient(params)
-    plain = cell.rows is None and cell.dtype == torch.float64
-    op = full if plain else _curvature(problem, config, params, cell.rows)
-    smallest, largest = reference.smallest + damping, reference.largest + damping
+class System:
+    """The system (C + dI) v = ∇L_outer of one cell, and every method's attempt at it.
 
-    def inner_gradient() -> Tensor:
-        return gradient(lambda p: problem.inner(p, weights), params)
+    Args:
+        problem: the bilevel problem.
+        config: what is compared.
+        cell: where, and how.
+        reference: the exact inverse at the cell's point.
+        full: the curvature at the cell's point, in double precision on all images.
+    """
 
-    gradient_seconds = min(_timed(inner_gradient)[1] for _ in range(7))
-    common = {
-        "network": problem.name,
-        "parameters": problem.size,
-        "seed": seed,
-        "curvature": "hessian" if isinstance(op, Hessian) else "gauss_newton",
-        "stage": str(point.stage),
-        "progress": point.progress,
-        "l2": problem.l2,
-        "damping_ratio": cell.damping_ratio,
-        "dtype": str(cell.dtype).removeprefix("torch."),
-        "batch": cell.batch,
-        "condition": largest / smallest if smallest > 0 else np.nan,
-        "inner_gradient": float(inner_gradient().norm()),
-    }
-    if smallest > 0 and plain:
-        # What a certificate needs is known here; in practice it comes from `lower_bound`.
-        op.smallest_eigenvalue = reference.smallest
-    # It depends on method and budget alone.
-    bases = (config.seeds[0], 1.0, config.l2[0], config.dampings[0])
-    measure_memory = plain and (seed, point.stage, problem.l2, cell.damping_ratio) == bases
-    rows = []
-    for method, budget, call in _attempts(problem, cell, op, rhs, params, damping, largest):
-        attempt, seconds = _timed(call)
-        # A certificate is for the system that was solved, and these two solve another one.
-        certified = plain and method not in ("gauss_newton_cg", "woodbury_fisher")
+    def __init__(
+        self,
+        problem: WeighingProblem,
+        config: StudyConfig,
+        cell: Cell,
+        reference: Reference,
+        full: Hessian | GaussNewton,
+    ) -> None:
+        self.problem, self.config, self.cell, self.reference = problem, config, cell, reference
+        self.damping = problem.l2 + cell.damping_ratio * reference.largest
+        self.smallest = reference.smallest + self.damping
+        self.largest = reference.largest + self.damping
+        self.exact = reference.solve(problem.outer_gradient(cell.point.params), self.damping)
+        self.exact_hypergradient = weight_gradient(
+            problem.example_losses, cell.point.params, self.exact
+        )
+        self.weights = torch.ones(len(problem.labels), dtype=cell.dtype)
+        self.params = {name: p.to(cell.dtype) for name, p in cell.point.params.items()}
+        self.rhs = problem.outer_gradient(self.params)
+        self.op = full if cell.is_plain else _curvature(problem, config, self.params, cell.rows)
+        if self.smallest > 0 and cell.is_plain:
+            # What a certificate needs is known here; in practice it comes from `lower_bound`.
+            self.op.smallest_eigenvalue = reference.smallest
+
+    def compare(self, seed: int) -> list[dict[str, Any]]:
+        """A row a method and budget, as `compare_methods` describes them."""
+        problem, cell = self.problem, self.cell
+        gradient_seconds = min(_timed(self._inner_gradient)[1] for _ in range(7))
+        common = {
+            "network": problem.name,
+            "parameters": problem.size,
+            "seed": seed,
+            "curvature": "hessian" if isinstance(self.op, Hessian) else "gauss_newton",
+            "stage": str(cell.point.stage),
+            "progress": cell.point.progress,
+            "l2": problem.l2,
+            "damping_ratio": cell.damping_ratio,
+            "dtype": str(cell.dtype).removeprefix("torch."),
+            "batch": cell.batch,
+            "condition": self.largest / self.smallest if self.smallest > 0 else np.nan,
+            "inner_gradient": float(self._inner_gradient().norm()),
+        }
+        # Memory depends on method and budget alone.
+        config = self.config
+        bases = (config.seeds[0], 1.0, config.l2[0], config.dampings[0])
+        measures_memory = bases == (seed, cell.point.stage, problem.l2, cell.damping_ratio)
+        rows = []
+        for method, budget, call in self._attempts():
+            attempt, seconds = _timed(call)
+            memory = None
+            if measures_memory and cell.is_plain:
+                memory = peak_memory(call) / (problem.size * cell.dtype.itemsize)
+            row = {
+                **common,
+                "method": method.name,
+                "max_products": budget,
+                **self._judge(method, attempt),
+                "seconds": seconds,
+                "gradients": seconds / gradient_seconds,
+                "memory": memory,
+            }
+            rows.append(row)
+        if cell.is_plain:
+            exact = {"products": problem.size, "status": "converged", "residual": 0.0}
+            for kind in ("ihvp", "hypergradient"):
+                exact |= {f"{kind}_error": 0.0, f"{kind}_cosine": 1.0}
+            exact["seconds"] = self.reference.seconds
+            exact["gradients"] = self.reference.seconds / gradient_seconds
+            rows.append({**common, "method": "exact", "max_products": problem.size, **exact})
+        return rows
+
+    def _judge(self, method: HypergradientMethod, attempt: Attempt) -> dict[str, Any]:
+        """What a solver says of itself, and what the reference says of it."""
         solution = attempt.solution
-        value = attempt.value
-        row = {
-            **common,
-            "method": method,
-            "max_products": budget,
+        value = solution.value if solution else None
+        # A certificate is for the system that was solved, and the others solve another one.
+        certified = self.cell.is_plain and method.operator in ("curvature", "factors")
+        true_error = None
+        if value is not None and self.cell.is_plain:
+            true_error = float((value - self.exact).norm() / self.rhs.norm())
+        return {
             "products": solution.products if solution else None,
             "status": solution.status if solution else None,
             "residual": solution.residual if solution else None,
-            "ihvp_error": None if value is None else _relative_error(value, exact),
-            "ihvp_cosine": None if value is None else _cosine(value, exact),
-            "hypergradient_error": _relative_error(attempt.hypergradient, exact_hyper),
-            "hypergradient_cosine": _cosine(attempt.hypergradient, exact_hyper),
+            "ihvp_error": _relative_error(value, self.exact) if value is not None else None,
+            "ihvp_cosine": _cosine(value, self.exact) if value is not None else None,
+            "hypergradient_error": _relative_error(attempt.hypergradient, self.exact_hypergradient),
+            "hypergradient_cosine": _cosine(attempt.hypergradient, self.exact_hypergradient),
             "error_bound": solution.error_bound if solution and certified else None,
-            "true_error": float((value - exact).norm() / rhs.norm())
-            if value is not None and plain
-            else None,
-            "seconds": seconds,
-            "gradients": seconds / gradient_seconds,
-            "memory": peak_memory(call) / (problem.size * cell.dtype.itemsize)
-            if measure_memory
-            else None,
+            "true_error": true_error,
         }
-        rows.append(row)
-    if plain:
-        rows.append(
-            {
-                **common,
-                "method": "exact",
-                "max_products": problem.size,
-                "products": problem.size,
-                "status": "converged",
-                "residual": 0.0,
-                "ihvp_error": 0.0,
-                "ihvp_cosine": 1.0,
-                "hypergradient_error": 0.0,
-                "hypergradient_cosine": 1.0,
-                "seconds": reference.seconds,
-                "gradients": reference.seconds / gradient_seconds,
-            }
+
+    def _inner_gradient(self) -> Tensor:
+        return gradient(lambda p: self.problem.inner(p, self.weights), self.params)
+
+    @cached_property
+    def _layers(self) -> GaussNewton:
+        """The Gauss-Newton matrix, which shows the layers of the network."""
+        if isinstance(self.op, GaussNewton):
+            return self.op
+        return self.problem.gauss_newton(self.params, self.cell.rows)
+
+    def _attempts(self) -> Iterator[tuple[HypergradientMethod, int, Callable[[], Attempt]]]:
+        """Every method with its budget, and what computes its answer."""
+        budgets, methods = self.cell.budgets, all_methods()
+        # The exact solve is the reference itself.
+        ihvps = [m for m in methods if m.solver and m.name != "exact"]
+        plain = [m for m in ihvps if m.operator == "curvature"]
+        order = [(m, 1) for m in plain if not m.budgeted]
+        order += [(m, budget) for budget in budgets for m in plain if m.budgeted]
+        for method in ihvps:
+            if method.operator == "gauss_newton" and not isinstance(self.op, Hessian):
+                continue  # it would be another method once more
+            if method.operator != "curvature":
+                single = len(self.problem.labels) if method.operator == "fisher" else 1
+                order += [(method, b) for b in (budgets if method.budgeted else (single,))]
+        for method, budget in order:
+            yield method, budget, partial(self._solve, method, budget)
+        if self.cell.rows is not None:
+            return
+        for method in methods:
+            if method.name == "unrolled":
+                for budget in budgets:
+                    yield method, budget, partial(self._unroll, budget)
+            elif method.name in ("darts", "sama"):
+                yield method, 1, self._darts if method.name == "darts" else self._sama
+
+    def _solve(self, method: HypergradientMethod, budget: int) -> Attempt:
+        more = {"factors": self._layers} if method.operator == "factors" else {}
+        solver: Method = method.build(self.damping, budget, rtol=RTOL, **more)
+        op: LinearOperator = self.op
+        if method.operator == "gauss_newton":
+            op = self._layers
+        elif method.operator == "fisher":
+            # It is made anew: its gradients of single examples are the cost.
+            op = self.problem.empirical_fisher(self.params, self.cell.rows)
+        solution = solver.solve(op, self.rhs)
+        hypergradient = weight_gradient(self.problem.example_losses, self.params, solution.value)
+        return Attempt(hypergradient, solution)
+
+    def _darts(self) -> Attempt:
+        return Attempt(
+            darts_gradient(
+                self.problem.inner,
+                self.problem.outer,
+                self.params,
+                self.weights,
+                learning_rate=1 / self.largest,
+            )
         )
-    return rows
 
-
-def _attempts(
-    problem: WeighingProblem,
-    cell: Cell,
-    op: Hessian | GaussNewton,
-    rhs: Tensor,
-    params: Parameters,
-    damping: float,
-    largest: float,
-) -> Iterator[tuple[str, int, Callable[[], Attempt]]]:
-    """Name, budget and what computes it, for every method."""
-
-    def ihvp(method: Method, operator: Hessian | GaussNewton = op) -> Callable[[], Attempt]:
-        def call() -> Attempt:
-            solution = method.solve(operator, rhs)
-            return _attempt(problem, params, solution)
-
-        return call
-
-    yield "identity", 1, ihvp(Identity(damping=damping))
-    for budget in cell.budgets:
-        for name, method in iterative_methods(damping, budget):
-            yield name, budget, ihvp(method)
-    yield (
-        "woodbury_fisher",
-        len(problem.labels),
-        lambda: _on_fisher(problem, cell, params, rhs, damping),
-    )
-    needs_layers = op if isinstance(op, GaussNewton) else problem.gauss_newton(params, cell.rows)
-    yield "kfac", 1, ihvp(KFAC(damping=damping, factors=needs_layers))
-    yield "ekfac", 1, ihvp(KFAC(damping=damping, factors=needs_layers, eigenvalue_corrected=True))
-    if isinstance(op, Hessian):
-        for budget in cell.budgets:
-            method = ConjugateGradient(damping=damping, max_products=budget, rtol=1e-12)
-            yield "gauss_newton_cg", budget, ihvp(method, needs_layers)
-    if cell.rows is not None:
-        return
-    weights = torch.ones(len(problem.labels), dtype=cell.dtype)
-    yield (
-        "darts",
-        1,
-        lambda: Attempt(
-            darts_gradient(problem.inner, problem.outer, params, weights, learning_rate=1 / largest)
-        ),
-    )
-    moment = {name: m.to(cell.dtype) for name, m in cell.point.second_moment.items()}
-    yield (
-        "sama",
-        1,
-        lambda: Attempt(
+    def _sama(self) -> Attempt:
+        moment = {name: m.to(self.cell.dtype) for name, m in self.cell.point.second_moment.items()}
+        return Attempt(
             sama_gradient(
-                problem.inner,
-                problem.outer,
-                params,
-                weights,
+                self.problem.inner,
+                self.problem.outer,
+                self.params,
+                self.weights,
                 learning_rate=1e-2,
                 second_moment=moment,
             )
-        ),
-    )
-    for budget in cell.budgets:
-        yield "unrolled", budget, _unrolled(problem, params, weights, damping, largest, budget)
+        )
 
+    def _unroll(self, steps: int) -> Attempt:
+        """Gradient descent from θ on the inner loss with the system's damping as proximal term."""
+        extra = (self.damping - self.problem.l2) / 2
+        centre = {name: p.detach() for name, p in self.params.items()}
 
-def iterative_methods(damping: float, budget: int) -> list[tuple[str, Method]]:
-    """Those that spend up to `budget` products, under the names of the tables."""
-    shared: dict[str, Any] = {"damping": damping, "max_products": budget, "rtol": 1e-12}
-    rank = max(1, budget - 3)
-    sketch = Nystrom(rank=max(1, budget // 2))
-    return [
-        ("neumann", Neumann(**shared, extrapolate=False)),
-        ("neumann_extrapolated", Neumann(**shared)),
-        ("chebyshev", Chebyshev(**shared)),
-        ("conjugate_gradient", ConjugateGradient(**shared)),
-        ("minres", MinRes(**shared)),
-        ("nystrom", Nystrom(damping=damping, rank=rank)),
-        ("nystrom_plain", Nystrom(damping=damping, rank=rank + 2, complement="damping")),
-        ("nystrom_cg", ConjugateGradient(**shared, preconditioner=sketch)),
-        ("diagonal", Diagonal(damping=damping, probes=budget - 1)),
-    ]
+        def step(theta: Parameters, hyper: Tensor) -> Parameters:
+            pulls = [(p - centre[name]).square().sum() for name, p in theta.items()]
+            loss = self.problem.inner(theta, hyper) + extra * torch.stack(pulls).sum()
+            slopes = torch.autograd.grad(loss, list(theta.values()), create_graph=True)
+            return {
+                name: p - g / self.largest
+                for (name, p), g in zip(theta.items(), slopes, strict=True)
+            }
 
-
-def _attempt(problem: WeighingProblem, params: Parameters, solution: Solution) -> Attempt:
-    hyper = weight_gradient(problem.example_losses, params, solution.value)
-    return Attempt(hyper, solution.value, solution)
-
-
-def _on_fisher(
-    problem: WeighingProblem, cell: Cell, params: Parameters, rhs: Tensor, damping: float
-) -> Attempt:
-    """The empirical Fisher is made anew: its gradients of single examples are the cost."""
-    op = problem.empirical_fisher(params, cell.rows)
-    return _attempt(problem, params, Woodbury(damping=damping).solve(op, rhs))
-
-
-def _unrolled(
-    problem: WeighingProblem,
-    params: Parameters,
-    weights: Tensor,
-    damping: float,
-    largest: float,
-    steps: int,
-) -> Callable[[], Attempt]:
-    """Gradient descent from θ on the inner loss with the system's damping as proximal term."""
-    extra = (damping - problem.l2) / 2
-    centre = {name: p.detach() for name, p in params.items()}
-
-    def loss(theta: Parameters, hyper: Tensor) -> Tensor:
-        pull = torch.stack([(p - centre[name]).square().sum() for name, p in theta.items()]).sum()
-        return problem.inner(theta, hyper) + extra * pull
-
-    def step(theta: Parameters, hyper: Tensor) -> Parameters:
-        gradients = torch.autograd.grad(loss(theta, hyper), list(theta.values()), create_graph=True)
-        return {
-            name: p - g / largest for (name, p), g in zip(theta.items(), gradients, strict=True)
-        }
-
-    return lambda: Attempt(unrolled_gradient(step, params, weights, problem.outer, steps))
+        return Attempt(
+            unrolled_gradient(step, self.params, self.weights, self.problem.outer, steps)
+        )
 
 
 def _timed(call: Callable[[], T]) -> tuple[T, float]:

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import pandas as pd
 import torch
@@ -13,22 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from weighmatch.implicit import (
-    Chebyshev,
-    ConjugateGradient,
-    Diagonal,
-    Hessian,
-    Method,
-    MinRes,
-    Neumann,
-    Nystrom,
-    Parameters,
-    unrolled_gradient,
-)
+from weighmatch.implicit import Hessian, Method, Nystrom, Parameters, unrolled_gradient
 from weighmatch.studies.config import StudyConfig
+from weighmatch.studies.methods import added_solvers, all_methods
 
 # Products, probes or unrolled steps of each method.
 PRODUCTS = 20
+# Names of methods whose memory is compared; what other methods take follows from it.
+MEASURED = ("conjugate_gradient", "minres", "chebyshev", "neumann_extrapolated", "diagonal")
 
 
 def peak_memory(call: Callable[[], object]) -> int:
@@ -126,13 +117,11 @@ def _descend(loss: Callable[[Parameters], Tensor], params: Parameters, decay: Te
 
 
 def _methods() -> dict[str, Method]:
-    shared: dict[str, Any] = {"damping": 1.0, "max_products": PRODUCTS, "rtol": 0.0}
-    return {
-        "conjugate_gradient": ConjugateGradient(**shared),
-        "minres": MinRes(**shared),
-        "chebyshev": Chebyshev(**shared),
-        "neumann_extrapolated": Neumann(**shared),
-        "diagonal": Diagonal(damping=1.0, probes=PRODUCTS),
-        "nystrom, rank 10": Nystrom(damping=1.0, rank=10),
-        "nystrom, rank 40": Nystrom(damping=1.0, rank=40),
+    """The methods of `MEASURED` and all added ones, and Nyström's at two ranks."""
+    added = added_solvers()
+    found = {
+        row.name: row.build(1.0, PRODUCTS + row.reserve, rtol=0.0)
+        for row in all_methods()
+        if row.name in MEASURED or row.solver in {kind.__name__ for kind in added}
     }
+    return found | {f"nystrom, rank {rank}": Nystrom(damping=1.0, rank=rank) for rank in (10, 40)}

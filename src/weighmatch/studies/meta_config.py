@@ -12,20 +12,18 @@ from weighmatch.checks import (
     require_number,
     require_seeds,
 )
+from weighmatch.studies.methods import METHOD_NAMES, require_method
 from weighmatch.studies.names import (
-    IHVP_NAMES,
+    DISTURBANCES,
     LABELLED,
     MISMATCH,
-    OTHERS,
     PROBLEM_NAMES,
     REMEDIES,
-    SOURCES,
     TEST_IMAGES,
 )
 from weighmatch.studies.snapshot_config import SnapshotConfig
 
 GROUP = "meta_learning_analysis"
-METHODS = (*IHVP_NAMES, *OTHERS)
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class MetaLearningConfig:
         forgetting_seeds: number of seeds of that study.
         forgetting_steps: updates of φ there.
         steps: α·λ_max at the start in the map of instability.
-        sources: of instability, names of `names.SOURCES`.
+        sources: of instability, names of `names.DISTURBANCES`.
         remedies: names of `names.REMEDIES`; "all" are together whatever is listed here, and
             "all but backtracking" is all of them but that one.
         instability_seeds: number of seeds of that map.
@@ -72,7 +70,7 @@ class MetaLearningConfig:
         "contaminated_pool",
     )
     map_problems: tuple[str, ...] = ("example_weights",)
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = METHOD_NAMES
     core_methods: tuple[str, ...] = ("none", "identity", "conjugate_gradient", "unrolled")
     exact_everywhere: bool = False
     converged_problems: tuple[str, ...] = ("example_weights",)
@@ -88,7 +86,7 @@ class MetaLearningConfig:
     forgetting_seeds: int = 5
     forgetting_steps: int = 40
     steps: tuple[float, ...] = (0.5, 1.5, 2.5)
-    sources: tuple[str, ...] = tuple(SOURCES)
+    sources: tuple[str, ...] = tuple(DISTURBANCES)
     remedies: tuple[str, ...] = tuple(REMEDIES)
     instability_seeds: int = 3
     widths: tuple[int, ...] = (13, 133, 1333, 13333)
@@ -103,12 +101,12 @@ class MetaLearningConfig:
             ("problems", PROBLEM_NAMES),
             ("converged_problems", PROBLEM_NAMES),
             ("map_problems", PROBLEM_NAMES),
-            ("methods", METHODS),
-            ("core_methods", METHODS),
-            ("sources", tuple(SOURCES)),
+            ("sources", tuple(DISTURBANCES)),
             ("remedies", tuple(REMEDIES)),
         ):
             self._list(name, lambda v, n=name, c=choices: require_choice(f"{GROUP}.{n}", v, c))
+        for name in ("methods", "core_methods"):
+            self._list(name, lambda v, n=name: require_method(f"{GROUP}.{n}", v))
         for name, low in (
             ("outer_images", 1),
             ("inner_steps", 1),

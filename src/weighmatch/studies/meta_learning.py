@@ -7,6 +7,7 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 
 from weighmatch.studies.iml import Training, gradient_memory, train
+from weighmatch.studies.kept import finish_jobs
 from weighmatch.studies.meta_config import MetaLearningConfig
-from weighmatch.studies.names import LABELLED, REMEDIES, SOURCES
+from weighmatch.studies.names import DISTURBANCES, LABELLED, REMEDIES
 from weighmatch.studies.problems import PROBLEMS, Size
-from weighmatch.studies.runs import in_parallel
 from weighmatch.studies.snapshots import influence_quality
 
 # Exact curvature of more parameters than this is out of reach of a study.
@@ -185,7 +186,7 @@ def instability(config: MetaLearningConfig) -> Iterator[Run]:
         "all": every,
     }
     for source in config.sources:
-        harm = SOURCES[source]
+        harm = DISTURBANCES[source]
         size = replace(_size(config, "weight_decay"), l2=1e-3, normalised="BatchNorm" in source)
         for remedy, cure in cures.items():
             steps = config.steps if remedy in ("without", "all") else (middle,)
@@ -234,14 +235,18 @@ def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
 
 
 def run_all(
-    images: NDArray[np.uint8], labels: NDArray[np.int64], config: MetaLearningConfig
+    images: NDArray[np.uint8],
+    labels: NDArray[np.int64],
+    config: MetaLearningConfig,
+    folder: Path | str | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every training of the study, and the influence in FixMatch's snapshots.
 
     Args:
         images: digits, (N, 1, 8, 8).
-        labels: theirs, (N,).
-        config: of the study.
+        labels: their classes, (N,).
+        config: what is run.
+        folder: keeps what is finished, so that a study started again goes on; None: nothing is.
 
     Returns:
         A row an outer step of every training: `experiment`, `case`, `problem`, `parameters`,
@@ -249,33 +254,27 @@ def run_all(
         hypergradient, where measured), and the columns of `iml.train`.
         And the table of `influence_quality`.
     """
-    runs = [
-        *efficiency(config),
-        *forgetting(config),
-        *generalisation(config),
-        *overfitting(config),
-        *instability(config),
-    ]
+    experiments = (efficiency, forgetting, generalisation, overfitting, instability)
+    runs = [run for experiment in experiments for run in experiment(config)]
     # Remedies of what does no harm leave a training as it is: it is run once.
     numbers: dict[tuple[Any, ...], int] = {}
     for i, run in enumerate(runs):
         numbers.setdefault(_training_of(run), i)
-    # The dearest first, so that no core waits at the end.
+    # The longest first, so that no core waits at the end.
     order = sorted(numbers.values(), key=lambda i: -_weight(runs[i]))
-    # One pool for both: a worker takes seconds to start.
     seeds = config.snapshots.seeds
-    jobs = [
-        *((influence_quality, (images, labels, config.snapshots, seed)) for seed in seeds),
+    jobs: list[tuple[Callable[..., pd.DataFrame], tuple[Any, ...]]] = [
+        # What a job is known by must not change with the other seeds.
+        *(
+            (influence_quality, (images, labels, replace(config.snapshots, seeds=(seed,)), seed))
+            for seed in seeds
+        ),
         *((_train, (images, labels, runs[i])) for i in order),
     ]
-    found = in_parallel(_do, jobs, config.workers, "FixMatch snapshots and IML trainings")
+    found = finish_jobs(jobs, config.workers, folder, "FixMatch snapshots and IML trainings")
     trained = dict(zip(order, found[len(seeds) :], strict=True))
     tables = [_described(run, trained[numbers[_training_of(run)]]) for run in runs]
     return _stacked(tables), pd.concat(found[: len(seeds)], ignore_index=True)
-
-
-def _do(function: Callable[..., pd.DataFrame], arguments: tuple[Any, ...]) -> pd.DataFrame:
-    return function(*arguments)
 
 
 def _stacked(tables: list[pd.DataFrame]) -> pd.DataFrame:

@@ -6,22 +6,6 @@ Without torch: Kedro reads parameters before any work starts.
 from pathlib import Path
 from typing import Any
 
-# Keys of `iml.IHVPS`.
-IHVP_NAMES = (
-    "identity",
-    "neumann",
-    "chebyshev",
-    "conjugate_gradient",
-    "minres",
-    "nystrom",
-    "nystrom_cg",
-    "diagonal",
-    "woodbury_fisher",
-    "kfac",
-    "exact",
-)
-# Hypergradients that are not an IHVP; "none" leaves φ as it is.
-OTHERS = ("unrolled", "darts", "sama", "none")
 # A problem is a module of that package and has its name.
 PROBLEM_NAMES = tuple(
     sorted(
@@ -31,12 +15,12 @@ PROBLEM_NAMES = tuple(
     )
 )
 TEST_IMAGES = 500
-# Of the contaminated pool: labelled images, and the share of the pool that is OOD.
+# The contaminated pool: its labelled images, and the share of its other images that is OOD.
 LABELLED = 24
 MISMATCH = 0.75
 
-# What is done to a training that would be sound without it.
-SOURCES: dict[str, dict[str, Any]] = {
+# What is done to a training that would be stable without it: changes of `iml.Training`.
+DISTURBANCES: dict[str, dict[str, Any]] = {
     "none": {},
     "momentum .9": {"momentum": 0.9},
     "batch of 20": {"batch": 20},
@@ -47,6 +31,7 @@ SOURCES: dict[str, dict[str, Any]] = {
     "negative curvature (T = 1)": {"inner_steps": 1},
     "sketch kept for 10 steps": {"method": "nystrom", "renew": 10, "damping": 0.01},
 }
+# Changes that keep a training stable.
 REMEDIES: dict[str, dict[str, Any]] = {
     "automatic step": {"automatic_step": True, "neumann_step": False},
     "damping": {"damping": 0.1},

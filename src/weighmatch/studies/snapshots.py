@@ -38,9 +38,9 @@ from weighmatch.semisup.parts.losses import (
 )
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.streams import Streams
-from weighmatch.semisup.runs import one_thread
 from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
 from weighmatch.studies.snapshot_config import SnapshotConfig
+from weighmatch.workers import one_thread
 
 # Images whose Jacobians are taken in one pass: more would leave the cache.
 JACOBIANS = 32

@@ -3,11 +3,12 @@
 import importlib
 import pkgutil
 
-from weighmatch.studies.problems.contract import BilevelProblem, Digits, Size, minimise
+from weighmatch.studies.digits import Digits, Size
+from weighmatch.studies.problems.contract import BilevelProblem
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 PROBLEMS = BilevelProblem.registry
 
-__all__ = ["PROBLEMS", "BilevelProblem", "Digits", "Size", "minimise"]
+__all__ = ["PROBLEMS", "BilevelProblem", "Digits", "Size"]

@@ -11,15 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.implicit import Parameters
+from weighmatch.studies.digits import Digits, Size, require_images, scaled
+from weighmatch.studies.minimise import minimise
 from weighmatch.studies.names import LABELLED, MISMATCH
-from weighmatch.studies.problems.contract import (
-    BilevelProblem,
-    Digits,
-    Size,
-    minimise,
-    require_images,
-    scaled,
-)
+from weighmatch.studies.problems.contract import BilevelProblem
 
 SEEN = 6
 

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weighmatch.implicit import Parameters
-from weighmatch.studies.problems.contract import CLASSES, BilevelProblem
+from weighmatch.studies.digits import CLASSES
+from weighmatch.studies.problems.contract import BilevelProblem
 
 
 class Distillation(BilevelProblem):
