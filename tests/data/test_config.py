@@ -1,6 +1,10 @@
+import pickle
+from dataclasses import replace
+
 import pytest
 
-from weighmatch.data.config import DataConfig, proportional
+from weighmatch.data.config import DataConfig
+from weighmatch.data.splits import proportional
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,9 @@ from weighmatch.data.config import DataConfig, proportional
         ({"seen_classes": [0]}, "data.seen_classes"),
         ({"seen_classes": [0, 11]}, "data.seen_classes"),
         ({"pool_size": 900}, "unseen classes"),
+        ({"size": 900, "shape": 2}, "data has no parameter shape, size; it has glyphs, "),
+        ({"glyphs": {"size": 4}}, "data.glyphs.size"),
+        ({"source": "moon"}, "data.source 'moon' is unknown; choose from digits, glyphs"),
         ({"regime": "added", "ratio": 0.9}, "lower data.ratio"),
         ({"ratio": 0.0, "pool_size": 800}, "lower data.labels_per_class, data.pool_size"),
     ],
@@ -48,6 +55,14 @@ def test_regimes_hold_what_they_say():
 def test_a_mix_has_equal_parts():
     counts = DataConfig(seeds=[0], ood_source="mix").ood_counts(100)
     assert counts == {"unseen": 34, "patches": 33, "noise": 33}
+
+
+def test_parameters_of_other_sources_are_checked_but_not_kept():
+    config = DataConfig(seeds=[0], glyphs={"size": 32})
+    assert config.parameters()["seen_classes"] == (0, 1, 2, 3, 4, 5)
+    assert "glyphs" not in config.parameters()
+    assert replace(config, ratio=0.5) == DataConfig(seeds=[0], ratio=0.5)
+    assert pickle.loads(pickle.dumps(config)) == config
 
 
 def test_proportional_cuts_add_up():

@@ -1,11 +1,11 @@
 import numpy as np
 import pytest
 
-from weighmatch.data import glyphs
 from weighmatch.data.config import DataConfig
-from weighmatch.data.glyphs import CHARACTERS, FONTS, SHIFTS, GlyphConfig, render
-from weighmatch.data.sources import load_photographs
-from weighmatch.data.splits import make_glyph_splits
+from weighmatch.data.contamination import load_photographs
+from weighmatch.data.source import get_source
+from weighmatch.data.sources import glyphs
+from weighmatch.data.sources.glyphs import CHARACTERS, FONTS, SHIFTS, GlyphConfig, render
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +17,10 @@ def config(**changes):
     small = {"pool_size": 80, "heldout_size": 24, "test_size": 36, "labels_per_class": 2}
     mixed = {"ood_source": "unseen+patches"}
     return DataConfig(seeds=[0], source="glyphs", **{**small, **mixed, **changes})
+
+
+def split(photographs, seed, **changes):
+    return get_source("glyphs").draw({"photographs": photographs}, config(**changes), seed)
 
 
 def drawn(photographs, characters, split="train", shifted=None, **changes):
@@ -78,7 +82,7 @@ def test_where_fonts_shift_shifted_characters_are_slanted_and_others_upright(
 
 
 def test_many_images_are_drawn_a_part_at_a_time(photographs, monkeypatch):
-    monkeypatch.setattr(glyphs, "AT_ONCE", 50)
+    monkeypatch.setattr(glyphs, "IMAGES_AT_ONCE", 50)
     first = drawn(photographs, [0] * 50)
     images = drawn(photographs, [0] * 120)
     assert images.shape == (120, 1, 16, 16)
@@ -87,22 +91,22 @@ def test_many_images_are_drawn_a_part_at_a_time(photographs, monkeypatch):
 
 
 def test_splits_are_seeded_and_share_what_they_must(photographs):
-    first = make_glyph_splits(photographs, config(), 3)
-    again = make_glyph_splits(photographs, config(), 3)
+    first = split(photographs, 3)
+    again = split(photographs, 3)
     np.testing.assert_array_equal(first.pool.images, again.pool.images)
-    other = make_glyph_splits(photographs, config(ratio=0.25, ood_source="unseen"), 3)
+    other = split(photographs, 3, ratio=0.25, ood_source="unseen", regime="added")
     np.testing.assert_array_equal(first.test_images, other.test_images)
     np.testing.assert_array_equal(first.labelled_images, other.labelled_images)
-    assert (make_glyph_splits(photographs, config(), 4).test_images != first.test_images).any()
+    assert (split(photographs, 4).test_images != first.test_images).any()
 
 
 def test_the_pool_is_contaminated_as_asked(photographs):
-    splits = make_glyph_splits(photographs, config(shifted=0.5, glyphs={"shift": "fonts"}), 0)
-    assert np.bincount(splits.pool.sources).tolist() == [20, 30, 30]
-    assert ((splits.pool.classes >= 0) == (splits.pool.sources == 0)).all()
+    splits = split(photographs, 0, shifted=0.5, glyphs={"shift": "fonts"})
+    assert np.bincount(splits.pool.kinds).tolist() == [20, 30, 30]
+    assert ((splits.pool.classes >= 0) == (splits.pool.kinds == 0)).all()
     assert np.ptp(np.bincount(splits.test_labels)) == 0
     assert 0.2 < splits.test_shifted.mean() < 0.8
-    assert not splits.pool.shifted[splits.pool.sources == 2].any()
+    assert not splits.pool.shifted[splits.pool.kinds == 2].any()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What `data_preparation` can be asked for (`params:data`), checked before any work starts."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from weighmatch.checks import (
@@ -9,7 +9,6 @@ from weighmatch.checks import (
     require_integer,
     require_number,
     require_seeds,
-    with_changes,
 )
 from weighmatch.data.ood import KIND_NAMES, ood_parts
 from weighmatch.data.source import all_sources, get_source
@@ -164,20 +163,19 @@ class DataConfig(SharedDataConfig):
         Raises:
             ValueError: if one is unknown, has no effect on this source or a wrong value.
         """
-        source = get_source(self.source)
-        shared = {name: value for name, value in changes.items() if name in SHARED_NAMES}
         for name in foreign_names(self.source):
             if name in changes:
                 raise ValueError(f"data.{name} has no effect with data.source {self.source}")
-        known = (*SHARED_NAMES, *source.own_names())
-        unknown = sorted(str(name) for name in changes if name not in known)
-        if unknown:
-            raise ValueError(
-                f"data has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}"
-            )
-        mine = {name: value for name, value in changes.items() if name not in SHARED_NAMES}
-        own: Any = self.own
-        return replace(self, own=with_changes("data", own, mine), **shared)
+        return DataConfig(**_merged(self.parameters(), changes))
+
+
+def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """Both, groups within groups too; the second wins."""
+    both = {**first, **second}
+    for name, value in second.items():
+        if isinstance(value, Mapping) and isinstance(first.get(name), Mapping):
+            both[name] = _merged(first[name], value)
+    return both
 
 
 def foreign_names(source: str) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ class Source(ABC, Generic[Own]):
     Attributes:
         name: what `data.source` calls it.
         parameters: a frozen dataclass whose fields are the source's own parameters in the group
-            `data`. Each has a default, and `__post_init__` checks the values.
+            `data`. Each has a default and can be hashed, and `__post_init__` checks the values.
         contaminates: whether the source mixes OOD into the pool as `data.ratio` asks. False: the
             pool is as it is found, and the parameters of contamination have no effect.
         has_domains: whether the source can draw the share `data.shifted` from a shifted domain.
@@ -107,7 +107,7 @@ def all_sources() -> tuple[Source[Any], ...]:
     return tuple(_SOURCES.values())
 
 
-def get_source(name: str, parameter: str = "data.source") -> Source[Any]:
-    """The source of that name; a ValueError that names the parameter if there is none."""
-    require_choice(parameter, name, tuple(source.name for source in all_sources()))
+def get_source(name: str) -> Source[Any]:
+    """The source of that name; a ValueError if there is none."""
+    require_choice("data.source", name, tuple(source.name for source in all_sources()))
     return _SOURCES[name]

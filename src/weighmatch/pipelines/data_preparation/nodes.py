@@ -69,29 +69,26 @@ def _present(**arrays: Any) -> Arrays:
 def _truth(place: str, images: Unlabelled | None) -> Arrays:
     if images is None:
         return {}
-    return _present(
-        **{
-            f"{place}_sources": images.kinds,
-            f"{place}_classes": images.classes,
-            f"{place}_shifted": images.shifted,
-        }
-    )
+    truth = _present(sources=images.kinds, classes=images.classes, shifted=images.shifted)
+    return {f"{place}_{name}": array for name, array in truth.items()}
 
 
-def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str, Any]:
+def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str, object]:
     """Describe one set of splits: an entry of the manifest's list `cells`."""
     data = cell.data
+    labelled = np.bincount(splits.labels, minlength=len(splits.class_names))
     return {
         "key": cell.key(seed),
         "setting": cell.setting,
         "regime": data.regime if cell.contaminated else None,
         "ratio": data.ratio if cell.contaminated else None,
         "ood_source": data.ood_source if cell.contaminated else None,
-        "labels_per_class": data.labels_per_class,
+        # Where classes have different numbers of labels: the smallest.
+        "labels_per_class": int(labelled.min()),
         "source": data.source,
         "seed": seed,
         "classes": list(splits.class_names),
-        "labelled": len(splits.labels),
+        "labelled": int(labelled.sum()),
         "pool": _count(splits.pool),
         "heldout": _count(splits.heldout),
         "test": 0 if splits.test_images is None else len(splits.test_images),
@@ -99,15 +96,13 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
     }
 
 
-def _count(images: Unlabelled | None) -> dict[str, Any]:
+def _count(images: Unlabelled | None) -> dict[str, object]:
     """Count unlabelled images, by kind where their kinds are known."""
     if images is None or images.kinds is None:
         return {"images": 0 if images is None else len(images.images)}
-    counts = np.bincount(images.kinds, minlength=len(KIND_NAMES)).tolist()
+    total, counts = len(images.kinds), np.bincount(images.kinds, minlength=len(KIND_NAMES)).tolist()
     by_kind = dict(zip(KIND_NAMES, counts, strict=True))
-    total = sum(counts)
-    id_count = by_kind["id"]
-    return {"images": total, "id": id_count, "ood": total - id_count, "by_source": by_kind}
+    return {"images": total, "id": counts[0], "ood": total - counts[0], "by_source": by_kind}
 
 
 def draw_samples(training_sets: Partitions, ood_truth: Partitions) -> Figure:
