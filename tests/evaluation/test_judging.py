@@ -120,6 +120,11 @@ def test_what_is_not_known_is_not_made_up():
     unlabelled = judge(labels=None, **POOL)
     assert all(math.isnan(unlabelled[name]) for name in on_test)
     assert unlabelled["auroc_weight"] == 7 / 8
+    parts = ("pool_sources", "pool_classes")
+    pool_alone = judge({name: TRUTH[name] for name in parts}, {"labels": LABELS["labels"]}, **POOL)
+    known = {name for name in SCORES if not math.isnan(pool_alone[name])}
+    assert {"accuracy", "pool_weight_id", "worst_class_kept"} <= known
+    assert not {"accuracy_shifted", "pool_weight_shifted", "auroc_weight"} & known
     nothing = judge(truth=None, labels=None)
     assert all(math.isnan(nothing[name]) for name in SCORES)
 

@@ -1,11 +1,16 @@
-import json
+"""The verdict, metrics.json and the page."""
 
+import json
+import re
+
+import numpy as np
+import pandas as pd
 import pytest
 
-from weighmatch.evaluation.report import _update_in_steps, summarise, verdict
-from weighmatch.evaluation.tables import compare_arms, learned_against
+from weighmatch.evaluation.report import _update_in_steps, render_report, summarise, verdict
+from weighmatch.evaluation.tables import arm_table, compare_arms
 
-from .test_tables import scores
+from .examples import CELL, scores
 
 SETTING = {
     "ratio": 0.75,
@@ -14,11 +19,25 @@ SETTING = {
     "labels_per_class": 4,
     "seeds": [1, 2, 3],
 }
+COUNTS = {
+    "labelled": 24,
+    "pool": {"id": 150, "ood": 450},
+    "heldout": {"id": 151, "ood": 152},
+    "test": 270,
+    "classes": [],
+    "fingerprints": {"unlabelled_images": "abcd"},
+}
+MANIFEST = {
+    "cells": [
+        {**CELL, "ood_source": "unseen", "key": str(seed), "seed": seed, **COUNTS}
+        for seed in (1, 2, 3)
+    ]
+}
 
 
-def metrics(**accuracy):
-    table = scores(**accuracy)
-    return summarise(compare_arms(table), learned_against(table), SETTING)
+def metrics(runs=None, manifest=MANIFEST, **accuracy):
+    runs = scores(**accuracy) if runs is None else runs
+    return summarise(arm_table(runs), compare_arms(runs), manifest)
 
 
 def sentence(**accuracy):
@@ -63,11 +82,56 @@ def test_metrics_are_json_without_nan():
     assert found["arms"]["learned"]["accuracy"] == 85
     assert found["learned_minus"]["fixmatch"]["mean"] == 5
 
+    assert found["setting"] == SETTING
 
-@pytest.mark.parametrize("source", ["unseen", "patches", "noise", "mix"])
-def test_every_source_has_words(source):
+
+def test_metrics_are_those_of_the_first_cell_and_name_the_others():
+    near = scores(fixmatch=[80.0, 82.0], learned=[85.0, 88.0])
+    far = scores(fixmatch=[60.0, 61.0], learned=[70.0, 70.0]).assign(setting="more", ratio=0.5)
+    cells = [*MANIFEST["cells"], {**MANIFEST["cells"][0], "setting": "more", "ratio": 0.5}]
+    found = metrics(pd.concat([near, far]), {"cells": cells})
+    assert found["arms"]["learned"]["accuracy"] == 86.5
+    assert found["learned_minus"]["fixmatch"]["mean"] == 5.5
+    others = found["setting"].pop("others")
+    assert found["setting"] == SETTING
+    assert others == [{"name": "more", **SETTING, "ratio": 0.5, "seeds": [1]}]
+
+
+def test_an_arm_of_several_schedules_is_told_in_its_last():
+    runs = pd.concat(
+        [
+            scores("rounds", learned=[90.0, 91.0]),
+            scores(fixmatch=[80.0, 82.0], learned=[85.0, 88.0]),
+        ]
+    )
+    found = metrics(runs)
+    assert found["arms"]["learned"]["accuracy"] == 90.5
+    assert found["learned_minus"]["fixmatch"]["mean"] == 9.5
+
+
+def test_without_test_labels_or_a_known_ratio_there_is_a_sentence():
+    runs = scores(fixmatch=[np.nan], learned=[np.nan]).assign(ratio=np.nan, setting="mine")
+    unknown = {"ratio": None, "regime": None, "ood_source": None, "setting": "mine"}
+    cells = [{**cell, **unknown} for cell in MANIFEST["cells"]]
+    found = metrics(runs, {"cells": cells})
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["verdict"] == (
+        "With 4 labels a class, over 3 paired seeds, no accuracy is known, as there are no "
+        "labelled test images."
+    )
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("unseen", "(images of unseen classes)"),
+        ("unseen+patches", "(images of unseen classes and patches of photographs)"),
+        ("mix", "(a mix of unseen classes, photograph patches and noise)"),
+    ],
+)
+def test_every_source_has_words(source, words):
     arms = {"learned": {"accuracy": 90.0}}
-    assert "%" in verdict(arms, {}, {**SETTING, "ood_source": source})
+    assert words in verdict(arms, {}, {**SETTING, "ood_source": source})
 
 
 def test_an_update_is_told_in_steps_of_fixmatch():
@@ -76,3 +140,81 @@ def test_an_update_is_told_in_steps_of_fixmatch():
     assert _update_in_steps({"fixmatch": fixmatch, "learned": learned}) == pytest.approx(10)
     assert _update_in_steps({"learned": learned}) is None
     assert _update_in_steps({"fixmatch": fixmatch, "learned": fixmatch}) is None
+
+
+def study():
+    row = {
+        "network": "mlp",
+        "l2": 0.1,
+        "damping_ratio": 0.1,
+        "dtype": "float64",
+        "batch": -1,
+        "stage": "1.0",
+        "seed": 0,
+        "gradients": 30.0,
+    }
+    row |= {"products": 20, "hypergradient_error": 0.25, "hypergradient_cosine": 0.75}
+    methods = (("neumann", 20), ("identity", 0))
+    return pd.DataFrame([{**row, "method": m, "max_products": n} for m, n in methods])
+
+
+def page(runs, manifest=MANIFEST):
+    names = (
+        "accuracy",
+        "differences",
+        "weights",
+        "auroc",
+        "calibration",
+        "gallery",
+        "ihvp",
+        "samples",
+    )
+    pictures = {name: name.encode() for name in names}
+    found = metrics(runs, manifest)
+    return found, render_report(found, arm_table(runs), study(), manifest, pictures)
+
+
+def cells_of(html, name):
+    (row,) = re.findall(rf"<tr[^>]*>\s*<td>{name}</td>(.*?)</tr>", html, re.DOTALL)
+    return re.findall(r"<td>(.*?)</td>", f"{row}", re.DOTALL)
+
+
+def test_the_page_holds_verdict_numbers_figures_and_data():
+    runs = scores(fixmatch=[80.0, 84.0], learned=[85.0, 88.0], oracle=[90.0, 95.0])
+    found, html = page(runs)
+    assert found["verdict"] in html
+    assert cells_of(html, "learned weights")[:4] == ["86.5", "+4.5 (-1.9 to +10.9)", "1.000", "43"]
+    assert cells_of(html, "FixMatch")[:4] == ["82.0", "–", "–", "–"]
+    assert cells_of(html, "2")[:6] == ["24", "150", "450", "151", "152", "270"]
+    assert "<code>abcd</code>" in html
+    assert html.count("data:image/png;base64,") == 8
+    assert html.index("FixMatch</td>") < html.index("learned weights</td>")
+    assert "2.5e-01" in html
+    assert "<h3>" not in html
+    assert "The seen classes" not in html
+
+
+def test_the_page_has_a_table_a_cell_and_names_classes():
+    near = scores(fixmatch=[80.0, 82.0], learned=[85.0, 88.0])
+    runs = pd.concat([near, near.assign(ratio=0.5)])
+    _, html = page(
+        runs, {"cells": [{**cell, "classes": ["cat", "dog"]} for cell in MANIFEST["cells"]]}
+    )
+    assert re.findall("<h3>(.*?)</h3>", html) == [
+        "unseen: 50 % of the pool OOD",
+        "unseen: 75 % of the pool OOD",
+    ]
+    assert html.count("<td>learned weights</td>") == 2
+    assert "The seen classes are cat, dog." in html
+
+
+def test_the_page_copes_without_truth_and_test_labels():
+    runs = scores(fixmatch=[np.nan], learned=[np.nan]).assign(ratio=np.nan)
+    cells = [
+        {**cell, "ratio": None, "pool": {"images": 600}, "heldout": {"images": 0}, "test": 0}
+        for cell in MANIFEST["cells"]
+    ]
+    found, html = page(runs, {"cells": cells})
+    assert found["verdict"] in html
+    assert cells_of(html, "learned weights")[0] == "–"
+    assert "nan" not in html

@@ -5,11 +5,12 @@ A job of one cell has one panel, a job of several cells a panel each. `scores` c
 from `compare_arms`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -33,7 +34,6 @@ BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*", (4, 1, 0))
-LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 9}
 # Shares of the gap beyond these (%) are cut off.
 MAX_GAP_SHOWN = 200.0
 
@@ -56,6 +56,17 @@ def make_plain(axes: Axes) -> None:
     """Two spines and a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
+
+
+def _name(owner: Axes | Figure, panels: Sequence[Axes], **where: Any) -> None:
+    """A legend with each name once, whichever of the panels it comes from; none without a name."""
+    handles: dict[str, Artist] = {}
+    for axes in panels:
+        for handle, name in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(name, handle)
+    if handles:
+        style = {"frameon": False, "fontsize": 9, **where}
+        owner.legend(list(handles.values()), list(handles), **style)
 
 
 def _panel_a_cell(
@@ -158,8 +169,7 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
     panels[0].set_ylim(0, 1.05 * highest)
     for axes in panels[::columns]:
         axes.set_ylabel("mean weight (1: plain FixMatch)")
-    if places:
-        panels[0].legend(loc="lower left", **LEGEND)
+    _name(panels[0], panels, loc="lower left")
     figure.suptitle(
         "Which pool images are weighed up: mean over seeds, band from lowest to highest seed"
     )
@@ -201,8 +211,7 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
         axes.set_ylim(-0.6, len(labels) - 0.4)
         axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
         axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
-    if labels:
-        panels[0][0].legend(loc="upper left", **LEGEND)
+    _name(panels[0][0], [axes for axes, _ in panels], loc="upper left")
     return figure
 
 
@@ -239,7 +248,7 @@ def draw_calibration(calibration: pd.DataFrame) -> Figure:
         axes.set_ylim(0, 1.03)
         axes.set_xlabel("confidence on test images")
         axes.set_ylabel("share classified rightly")
-    panels[0][0].legend(**{**LEGEND, "fontsize": 8})
+    _name(panels[0][0], [axes for axes, _ in panels], fontsize=8)
     return figure
 
 
@@ -261,9 +270,7 @@ def draw_compute(scores: pd.DataFrame) -> Figure:
     panels[0].set_xlim(left=0)
     for axes in panels[-columns:]:
         axes.set_xlabel("compute of a run (1,000 steps of FixMatch)")
-    handles, names = panels[0].get_legend_handles_labels()
-    columns = int(width // 3.9)
-    figure.legend(handles, names, loc="outside lower center", ncols=columns, **LEGEND)
+    _name(figure, panels, loc="outside lower center", ncols=int(width // 3.9))
     figure.suptitle(
         f"{_sources(scores)}: what accuracy each arm buys with its compute\n"
         f"mean and 95 % interval over {_count(scores['seed'].nunique(), 'seed')}; "
@@ -342,8 +349,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     low, high = axes.get_xlim()
     axes.set_xlim(max(min(low, -10.0), -MAX_GAP_SHOWN), min(max(high, 110.0), MAX_GAP_SHOWN))
     axes.set_xlabel("share of the gap closed (%)")
-    if labels:
-        figure.legend(loc="outside lower center", ncols=min(2, len(labels)), **LEGEND)
+    _name(figure, [axes], loc="outside lower center", ncols=min(2, len(labels)))
     seeds = int(comparison["seeds"].max()) if len(comparison) else 0
     figure.suptitle(
         f"{_sources(comparison)}: how far arms go from FixMatch to the oracle\n"

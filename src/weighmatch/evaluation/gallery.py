@@ -83,7 +83,7 @@ def draw_gallery(
     per_side = min(per_side, len(order) // 2)
     rows = -(-per_side // COLUMNS)
     figure = Figure(figsize=(0.72 * COLUMNS + 0.6, 0.98 * 2 * rows + 1.5), layout="constrained")
-    codes = truth[run["key"]]["heldout_sources"] if run["key"] in truth else None
+    codes = truth.get(run["key"], {}).get("heldout_sources")
     halves: Any = figure.subfigures(2, 1, hspace=0.04)
     parts = {"weighed up most": order[:per_side], "weighed down most": order[-per_side:][::-1]}
     for half, (title, chosen) in zip(halves, parts.items(), strict=True):

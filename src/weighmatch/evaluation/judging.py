@@ -103,7 +103,10 @@ def judge_runs(
         {
             **run,
             **_judge(
-                predictions[run["run"]](), truth.get(run["key"]), test_labels.get(run["key"]), near
+                predictions[run["run"]](),
+                truth.get(run["key"], {}),
+                test_labels.get(run["key"], {}),
+                near,
             ),
         }
         for run in runs.to_dict("records")
@@ -112,17 +115,15 @@ def judge_runs(
     return pd.DataFrame(rows, columns=[*known, *SCORES]).astype(dict.fromkeys(SCORES, float))
 
 
-def _judge(
-    found: Arrays, truth: Arrays | None, labels: Arrays | None, near: int
-) -> dict[str, float]:
+def _judge(found: Arrays, truth: Arrays, labels: Arrays, near: int) -> dict[str, float]:
     scores: dict[str, float] = {}
-    if labels is not None and "test_probabilities" in found:
+    if "labels" in labels and "test_probabilities" in found:
         scores |= _on_test(found["test_probabilities"].astype(np.float64), labels)
-    if truth is not None and "heldout_probabilities" in found:
+    if "heldout_sources" in truth and "heldout_probabilities" in found:
         scores |= _on_heldout(found, truth, near)
-    if truth is not None and "pool_weights" in found:
+    if "pool_sources" in truth and "pool_weights" in found:
         scores |= _on_pool(found, truth)
-    if truth is not None and "pool_influence" in found:
+    if "pool_sources" in truth and "pool_influence" in found:
         scores |= _on_influence(found, truth, near)
     return scores
 
@@ -130,9 +131,10 @@ def _judge(
 def _on_test(probabilities: NDArray[np.float64], truth: Arrays) -> dict[str, float]:
     labels = truth["labels"]
     correct = probabilities.argmax(axis=1) == labels
+    known = np.ones(len(labels), dtype=bool)
     return {
         "accuracy": 100 * _mean(correct),
-        "accuracy_shifted": 100 * _mean(correct[truth["shifted"]]),
+        "accuracy_shifted": 100 * _mean(correct[truth.get("shifted", ~known)]),
         "nll": negative_log_likelihood(probabilities, labels),
         "ece": expected_calibration_error(probabilities, labels),
     }
@@ -159,10 +161,11 @@ def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
     is_id = truth["pool_sources"] == 0
     right = found["pool_labels"] == classes
     kept = weights >= weights.max() / 2
+    known = np.ones(len(weights), dtype=bool)
     return {
         "pool_weight_id": _mean(weights[is_id]),
         "pool_weight_ood": _mean(weights[~is_id]),
-        "pool_weight_shifted": _mean(weights[is_id & truth["pool_shifted"]]),
+        "pool_weight_shifted": _mean(weights[is_id & truth.get("pool_shifted", ~known)]),
         "pool_weight_right": _mean(weights[is_id & right]),
         "pool_weight_wrong": _mean(weights[is_id & ~right]),
         "right_labels": _mean(right[is_id]),
@@ -235,7 +238,7 @@ def trace_weights(
             predictions[run["run"]](), truth[run["key"]]["pool_sources"], kinds, threshold
         ).assign(**{name: run[name] for name in RUN})
         for run in runs.to_dict("records")
-        if run["key"] in truth
+        if "pool_sources" in truth.get(run["key"], ())
     ]
     return _stack(tables, (*RUN, "step", "kind", "weight", "mask_rate", "images"))
 

@@ -11,7 +11,7 @@ import jinja2
 import pandas as pd
 
 from weighmatch.arms import FIXMATCH, LEARNED, ORACLE, SCHEDULES, all_arms, get_arm
-from weighmatch.data.ood import KIND_NAMES, describe_ood
+from weighmatch.data.ood import describe_ood
 from weighmatch.evaluation.ihvp_figures import base_cells
 from weighmatch.evaluation.judging import CELL, SERIES
 from weighmatch.evaluation.statistics import PairedDifference
@@ -28,7 +28,8 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     Args:
         table: from `arm_table`.
         comparison: from `compare_arms`.
-        manifest: `cells`, a list with the columns of `CELL` and `seed` for each set of splits.
+        manifest: `cells`, a list with the columns of `CELL`, `ood_source` and `seed` for each set
+            of splits.
 
     Returns:
         `setting`, with `others` if there are other cells; `verdict`; `arms`, by name; and
@@ -70,9 +71,10 @@ def _settings(manifest: Row) -> list[dict[str, Any]]:
     settings = []
     for _, cell in pd.DataFrame(manifest["cells"]).groupby(list(CELL), sort=False, dropna=False):
         first = cell.to_dict("records")[0]
-        names = ("ratio", "regime", "labels_per_class")
+        names = ("ood_source", "ratio", "regime", "labels_per_class")
         known = {name: None if _is_unknown(first[name]) else first[name] for name in names}
-        settings.append({"ood_source": first["setting"], **known, "seeds": cell["seed"].tolist()})
+        title = {} if first["setting"] == first["ood_source"] else {"name": first["setting"]}
+        settings.append({**title, **known, "seeds": cell["seed"].tolist()})
     return settings
 
 
@@ -123,18 +125,12 @@ def describe(setting: Row) -> str:
     if not _is_unknown(setting["ratio"]):
         pool = (
             f" and {100 * setting['ratio']:.0f} % of the unlabelled pool out-of-distribution "
-            f"({_in_words(setting['ood_source'])})"
+            f"({describe_ood(setting['ood_source'])})"
         )
     return (
         f"With {setting['labels_per_class']} labels a class{pool}, over {seeds} paired "
         f"{'seed' if seeds == 1 else 'seeds'}"
     )
-
-
-def _in_words(setting: str) -> str:
-    """What the name of a setting says of its OOD images, or else the name."""
-    known = set(setting.split("+")) <= {*KIND_NAMES, "mix"}
-    return describe_ood(setting) if known else f"setting {setting}"
 
 
 def _difference(difference: PairedDifference) -> str:
@@ -176,8 +172,8 @@ def render_report(
         metrics: from `summarise`.
         table: from `arm_table`.
         study: from `weighmatch.studies.runs.compare_all`.
-        manifest: `cells`, a list with the counts and fingerprints of each set of splits, and, if
-            classes have names, `class_names`.
+        manifest: `cells`, a list with the counts, fingerprints and names of classes of each set
+            of splits.
         figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
             ihvp and samples.
     """
@@ -196,7 +192,6 @@ def render_report(
         update_in_steps=_update_in_steps(metrics["arms"]),
         study=_summarise_study(study),
         manifest=manifest,
-        class_names=manifest.get("class_names", ()),
         figures=encoded,
     )
 
