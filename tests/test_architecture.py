@@ -11,12 +11,13 @@ from tests.project import SOURCE, imported
 # top: they may import everything, and nothing may import them.
 FLOORS = {
     "checks": set(),
+    "code": set(),
     "workers": set(),
     "arms": {"checks"},
     "implicit": {"checks"},
     "data": {"checks"},
-    "semisup": {"checks", "arms", "workers", "implicit"},
-    "studies": {"checks", "arms", "workers", "implicit", "data", "semisup"},
+    "semisup": {"checks", "arms", "code", "workers", "implicit"},
+    "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     "evaluation": {"checks", "arms", "data"},
     "io": {"semisup"},
 }
