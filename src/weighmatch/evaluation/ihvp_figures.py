@@ -1,55 +1,19 @@
 """Figures of the IHVP study: cost, progress of training, stability, spectra, memory."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from weighmatch.evaluation.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    make_axes,
-)
+from weighmatch.evaluation.figures import BLACK, BLUE, GREEN, GREY, ORANGE, RED, make_axes
+from weighmatch.evaluation.study_figures import plot_method, share_legend
+from weighmatch.studies.methods import get_method, get_methods
 
-# Name, colour and marker; the order is that of the legends.
-METHODS = {
-    "identity": ("identity (no curvature)", GREY, "s"),
-    "neumann": ("Neumann series", ORANGE, "o"),
-    "neumann_extrapolated": ("Neumann, extrapolated", RED, "o"),
-    "chebyshev": ("Chebyshev", GREEN, "o"),
-    "minres": ("MINRES", SKY, "o"),
-    "conjugate_gradient": ("conjugate gradients", BLUE, "o"),
-    "gauss_newton_cg": ("CG on the Gauss-Newton matrix", SKY, "^"),
-    "nystrom_cg": ("CG, Nyström preconditioner", BLACK, "o"),
-    "nystrom": ("Nyström", PINK, "o"),
-    "nystrom_plain": ("Nyström, 1/δ outside", PINK, "^"),
-    "diagonal": ("diagonal (Hutchinson)", GREY, "o"),
-    "unrolled": ("unrolled differentiation", GREEN, "^"),
-    "woodbury_fisher": ("empirical Fisher (Woodbury)", ORANGE, "D"),
-    "kfac": ("K-FAC", GREEN, "D"),
-    "ekfac": ("EK-FAC", BLUE, "D"),
-    "darts": ("DARTS (finite difference)", BLACK, "s"),
-    "sama": ("SAMA-like", RED, "s"),
-}
-PROGRESS = (
-    "identity",
-    "neumann",
-    "neumann_extrapolated",
-    "chebyshev",
-    "conjugate_gradient",
-    "gauss_newton_cg",
-    "nystrom",
-    "diagonal",
-    "unrolled",
-)
+# Errors below these are drawn there: of hypergradients, and of solutions and their bounds.
+LOWEST_ERROR, LOWEST_BOUND = 1e-8, 1e-10
 STAGES = {
     "0.0": ("initialisation", GREY),
     "0.1": ("10 % of training", ORANGE),
@@ -61,9 +25,9 @@ STAGES = {
 
 def base_cells(study: pd.DataFrame) -> pd.DataFrame:
     """Double precision, all images, the first L2 and the first damping: every stage."""
-    l2, damping = study["l2"].to_list()[0], study["damping_ratio"].to_list()[0]
     chosen = (study["dtype"] == "float64") & (study["batch"] == -1)
-    chosen &= (study["l2"] == l2) & (study["damping_ratio"] == damping)
+    for column in ("l2", "damping_ratio"):
+        chosen &= study[column] == study[column].to_list()[0]
     rows: pd.DataFrame = study.loc[chosen]
     return rows
 
@@ -71,31 +35,22 @@ def base_cells(study: pd.DataFrame) -> pd.DataFrame:
 def draw_cost(study: pd.DataFrame) -> Figure:
     """Error of the hypergradient against the time of a solve, a panel a network."""
     rows = base_cells(study)
-    rows = rows[rows["stage"] == "1.0"] if "1.0" in set(rows["stage"]) else rows
+    rows = _without_exact(rows[rows["stage"] == "1.0"] if "1.0" in set(rows["stage"]) else rows)
     networks = _networks(rows)
     figure, panels = make_axes(4.4 * len(networks) + 2.6, 5.0, len(networks))
     for axes, network in zip(panels, networks, strict=True):
         mine = rows[rows["network"] == network]
-        for method, (name, colour, marker) in METHODS.items():
-            line = mine[mine["method"] == method].groupby("max_products")
-            if len(line) == 0:
-                continue
-            middle = line[["gradients", "hypergradient_error"]].median()
-            axes.plot(
-                middle["gradients"],
-                middle["hypergradient_error"].clip(lower=1e-8),
-                marker=marker,
-                markersize=5,
-                linewidth=1.3,
-                color=colour,
-                label=name,
-            )
-        _logarithmic(axes)
+        for method in get_methods(mine["method"]):
+            budgets = mine[mine["method"] == method.name].groupby("max_products")
+            middle = budgets[["gradients", "hypergradient_error"]].median()
+            errors = middle["hypergradient_error"].clip(lower=LOWEST_ERROR)
+            plot_method(axes, method, middle["gradients"], errors, markersize=5, linewidth=1.3)
+        _make_logarithmic(axes)
         axes.set_ylim(3e-9, 30)
         axes.set_title(_title(mine, network), loc="left", fontsize=10)
         axes.set_xlabel("time of the hypergradient, in gradients")
     panels[0].set_ylabel("relative error of the hypergradient (below 1e-8: at 1e-8)")
-    _legend(figure, panels)
+    share_legend(figure, panels)
     figure.suptitle(
         "What time buys: distance to the exact hypergradient at the end of training", x=0.4
     )
@@ -104,95 +59,81 @@ def draw_cost(study: pd.DataFrame) -> Figure:
 
 def draw_progress(study: pd.DataFrame) -> Figure:
     """Error of the hypergradient at the middle budget against the progress of training."""
-    rows = base_cells(study)
-    rows = rows[(rows["stage"] != "indefinite") & rows["method"].isin(PROGRESS)]
+    rows = _without_exact(base_cells(study))
+    rows = rows[rows["stage"] != "indefinite"]
+    methods = [method for method in get_methods(rows["method"]) if not method.minor]
     budgets = sorted(rows.loc[rows["method"] == "neumann", "max_products"].unique())
     budget = budgets[len(budgets) // 2]
-    rows = rows[rows["max_products"].isin([1, budget])]
     networks = _networks(rows)
     figure, panels = make_axes(3.9 * len(networks) + 2.6, 4.4, len(networks))
     for axes, network in zip(panels, networks, strict=True):
-        mine = rows[rows["network"] == network]
-        for method in PROGRESS:
-            name, colour, marker = METHODS[method]
-            line = mine[mine["method"] == method].groupby("progress")
-            if len(line) == 0:
-                continue
-            middle = line["hypergradient_error"].median()
-            axes.plot(
-                100 * middle.index.to_numpy(),
-                middle.clip(lower=1e-8),
-                marker=marker,
-                markersize=5,
-                color=colour,
-                label=name,
-            )
+        mine = rows[(rows["network"] == network) & rows["max_products"].isin([1, budget])]
+        for method in methods:
+            line = mine[mine["method"] == method.name].groupby("progress")
+            middle = line["hypergradient_error"].median().clip(lower=LOWEST_ERROR)
+            if len(middle):
+                plot_method(axes, method, 100 * middle.index.to_numpy(), middle, markersize=5)
         axes.set_yscale("log")
         axes.set_title(_title(mine, network), loc="left", fontsize=10)
         axes.set_xlabel("progress of training (%)")
     panels[0].set_ylabel("relative error of the hypergradient")
-    _legend(figure, panels)
+    share_legend(figure, panels)
     figure.suptitle(f"How the error moves as training goes on, {budget} products", x=0.4)
     return figure
 
 
 def draw_stability(study: pd.DataFrame) -> Figure:
     """Cosine over mini-batches; single against double precision; bounds against errors."""
+    study = _without_exact(study)
     figure, (batches, precision, bounds) = make_axes(15.5, 5.0, 3)
-    ran = study[study["batch"] >= 0]
-    names = [m for m in METHODS if m in set(ran["method"])]
-    for row, method in enumerate(reversed(names)):
-        values = ran.loc[ran["method"] == method, "hypergradient_cosine"].to_numpy(np.float64)
-        batches.plot(values, np.full(len(values), row), ".", color=METHODS[method][1], alpha=0.6)
-        batches.plot(np.median(values), row, "|", color=BLACK, markersize=14)
-    batches.set_yticks(range(len(names)), [METHODS[m][0] for m in reversed(names)])
-    batches.set_xlim(right=1.02)
-    batches.set_xlabel("cosine with the exact hypergradient of all images")
-    batches.set_title("Curvature from mini-batches: bar = median", loc="left", fontsize=10)
-
-    keys = ["network", "seed", "method", "max_products"]
-    single = study[study["dtype"] == "float32"].set_index(keys)["hypergradient_error"]
-    base = base_cells(study)
-    double = base[base["stage"] == "1.0"].set_index(keys)["hypergradient_error"]
-    both = pd.concat([double.rename("double"), single.rename("single")], axis=1, join="inner")
-    for key, rows in both.groupby("method"):
-        name, colour, marker = METHODS[str(key)]
-        precision.plot(
-            rows["double"].clip(lower=1e-8),
-            rows["single"].clip(lower=1e-8),
-            linestyle="none",
-            marker=marker,
-            color=colour,
-            label=name,
-        )
-    _diagonal(precision)
-    precision.set_xlabel("error of the hypergradient in double precision")
-    precision.set_ylabel("… in single precision")
-    precision.set_title("Above the line: precision is lost", loc="left", fontsize=10)
-
-    known = study.dropna(subset=["error_bound", "true_error"])
-    for key, rows in known[known["true_error"] > 0].groupby("method"):
-        name, colour, marker = METHODS[str(key)]
-        bounds.plot(
-            rows["true_error"].clip(lower=1e-10),
-            rows["error_bound"].clip(lower=1e-10),
-            linestyle="none",
-            marker=marker,
-            markersize=3,
-            color=colour,
-            alpha=0.6,
-            label=name,
-        )
-    _diagonal(bounds)
-    bounds.set_xlabel("‖v − v*‖ / ‖g‖, measured")
-    bounds.set_ylabel("error bound, ‖r‖ / λ")
-    bounds.set_title("Certificates: on or above the line they hold", loc="left", fontsize=10)
-    _legend(figure, [precision])
+    _draw_batches(batches, study[study["batch"] >= 0])
+    _draw_precision(precision, study)
+    _draw_bounds(bounds, study.dropna(subset=["error_bound", "true_error"]))
+    share_legend(figure, [precision])
     return figure
 
 
+def _draw_batches(axes: Axes, rows: pd.DataFrame) -> None:
+    methods = get_methods(rows["method"])[::-1]
+    for place, method in enumerate(methods):
+        chosen = rows["method"] == method.name
+        values = rows.loc[chosen, "hypergradient_cosine"].to_numpy(np.float64)
+        axes.plot(values, np.full(len(values), place), ".", color=method.colour, alpha=0.6)
+        axes.plot(np.median(values), place, "|", color=BLACK, markersize=14)
+    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_xlim(right=1.02)
+    axes.set_xlabel("cosine with the exact hypergradient of all images")
+    axes.set_title("Curvature from mini-batches: bar = median", loc="left", fontsize=10)
+
+
+def _draw_precision(axes: Axes, study: pd.DataFrame) -> None:
+    keys = ["network", "seed", "method", "max_products"]
+    base = base_cells(study)
+    double = base[base["stage"] == "1.0"].set_index(keys)["hypergradient_error"]
+    single = study[study["dtype"] == "float32"].set_index(keys)["hypergradient_error"]
+    both = pd.concat([double.rename("double"), single.rename("single")], axis=1, join="inner")
+    both = both.clip(lower=LOWEST_ERROR)
+    for key, rows in both.groupby("method"):
+        plot_method(axes, get_method(str(key)), rows["double"], rows["single"], linestyle="none")
+    _draw_diagonal(axes)
+    axes.set_xlabel("error of the hypergradient in double precision")
+    axes.set_ylabel("… in single precision")
+    axes.set_title("Above the line: precision is lost", loc="left", fontsize=10)
+
+
+def _draw_bounds(axes: Axes, known: pd.DataFrame) -> None:
+    for key, rows in known[known["true_error"] > 0].groupby("method"):
+        both = rows[["true_error", "error_bound"]].clip(lower=LOWEST_BOUND)
+        style = {"linestyle": "none", "markersize": 3, "alpha": 0.6}
+        plot_method(axes, get_method(str(key)), both["true_error"], both["error_bound"], **style)
+    _draw_diagonal(axes)
+    axes.set_xlabel("‖v − v*‖ / ‖g‖, measured")
+    axes.set_ylabel("error bound, ‖r‖ / λ")
+    axes.set_title("Certificates: on or above the line they hold", loc="left", fontsize=10)
+
+
 def draw_spectra(spectra: pd.DataFrame) -> Figure:
-    """Sorted absolute eigenvalues at each stage; negative ones apart."""
+    """Sorted absolute eigenvalues at each stage, those of negative ones dotted."""
     networks = _networks(spectra)
     figure, panels = make_axes(4.2 * len(networks) + 1.6, 4.4, len(networks))
     first = spectra["seed"].iloc[0]
@@ -203,18 +144,16 @@ def draw_spectra(spectra: pd.DataFrame) -> Figure:
             if len(values) == 0:
                 continue
             largest = np.abs(values).max()
-            for sign, style in ((1, "-"), (-1, ":")):
+            for sign, style, label in ((1, "-", name), (-1, ":", None)):
                 part = np.sort(sign * values[sign * values > 1e-12 * largest])[::-1]
                 if len(part):
-                    label = name if sign == 1 else None
-                    ranks = np.arange(1, len(part) + 1)
-                    axes.plot(ranks, part, style, color=colour, label=label)
-        _logarithmic(axes)
+                    axes.plot(np.arange(1, len(part) + 1), part, style, color=colour, label=label)
+        _make_logarithmic(axes)
         axes.set_ylim(bottom=1e-9)
         axes.set_title(network, loc="left", fontsize=10)
         axes.set_xlabel("rank of the eigenvalue")
     panels[0].set_ylabel("eigenvalue of the curvature (dotted: −λ of negative ones)")
-    _legend(figure, panels)
+    share_legend(figure, panels)
     figure.suptitle("A few large eigenvalues, a long tail: the tail is what truncation misses")
     return figure
 
@@ -222,14 +161,15 @@ def draw_spectra(spectra: pd.DataFrame) -> Figure:
 def draw_memory(memory: pd.DataFrame) -> Figure:
     """Peak memory of a solve in parameter vectors against P: flat lines are O(P)."""
     figure, (axes,) = make_axes(8, 4.4)
-    styles = {
-        "nystrom, rank 10": ("Nyström, rank 10", PINK, "o"),
-        "nystrom, rank 40": ("Nyström, rank 40", PINK, "^"),
-    }
-    for method, rows in memory.groupby("method", sort=False):
-        name, colour, marker = styles.get(str(method)) or METHODS[str(method)]
-        axes.plot(rows["parameters"], rows["vectors"], marker=marker, color=colour, label=name)
-    _logarithmic(axes)
+    for key, rows in memory.groupby("method", sort=False):
+        # Nyström's method is measured at two ranks, such as "nystrom, rank 40".
+        name, _, rank = str(key).partition(", ")
+        method = get_method(name)
+        style = {"label": f"{method.label}, {rank}"} if rank else {}
+        if rank == "rank 40":
+            style["marker"] = "^"
+        plot_method(axes, method, rows["parameters"], rows["vectors"], **style)
+    _make_logarithmic(axes)
     axes.set_xlabel("number of parameters P")
     axes.set_ylabel("peak memory beyond the graph,\nin vectors of P numbers")
     axes.set_title("Memory of one solve: flat lines grow as P", loc="left")
@@ -237,7 +177,13 @@ def draw_memory(memory: pd.DataFrame) -> Figure:
     return figure
 
 
-def _networks(rows: pd.DataFrame) -> list[str]:
+def _without_exact(rows: pd.DataFrame) -> pd.DataFrame:
+    """What is compared with the exact solve."""
+    return rows[rows["method"] != "exact"]
+
+
+def _networks(rows: pd.DataFrame) -> Sequence[str]:
+    """Softmax regression, then MLPs, then CNNs."""
     return sorted(rows["network"].unique(), key=lambda name: ("smc".find(name[0]), name))
 
 
@@ -246,28 +192,14 @@ def _title(rows: pd.DataFrame, network: str) -> str:
     return f"{network}, P = {rows['parameters'].iloc[0]:,}, {curvature}"
 
 
-def _logarithmic(axes: Axes) -> None:
+def _make_logarithmic(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _diagonal(axes: Axes) -> None:
-    _logarithmic(axes)
+def _draw_diagonal(axes: Axes) -> None:
+    _make_logarithmic(axes)
     low = min(axes.get_xlim()[0], axes.get_ylim()[0])
     high = max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color=BLACK, linewidth=1)
-
-
-def _legend(figure: Figure, panels: list[Axes]) -> None:
-    found: dict[str, Artist] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        found.update(zip(labels, handles, strict=True))
-    figure.legend(
-        handles=list(found.values()),
-        labels=list(found),
-        loc="outside right center",
-        frameon=False,
-        fontsize=9,
-    )

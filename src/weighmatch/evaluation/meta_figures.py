@@ -1,6 +1,5 @@
 """Figures of the meta-learning study: generalisation, forgetting, instability, efficiency."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -9,44 +8,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from weighmatch.evaluation.figures import (
-    BLACK,
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PINK,
-    RED,
-    SKY,
-    make_plain,
-)
+from weighmatch.evaluation.figures import BLACK, BLUE, GREEN, ORANGE, PINK, RED, make_plain
 from weighmatch.evaluation.meta_tables import CHANCE, means, pareto
+from weighmatch.evaluation.study_figures import over_seeds, plot_method, share_legend
+from weighmatch.studies.methods import HypergradientMethod, get_method, get_methods
 
-# Name, colour and marker.
-METHODS = {
-    "none": ("no outer learning", GREY, "x"),
-    "identity": ("identity (no curvature)", ORANGE, "s"),
-    "darts": ("DARTS (finite difference)", BLACK, "s"),
-    "sama": ("SAMA-like", RED, "s"),
-    "diagonal": ("diagonal (Hutchinson)", GREY, "o"),
-    "woodbury_fisher": ("empirical Fisher (Woodbury)", ORANGE, "D"),
-    "kfac": ("K-FAC", GREEN, "D"),
-    "neumann": ("Neumann series", PINK, "o"),
-    "chebyshev": ("Chebyshev", GREEN, "o"),
-    "nystrom": ("Nyström", SKY, "o"),
-    "nystrom_cg": ("CG, Nyström preconditioner", BLACK, "o"),
-    "minres": ("MINRES", SKY, "^"),
-    "conjugate_gradient": ("conjugate gradients", BLUE, "o"),
-    "unrolled": ("unrolled differentiation", GREEN, "^"),
-    "exact": ("exact", RED, "*"),
-}
-PROBLEM_NAMES = {
-    "example_weights": "example weights",
-    "weight_decay": "weight decay",
-    "weighing_network": "weighing network",
-    "distillation": "distillation",
-    "contaminated_pool": "contaminated pool",
-}
+# Numbers of outer images are told apart by colour, numbers of inner steps by line.
+IMAGE_COLOURS = (RED, BLUE, GREEN, PINK, ORANGE)
+STEP_STYLES = ("-", "--", ":")
 
 
 def draw_generalisation(runs: pd.DataFrame) -> Figure:
@@ -67,62 +36,49 @@ def draw_generalisation(runs: pd.DataFrame) -> Figure:
     _draw_problems(grid[0], rows)
     for lower, problem in zip(grid[1:], problems, strict=True):
         _draw_map(lower, mapped[mapped["problem"] == problem])
-    figure.suptitle(f"What the solution is worth on images that nobody optimised{_over(rows)}")
+    figure.suptitle(f"What the solution is worth on images that nobody optimised{over_seeds(rows)}")
     return figure
 
 
 def _draw_gap(axes: Axes, rows: pd.DataFrame) -> None:
     test = means(rows, ["method"], "final").sort_values("mean")
-    outer = means(rows, ["method"], "outer_accuracy").set_index("method")
-    # The exact hypergradient cannot afford one step of the others' cost.
-    equal = means(rows, ["method"], "at_equal_cost").set_index("method")
-    for place, row in enumerate(test.to_dict("records")):
-        colour = METHODS[row["method"]][1]
+    methods = [get_method(name) for name in test["method"]]
+    places = {method.name: place for place, method in enumerate(methods)}
+    for row in test.to_dict("records"):
+        place = places[row["method"]]
+        colour = methods[place].colour
         axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
-        label = "test images, at equal outer steps" if not place else None
-        axes.plot(row["mean"], place, "o", color=colour, label=label)
-        if row["method"] in equal.index:
-            axes.plot(
-                equal.loc[row["method"], "mean"],
-                place,
-                "o",
-                color=colour,
-                markerfacecolor="white",
-                label="test images, at equal cost" if not place else None,
-            )
-        if row["method"] in outer.index:
-            axes.plot(
-                outer.loc[row["method"], "mean"],
-                place,
-                "|",
-                markersize=12,
-                markeredgewidth=2,
-                color=colour,
-                label="outer images (optimised)" if not place else None,
-            )
-    axes.set_yticks(range(len(test)), [METHODS[m][0] for m in test["method"]])
-    axes.set_xlabel("accuracy at the end (mean and 95 % interval)")
-    axes.set_title(
-        f"{PROBLEM_NAMES.get(rows['problem'].iloc[0], '')}, online: the gap by method", loc="left"
+    marks: tuple[tuple[str, str, dict[str, Any]], ...] = (
+        ("final", "test images, at equal outer steps", {"marker": "o"}),
+        # The exact hypergradient cannot afford one step of the others' cost.
+        ("at_equal_cost", "test images, at equal cost", {"marker": "o", "mfc": "white"}),
+        ("outer_accuracy", "outer images (optimised)", {"marker": "|", "ms": 12, "mew": 2}),
     )
+    for column, label, style in marks:
+        for number, row in enumerate(means(rows, ["method"], column).to_dict("records")):
+            place = places[row["method"]]
+            name = None if number else label
+            axes.plot(row["mean"], place, color=methods[place].colour, label=name, **style)
+    axes.set_yticks(range(len(methods)), [method.label for method in methods])
+    axes.set_xlabel("accuracy at the end (mean and 95 % interval)")
+    axes.set_title(f"{_problem_name(rows)}, online: the gap by method", loc="left")
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3, frameon=False, fontsize=8)
 
 
 def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
-    core = [m for m in METHODS if m in set(rows.loc[rows["case"] == "converged", "method"])]
-    core = ["none", *[m for m in METHODS if m in core or m == "unrolled"]]
-    core = [m for m in dict.fromkeys(core) if m in set(rows["method"])]
+    """The methods that are trained to convergence, and those that have no need of an inverse."""
+    core = {"none", "unrolled", *rows.loc[rows["case"] == "converged", "method"]}
+    methods = get_methods(name for name in rows["method"] if name in core)
     cells = [tuple(c) for c in rows[["problem", "case"]].drop_duplicates().to_numpy()]
-    for number, method in enumerate(core):
-        name, colour, marker = METHODS[method]
-        shown = means(rows[rows["method"] == method], ["problem", "case"], "final")
+    for number, method in enumerate(methods):
+        shown = means(rows[rows["method"] == method.name], ["problem", "case"], "final")
         for row in shown.to_dict("records"):
             cell = cells.index((row["problem"], row["case"]))
-            x = cell + 0.14 * (number - (len(core) - 1) / 2)
-            axes.plot([x, x], [row["low"], row["high"]], color=colour, linewidth=1.5)
-            axes.plot(x, row["mean"], marker, color=colour, markersize=6)
-        axes.plot([], [], marker, color=colour, label=name)
-    names = [f"{PROBLEM_NAMES.get(p, p).replace(' ', chr(10))}\n{c}" for p, c in cells]
+            x = cell + 0.14 * (number - (len(methods) - 1) / 2)
+            axes.plot([x, x], [row["low"], row["high"]], color=method.colour, linewidth=1.5)
+            plot_method(axes, method, x, row["mean"], markersize=6, linestyle="none", label=None)
+        plot_method(axes, method, [], [], linestyle="none")
+    names = [f"{p.replace('_', chr(10))}\n{c}" for p, c in cells]
     # Beyond seven they would run into each other.
     axes.set_xticks(range(len(cells)), names, fontsize=8 if len(cells) <= 7 else 5.5)
     axes.set_ylabel("test accuracy")
@@ -131,11 +87,10 @@ def _draw_problems(axes: Axes, rows: pd.DataFrame) -> None:
 
 
 def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
-    colours = (RED, BLUE, GREEN, PINK, ORANGE)
     dampings = sorted(rows["damping"].unique())
     steps = list(dict.fromkeys(rows["inner_steps"]))
-    for colour, images in zip(colours, sorted(rows["outer_images"].unique()), strict=False):
-        for style, count in zip(("-", "--", ":"), steps, strict=False):
+    for colour, images in zip(IMAGE_COLOURS, sorted(rows["outer_images"].unique()), strict=False):
+        for style, count in zip(STEP_STYLES, steps, strict=False):
             mine = rows[(rows["outer_images"] == images) & (rows["inner_steps"] == count)]
             exact = means(mine[mine["method"] == "exact"], ["damping"], "final")
             for row in exact.to_dict("records"):
@@ -157,7 +112,7 @@ def _draw_map(axes: Axes, rows: pd.DataFrame) -> None:
     axes.set_xticks([-0.5, *range(len(dampings))], ["exact", *(f"{d:g}" for d in dampings)])
     axes.set_xlabel("damping δ/λ_max")
     axes.set_ylabel("test accuracy")
-    name = PROBLEM_NAMES.get(rows["problem"].iloc[0], "")
+    name = _problem_name(rows)
     axes.set_title(f"{name}, softmax regression: outer images × damping of CG × T", loc="left")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, fontsize=8)
 
@@ -167,36 +122,19 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
     rows = steps[steps["experiment"] == "forgetting"]
     cases = list(dict.fromkeys(rows["case"]))
     figure = Figure(figsize=(3.3 * len(cases) + 1.6, 11.5), layout="constrained")
+    heights = (1.5, 1.2, 0.7, 1.2)
     grid = figure.subplots(
-        4,
-        len(cases),
-        squeeze=False,
-        sharex="col",
-        sharey="row",
-        height_ratios=(1.5, 1.2, 0.7, 1.2),
+        4, len(cases), squeeze=False, sharex="col", sharey="row", height_ratios=heights
     )
     for column, case in enumerate(cases):
         mine = rows[rows["case"] == case]
         last = int(mine["outer_step"].max())
-        for method in [m for m in METHODS if m in set(mine["method"])]:
-            name, colour, _ = METHODS[method]
-            chosen = mine[mine["method"] == method]
-            accuracy = _ended_at_chance(chosen, last)
-            for axes, table in (
-                (grid[0, column], accuracy),
-                (grid[1, column], _wide(chosen, "cosine")),
-                (grid[2, column], _wide(chosen, "low_share")),
-                (grid[3, column], _wide(chosen, "largest_eigenvalue")),
-            ):
-                axes.plot(table.index, table.median(axis=1), color=colour, label=name)
-                axes.fill_between(
-                    table.index,
-                    table.min(axis=1),
-                    table.max(axis=1),
-                    color=colour,
-                    alpha=0.15,
-                    linewidth=0,
-                )
+        for method in get_methods(mine["method"]):
+            chosen = mine[mine["method"] == method.name]
+            columns = ("cosine", "low_share", "largest_eigenvalue")
+            tables = [_ended_at_chance(chosen, last), *(_wide(chosen, c) for c in columns)]
+            for axes, table in zip(grid[:, column], tables, strict=True):
+                _draw_range(axes, table, method)
         grid[0, column].set_title(case, loc="left")
         grid[2, column].set_ylim(0, 1.05)
         grid[3, column].set_yscale("log")
@@ -208,12 +146,19 @@ def draw_forgetting(steps: pd.DataFrame) -> Figure:
     grid[1, 0].set_ylabel("cosine with the\nexact hypergradient")
     grid[2, 0].set_ylabel("share of ‖H⁻¹g‖²\nbelow λ_max/20")
     grid[3, 0].set_ylabel("largest eigenvalue\nof the inner Hessian")
-    figure.legend(**_shared_legend(grid[0]), loc="outside lower center", ncols=5)
+    share_legend(figure, grid[0], loc="outside lower center", ncols=5, frameon=True, fontsize=10)
     figure.suptitle(
         f"A weight decay for every parameter: what is forgotten, and what of it the remedies "
-        f"keep (median and range{_over(rows)})"
+        f"keep (median and range{over_seeds(rows)})"
     )
     return figure
+
+
+def _draw_range(axes: Axes, table: pd.DataFrame, method: HypergradientMethod) -> None:
+    """Median, and from the least to the most, of a table of outer steps × seeds."""
+    axes.plot(table.index, table.median(axis=1), color=method.colour, label=method.label)
+    low, high = table.min(axis=1), table.max(axis=1)
+    axes.fill_between(table.index, low, high, color=method.colour, alpha=0.15, linewidth=0)
 
 
 def _stability_limit(axes: Axes, rows: pd.DataFrame) -> None:
@@ -279,7 +224,7 @@ def draw_instability(runs: pd.DataFrame) -> Figure:
         axes.set_xlabel("step α·λ_max at the start")
     figure.suptitle(
         f"What makes implicit meta-learning diverge, and which remedy keeps it"
-        f" (a diverged run ends at chance){_over(rows)} a cell"
+        f" (a diverged run ends at chance){over_seeds(rows)} a cell"
     )
     return figure
 
@@ -307,28 +252,17 @@ def draw_efficiency(runs: pd.DataFrame) -> Figure:
         for axes, measure in ((grid[0, column], "cost"), (grid[1, column], "vectors")):
             known = table.dropna(subset=[measure])
             for row in known.to_dict("records"):
-                name, colour, marker = METHODS[row["method"]]
+                method = get_method(row["method"])
                 at = (row[measure], row["final"])
-                axes.plot(*at, marker, color=colour, markersize=8, label=name)
-                if row["method"] in ("neumann", "conjugate_gradient", "nystrom", "unrolled"):
+                plot_method(axes, method, *at, markersize=8, linestyle="none")
+                if method.budgeted:
                     # Less of a budget is written above, so that points that coincide can be read.
                     above = row["budget"] == known["budget"][known["method"] == row["method"]].min()
-                    axes.annotate(
-                        f"{row['budget']}",
-                        at,
-                        xytext=(5, 4 if above else -9),
-                        textcoords="offset points",
-                        fontsize=7,
-                    )
+                    place = {"xytext": (5, 4 if above else -9), "textcoords": "offset points"}
+                    axes.annotate(f"{row['budget']}", at, **place, fontsize=7)
             front = pareto(known[measure].tolist(), known["final"].tolist())
-            axes.step(
-                known[measure].iloc[front],
-                known["final"].iloc[front],
-                where="post",
-                color=BLACK,
-                linewidth=0.8,
-                linestyle=":",
-            )
+            steps = known[[measure, "final"]].iloc[front].to_numpy().T
+            axes.step(*steps, where="post", color=BLACK, linewidth=0.8, linestyle=":")
             axes.set_xscale("log")
             # A decade and its 2 and 5 where there are few: more would run into each other.
             narrow = known[measure].max() < 50 * known[measure].min()
@@ -341,7 +275,7 @@ def draw_efficiency(runs: pd.DataFrame) -> Figure:
         grid[1, column].set_xlabel("peak memory of a hypergradient,\nin parameter vectors")
     for axes in grid[:, 0]:
         axes.set_ylabel("test accuracy at the end")
-    figure.legend(**_shared_legend(grid[0]), loc="outside right center", frameon=False)
+    share_legend(figure, grid[0], fontsize=10)
     figure.suptitle(
         "What accuracy costs at equal outer steps (numbers: products or unrolled steps; dotted: "
         "Pareto front)"
@@ -349,15 +283,5 @@ def draw_efficiency(runs: pd.DataFrame) -> Figure:
     return figure
 
 
-def _shared_legend(panels: Iterable[Axes]) -> dict[str, Any]:
-    """One entry a label, whichever panel it is in."""
-    found: dict[str, Any] = {}
-    for axes in panels:
-        handles, labels = axes.get_legend_handles_labels()
-        found |= dict(zip(labels, handles, strict=True))
-    return {"handles": list(found.values()), "labels": list(found)}
-
-
-def _over(rows: pd.DataFrame) -> str:
-    count = rows["seed"].nunique()
-    return f", {count} seeds" if count > 1 else ", 1 seed"
+def _problem_name(rows: pd.DataFrame) -> str:
+    return str(rows["problem"].iloc[0]).replace("_", " ")

@@ -19,6 +19,7 @@ from weighmatch.evaluation.figures import (
     make_axes,
 )
 from weighmatch.evaluation.statistics import mean_interval
+from weighmatch.evaluation.study_figures import over_seeds
 
 # One a stage, in the order of training.
 COLOURS = (ORANGE, GREEN, BLUE, PINK, RED, SKY, BLACK)
@@ -45,9 +46,9 @@ def draw_influence(table: pd.DataFrame) -> Figure:
     panels[0].set_ylabel("AUROC, in-distribution against OOD pool images\n(0.5 = chance)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
-    seeds = table["seed"].nunique()
-    over = f": mean and 95 % interval over {seeds} seeds" if seeds > 1 else ", 1 seed"
-    figure.suptitle(f"How influence on frozen FixMatch snapshots ranks the pool{over}")
+    seeds = over_seeds(table)
+    intervals = "" if table["seed"].nunique() == 1 else ", mean and 95 % interval"
+    figure.suptitle(f"How influence on frozen FixMatch snapshots ranks the pool{intervals}{seeds}")
     return figure
 
 
