@@ -10,10 +10,9 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.tables import markdown, spread
-from benchmarks.timing import by_turns, seconds_of
+from benchmarks.timing import by_turns, seconds_of, top_operations
 from weighmatch.data.config import DataConfig
 from weighmatch.data.glyphs import CHARACTERS, GlyphConfig, render
 from weighmatch.data.sources import load_digits, load_photographs
@@ -27,7 +26,6 @@ from weighmatch.semisup.training.ranking import rank_pool
 from weighmatch.semisup.training.rounds import measure_pool
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.semisup.weightings.meter import PROBE_EVERY
-from weighmatch.studies.memory import peak_memory
 
 FOREVER = 10**9
 
@@ -87,7 +85,8 @@ def wide_resnet(
     return Setting("WRN-28-2 at 32×32", data, training, steps, steps, run_steps=10_000)
 
 
-def _run(arm: str, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
+def start_run(arm: str, setting: Setting, folder: Path, interval: int = FOREVER) -> Run:
+    """A run whose steps are taken one block at a time, with nothing saved in between."""
     # Any confidence passes, so that an untrained network's step does all that a trained one's
     # does.
     weighting = replace(setting.training.weighting, warmup=0.0, interval=interval)
@@ -148,14 +147,17 @@ class StepTimes:
         return [u / s for u, s in zip(self.update, self.fixmatch, strict=True)]
 
 
-def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
+def time_steps(
+    setting: Setting, rounds: int, folder: Path, enough: Callable[[], bool] = lambda: False
+) -> StepTimes:
     """All by turns, on one thread of a CPU or on a GPU.
 
-    An update is what a block of steps takes longer with one at its end.
+    An update is what a block of steps takes longer with one at its end. `enough` ends the rounds
+    early, as in `by_turns`.
     """
     count, updated_count = setting.steps, setting.updated_steps
-    plain, learned = _run("fixmatch", setting, folder), _run("learned", setting, folder)
-    updated = _run("learned", setting, folder, interval=updated_count)
+    plain, learned = start_run("fixmatch", setting, folder), start_run("learned", setting, folder)
+    updated = start_run("learned", setting, folder, interval=updated_count)
     meter = updated.weighting.meter
     assert meter is not None
     # One that was never updated would score images on the fly.
@@ -174,7 +176,7 @@ def time_steps(setting: Setting, rounds: int, folder: Path) -> StepTimes:
         "update": lambda: block(probing=False),
         "probing_update": lambda: block(probing=True),
     }
-    times = by_turns(calls, rounds * setting.turns)
+    times = by_turns(calls, rounds * setting.turns, enough)
     blocks = times.pop("block")
     for name in ("update", "probing_update"):
         times[name] = [whole - steps for whole, steps in zip(times[name], blocks, strict=True)]
@@ -211,11 +213,11 @@ def ranking_table(settings: list[Setting], stages: int, rounds: int, folder: Pat
     """What a ranking of the pool by the learned arm takes, and all rankings of a run in rounds."""
     rows = []
     for setting in settings:
-        run = _run("fixmatch", setting, folder)
+        run = start_run("fixmatch", setting, folder)
         times = by_turns(
             {
                 "steps": partial(run.train_steps, setting.steps),
-                "ranking": partial(_rank, run, setting),
+                "ranking": partial(rank, run, setting),
             },
             rounds,
         )
@@ -260,7 +262,7 @@ def whole_run_table(
     return markdown(["run", "seconds", "run / FixMatch's"], rows)
 
 
-def _rank(run: Run, setting: Setting) -> None:
+def rank(run: Run, setting: Setting) -> None:
     """Measure the influence of the pool and rank it, as the learned arm does after a round."""
     config = replace(run.config, arm="learned")
     trained = run.result()
@@ -273,7 +275,7 @@ def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list
     """FixMatch's images a second in each setting, and the share of the bare loop."""
     rates, shares = [], []
     for setting in settings:
-        run = _run("fixmatch", setting, folder)
+        run = start_run("fixmatch", setting, folder)
         calls: dict[str, Callable[[], object]] = {
             "bare": bare_loop(run, setting.steps),
             "fixmatch": partial(run.train_steps, setting.steps),
@@ -304,7 +306,7 @@ def option_table(setting: Setting, rounds: int, folder: Path) -> list[str]:
     calls: dict[str, Callable[[], object]] = {}
     first: dict[str, float] = {}
     for name, training in options.items():
-        run = _run("fixmatch", replace(setting, training=training), folder / name)
+        run = start_run("fixmatch", replace(setting, training=training), folder / name)
         calls[name] = partial(run.train_steps, setting.steps)
         first[name] = seconds_of(calls[name])
     times = by_turns(calls, rounds)
@@ -318,11 +320,14 @@ def option_table(setting: Setting, rounds: int, folder: Path) -> list[str]:
 
 def memory_table(settings: list[Setting], folder: Path) -> list[str]:
     """Peak memory of blocks of steps; on a GPU of all that lies there, the pool included."""
+    # Here, so that the rest of this module does without pandas.
+    from weighmatch.studies.memory import peak_memory
+
     rows = []
     for setting in settings:
         found = []
         for arm in ("fixmatch", "learned"):
-            run = _run(arm, setting, folder / "memory", interval=setting.updated_steps)
+            run = start_run(arm, setting, folder / "memory", interval=setting.updated_steps)
             run.train_steps(setting.updated_steps)
             block = partial(run.train_steps, setting.updated_steps)
             if run.device.type == "cuda":
@@ -340,22 +345,12 @@ def memory_table(settings: list[Setting], folder: Path) -> list[str]:
 
 def profile_table(setting: Setting, folder: Path, longest: int = 12) -> list[str]:
     """Where a step of FixMatch goes: the operations that take most time themselves."""
-    run = _run("fixmatch", setting, folder / "profile")
+    run = start_run("fixmatch", setting, folder / "profile")
     run.train_steps(setting.steps)
-    on_gpu = run.device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
-    with profile(activities=activities) as recorded:
-        run.train_steps(setting.steps)
-    times = {
-        event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event)
-        for event in recorded.key_averages()
-    }
-    total = sum(time for time, _ in times.values())
-    ordered = sorted(times.items(), key=lambda item: -item[1][0])[:longest]
-    rows = [
-        [name, f"{time / total:.1%}", f"{event.count / setting.steps:.3g}"]
-        for name, (time, event) in ordered
-    ]
+    operations = top_operations(
+        partial(run.train_steps, setting.steps), run.device, setting.steps, longest
+    )
+    rows = [[o.name, f"{o.share:.1%}", f"{o.calls:.3g}"] for o in operations]
     return markdown(["operation", "share of the time", "calls a step"], rows)
 
 

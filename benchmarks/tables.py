@@ -37,7 +37,7 @@ def conditions(packages: Iterable[str], device: str = "cpu") -> str:
             versions.append(f"{name} {version(name)}")
     gpu = f"{torch.cuda.get_device_name()}, " if device == "cuda" else ""
     return (
-        f"{gpu}{os.cpu_count()} CPUs ({_processor()}), {torch.get_num_threads()} torch "
+        f"{gpu}{os.cpu_count()} CPUs ({processor()}), {torch.get_num_threads()} torch "
         f"thread, torch {torch.__version__}, {', '.join(versions)}"
     )
 
@@ -50,7 +50,7 @@ def show(title: str, lines: Iterable[str], note: str = "") -> None:
     print("\n".join(lines), flush=True)
 
 
-def _processor() -> str:
+def processor() -> str:
     """Its model where Linux tells, or else the architecture."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():

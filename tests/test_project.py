@@ -42,7 +42,7 @@ def benchmark(tmp_path_factory):
 def run_benchmark(folder):
     """The environment of the benchmark, as small as that of the tests."""
     tiny = ExperimentLoader(str(ROOT / "conf"), env="test", base_env="base")["parameters"]
-    runs = {"workers": 1}
+    training = {name: value for name, value in tiny["training"].items() if name != "weighting"}
     glyphs = {"seeds": [0, 1], "labels_per_class": 2, "pool_size": 80, "heldout_size": 24}
     run_project(
         folder,
@@ -51,8 +51,8 @@ def run_benchmark(folder):
         params={
             "data": {**glyphs, "test_size": 36},
             "grid": {"ratios": [0.5]},
-            "training": {**tiny["training"], "distribution_alignment": True},
-            "runs": runs,
+            "training": training,
+            "runs": {"workers": 1},
         },
     )
 

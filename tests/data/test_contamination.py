@@ -46,6 +46,7 @@ def test_the_truth_follows_its_images_through_the_shuffle():
     members = np.full(shape, 10, np.uint8) + classes.astype(np.uint8)[:, None, None, None]
     shifted = {"id": classes == 1}
     photographs = np.full((1, 3, 64, 400), 200, np.uint8)
+    photographs[..., 280:] = 240  # what only held-out images may show
     foreign = {"unseen": np.full(shape, 50, np.uint8)}
     pool = contaminate(members, classes, foreign, photographs, config, 0, "pool", shifted)
     level = pool.images[:, 0, 0, 0]
@@ -57,6 +58,9 @@ def test_the_truth_follows_its_images_through_the_shuffle():
     np.testing.assert_array_equal(pool.classes, expected)
     np.testing.assert_array_equal(pool.shifted, pool.classes == 1)
     assert (np.diff(pool.kinds) != 0).sum() > 20
+    heldout = contaminate(members, classes, foreign, photographs, config, 0, "held-out set")
+    assert set(heldout.images[heldout.kinds == 2].ravel().tolist()) == {240}
+    assert not heldout.shifted.any()
 
 
 def test_patches_that_nobody_asked_for_need_no_photographs():

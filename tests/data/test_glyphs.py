@@ -100,6 +100,26 @@ def test_splits_are_seeded_and_share_what_they_must(photographs):
     assert (split(photographs, 4).test_images != first.test_images).any()
 
 
+def test_each_split_shows_its_own_fonts_and_no_labelled_image_is_shifted(photographs, monkeypatch):
+    calls = []
+
+    def record(characters, fonts, shifted, *rest):
+        calls.append((len(characters), fonts, shifted.any()))
+        return render(characters, fonts, shifted, *rest)
+
+    monkeypatch.setattr(glyphs, "render", record)
+    split(photographs, 0, shifted=0.5, glyphs={"shift": "inverted"})
+    labelled, (test, *unlabelled) = calls[:6], calls[6:]
+    assert labelled == [(2, "train", False)] * 6
+    assert test == (36, "test", True)
+    assert unlabelled == [
+        (20, "train", True),
+        (30, "train", True),
+        (24, "validation", True),
+        (12, "validation", True),
+    ]
+
+
 def test_the_pool_is_contaminated_as_asked(photographs):
     splits = split(photographs, 0, shifted=0.5, glyphs={"shift": "fonts"})
     assert np.bincount(splits.pool.kinds).tolist() == [20, 30, 30]

@@ -61,7 +61,7 @@ class SharedDataConfig:
         for name in ("labels_per_class", "pool_size", "id_size", "heldout_size", "test_size"):
             require_integer(f"data.{name}", getattr(self, name), 1)
         source = get_source(self.source)
-        self._check_ood_source()
+        self._check_ood_source(source.ood_kinds)
         require_choice("data.regime", self.regime, REGIMES)
         require_number("data.ratio", self.ratio, 0, 1)
         require_number("data.shifted", self.shifted, 0, 1, below=False)
@@ -77,14 +77,14 @@ class SharedDataConfig:
                 f"{self.pool_size}; lower it or raise data.pool_size"
             )
 
-    def _check_ood_source(self) -> None:
+    def _check_ood_source(self, known: tuple[str, ...]) -> None:
         parts = self.ood_source.split("+") if isinstance(self.ood_source, str) else [None]
         if self.ood_source != "mix" and (
-            any(part not in KIND_NAMES[1:] for part in parts) or len(set(parts)) < len(parts)
+            any(part not in known for part in parts) or len(set(parts)) < len(parts)
         ):
             raise ValueError(
                 f"data.ood_source {self.ood_source!r} is unknown; choose from mix, "
-                f"{', '.join(KIND_NAMES[1:])}, or several joined by +, such as unseen+patches"
+                f"{', '.join(known)}, or several joined by +, such as unseen+patches"
             )
 
     @property
@@ -166,7 +166,8 @@ class DataConfig(SharedDataConfig):
         for name in foreign_names(self.source):
             if name in changes:
                 raise ValueError(f"data.{name} has no effect with data.source {self.source}")
-        return DataConfig(**_merged(self.parameters(), changes))
+        merged = _merged(self.parameters(), changes)
+        return DataConfig(**{str(name): value for name, value in merged.items()})
 
 
 def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from weighmatch.checks import require_choice
+from weighmatch.data.ood import MIXED
 from weighmatch.data.splits import Arrays, Splits
 
 if TYPE_CHECKING:
@@ -32,12 +33,14 @@ class Source(ABC, Generic[Own]):
             `data`. Each has a default and can be hashed, and `__post_init__` checks the values.
         contaminates: whether the source mixes OOD into the pool as `data.ratio` asks. False: the
             pool is as it is found, and the parameters of contamination have no effect.
+        ood_kinds: the kinds of OOD that the source can mix into the pool, names of `OOD_KINDS`.
         has_domains: whether the source can draw the share `data.shifted` from a shifted domain.
     """
 
     name: ClassVar[str]
     parameters: type[Own]
     contaminates: ClassVar[bool] = True
+    ood_kinds: ClassVar[tuple[str, ...]] = MIXED
     has_domains: ClassVar[bool] = False
 
     def own(self, config: "DataConfig") -> Own:

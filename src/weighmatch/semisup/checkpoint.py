@@ -26,6 +26,8 @@ from weighmatch.semisup.weightings.meter import Measured
 BATCH = 1024
 CPU = torch.device("cpu")
 Parameters = dict[str, Tensor]
+# A line of the log: means over some steps.
+LogLine = dict[str, float]
 Criterion = Callable[[Tensor, Tensor, PseudoLabels], Tensor]
 
 
@@ -134,7 +136,7 @@ class TrainedRun:
     history: History
     pool: PoolState = field(default_factory=PoolState)
     ranker: Ranker | None = None
-    log: list[dict[str, float]] = field(default_factory=list)
+    log: list[LogLine] = field(default_factory=list)
     seconds: float = 0.0
     update_seconds: float | None = None
 

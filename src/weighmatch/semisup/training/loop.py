@@ -1,7 +1,7 @@
 """The loop: FixMatch with a weight on every unlabelled image, one step after another."""
 
 import copy
-import json
+import logging
 import math
 import os
 import time
@@ -37,10 +37,15 @@ from weighmatch.semisup.training.config import (
     fingerprint,
     pick_device,
 )
+from weighmatch.semisup.training.log import Entry, RunLog
 from weighmatch.semisup.weightings import Context, Weighting
 from weighmatch.semisup.weightings.base import State
 
-Entry = dict[str, Tensor | float]
+log = logging.getLogger(__name__)
+
+# How often a run whose numbers are no longer finite goes back to its last checkpoint, each time
+# with half of the learning rate.
+MAX_HALVINGS = 3
 
 
 @contextmanager
@@ -138,11 +143,13 @@ class Run:
         )
         self.step, self.seconds = 0, 0.0
         self.updates, self.update_seconds = 0, 0.0
+        self.halvings = 0
         count = self.training.snapshots
         self._snapshot_steps = {round((k + 1) * config.steps / count) for k in range(count)}
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
         self.pool_labels: Tensor | None = None
         directory.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(directory / "metrics.jsonl")
         self.saved: int | None = None  # the step of the checkpoint in `directory`
         self._resume(config.steps if until is None else until, earlier or directory)
 
@@ -174,27 +181,65 @@ class Run:
     # --- training ---------------------------------------------------------------------------
 
     def train_steps(self, limit: int | None = None) -> int:
-        """Train for up to `limit` steps; write metrics and, where due, a checkpoint."""
+        """Train for up to `limit` steps; write metrics and, where due, a checkpoint.
+
+        Where a loss or a parameter is no longer finite, the run goes back to its last checkpoint
+        and goes on with half of the learning rate.
+
+        Returns:
+            How many steps further the run is; 0 or less where it went back.
+
+        Raises:
+            FloatingPointError: if that was done `MAX_HALVINGS` times before.
+        """
         started = time.perf_counter()
         size = min(limit or self.batches.chunk(), self.config.steps - self.step)
         before = self.step
-        losses = [self._train_step(batch) for batch in self.batches.draw(size)]
+        entries = [self._train_step(batch) for batch in self.batches.draw(size)]
         self.seconds += time.perf_counter() - started
-        mean = torch.stack([torch.as_tensor(entry["loss"]) for entry in losses]).mean()
-        self._require_finite(float(mean))
-        self._log(losses)
+        if not self._is_finite(entries, before):
+            self._go_back()
+            return self.step - before
+        self.log.add(entries, step=self.step, seconds=round(self.seconds, 3))
         done = self.step >= self.config.steps
         every = self.training.checkpoint_every
         if done or self.step // every > before // every:
             self.save()
         return size
 
-    def _require_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
+    def _is_finite(self, entries: list[Entry], before: int) -> bool:
+        """Whether every loss and, after the last step, every parameter is finite; else it warns."""
+        losses = torch.stack([torch.as_tensor(entry["loss"]) for entry in entries])
+        # One number tells of all parameters, so that the device is waited for once.
+        total = torch.stack(torch._foreach_norm(self._tensors)).sum()
+        if bool(torch.isfinite(losses.sum() + total)):
+            return True
+        bad = (~torch.isfinite(losses)).nonzero()
+        step = before + (int(bad[0]) + 1 if len(bad) else len(entries))
+        if self.halvings >= MAX_HALVINGS:
             raise FloatingPointError(
-                f"{self.config.arm}, seed {self.config.seed}: the loss is no longer finite after "
-                f"{self.step} steps; lower training.learning_rate"
+                f"the loss is no longer finite after {step} steps, also with a learning rate that "
+                f"was halved {self.halvings} times; lower training.learning_rate"
             )
+        log.warning(
+            "%s: the loss or a parameter is no longer finite after %d steps; the run goes back "
+            "to step %d with half of the learning rate",
+            self.config.arm,
+            step,
+            self.saved or 0,
+        )
+        return False
+
+    def _go_back(self) -> None:
+        """Return to the last checkpoint, or the start, with half of the learning rate."""
+        halvings, seconds = self.halvings + 1, self.seconds
+        if self.saved is None:
+            self._restore(self._initial)
+        else:
+            state = read_state(self.directory / CHECKPOINT)
+            assert state is not None
+            self._restore(state)
+        self.halvings, self.seconds = halvings, seconds
 
     def _train_step(self, batch: Batch) -> Entry:
         entry: Entry = {}
@@ -227,8 +272,8 @@ class Run:
         self._update_average()
         self.step += 1
         entry["loss"] = loss.detach()
-        if self._weighs() and self.step % self.training.weighting.interval == 0:
-            self._require_finite(float(loss.detach()))
+        due = self.step % self.training.weighting.interval == 0
+        if self._weighs() and due and bool(torch.isfinite(loss.detach())):
             started = time.perf_counter()
             entry.update(self.weighting.update(self.classifier))
             self.updates += 1
@@ -260,7 +305,7 @@ class Run:
 
     def _learning_rate(self) -> float:
         phase = 7 * math.pi * self.step / (16 * self.config.steps)
-        return self.training.learning_rate * math.cos(phase)
+        return self.training.learning_rate * math.cos(phase) * 0.5**self.halvings
 
     # --- records ----------------------------------------------------------------------------
 
@@ -285,21 +330,6 @@ class Run:
         self.snapshots.append((self.step, mean_one(scores).cpu(), confidence.cpu()))
         self.pool_labels = labels.cpu()
 
-    def _log(self, entries: list[Entry]) -> None:
-        """One line of means over the chunk: a line a step would cost a device synchronisation."""
-        line: dict[str, float] = {"step": self.step, "seconds": round(self.seconds, 3)}
-        for name in sorted({name for entry in entries for name in entry}):
-            values = [entry[name] for entry in entries if name in entry]
-            tensors = [value for value in values if isinstance(value, Tensor)]
-            mean = torch.stack(tensors).mean() if tensors else sum(values) / len(values)
-            line[name] = float(mean)
-        with self._metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-
-    @property
-    def _metrics(self) -> Path:
-        return self.directory / "metrics.jsonl"
-
     def result(self) -> TrainedRun:
         """The run as it stands."""
         state = {name: value.cpu() for name, value in self.average.state_dict().items()}
@@ -315,25 +345,38 @@ class Run:
             pool_fingerprint=self.data.pool_fingerprint,
             history=History.of(self.snapshots),
             pool=PoolState(labels=self.pool_labels, measured=measured),
-            log=[json.loads(line) for line in self._metrics.read_text().splitlines()],
+            log=self.log.lines,
             seconds=self.seconds,
             update_seconds=self.update_seconds / self.updates if self.updates else None,
         )
 
     # --- checkpoints ------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write the checkpoint."""
-        self.saved = self.step
-        state: State = {
+    def _state(self) -> State:
+        return {
             "fingerprint": self.fingerprint,
             **{name: getattr(self, name) for name in _NUMBERS},
             **{name: getattr(self, name).state_dict() for name in _PARTS},
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "snapshots": self.snapshots,
             "pool_labels": self.pool_labels,
+            "log": self.log.lines,
         }
-        write_state(self.directory / "checkpoint.pt", state)
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        self.saved = self.step
+        write_state(self.directory / CHECKPOINT, self._state())
+
+    def _restore(self, state: State) -> None:
+        for name in _NUMBERS:
+            setattr(self, name, state[name])
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        if self.alignment is not None:
+            self.alignment.load_state_dict(state["alignment"])
+        self.snapshots, self.pool_labels = list(state["snapshots"]), state["pool_labels"]
+        self.log.restore(state["log"])
 
     def _resume(self, until: int, earlier: Path) -> None:
         """Go on from a checkpoint of this very run; anything else there is started over.
@@ -343,39 +386,23 @@ class Run:
             earlier: where to look for one if the run's own folder has none.
         """
         for folder in (self.directory, earlier):
-            state = read_state(folder / "checkpoint.pt")
+            state = read_state(folder / CHECKPOINT)
             if state is None or state["fingerprint"] != self.fingerprint:
                 continue
             if state["step"] <= until:
+                self._restore(state)
+                self.saved = self.step if folder == self.directory else None
                 break
         else:
-            self._metrics.write_text("")
-            return
-        for name in _NUMBERS:
-            setattr(self, name, state[name])
-        for name in _PARTS:
-            getattr(self, name).load_state_dict(state[name])
-        if self.alignment is not None:
-            self.alignment.load_state_dict(state["alignment"])
-        self.snapshots, self.pool_labels = state["snapshots"], state["pool_labels"]
-        self.saved = self.step if folder == self.directory else None
-        found = folder / self._metrics.name
-        lines = found.read_text().splitlines() if found.exists() else []
-        kept = [line for line in lines if _step_of(line) <= self.step]
-        self._metrics.write_text("".join(line + "\n" for line in kept))
+            self.log.restore([])
+        # Where a run without a checkpoint of its own goes back to.
+        self._initial = copy.deepcopy(self._state())
 
 
+CHECKPOINT = "checkpoint.pt"
 # What a checkpoint repeats of a run: numbers, and parts that have a state.
-_NUMBERS = ("step", "seconds", "updates", "update_seconds")
+_NUMBERS = ("step", "seconds", "updates", "update_seconds", "halvings")
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
-
-
-def _step_of(line: str) -> float:
-    """The step of a line of metrics; past every checkpoint where a kill cut the line."""
-    try:
-        return float(json.loads(line)["step"])
-    except json.JSONDecodeError:
-        return math.inf
 
 
 def _first_half_of_each_class(labels: Tensor) -> Tensor:

@@ -61,7 +61,13 @@ class Fit:
         if finished is not None:
             progress(self.config.first_steps + self.config.steps)
             return finished
-        run = self.trainers[self.config.schedule](self.config, data, folder, progress)
+        try:
+            run = self.trainers[self.config.schedule](self.config, data, folder, progress)
+        except FloatingPointError as error:
+            # Rounds train under other names and seeds than those that the user gave.
+            raise FloatingPointError(
+                f"{self.config.arm}, seed {self.config.seed}: {error}"
+            ) from error
         write_state(
             folder / "run.pt",
             {"fingerprint": fingerprint(self.config, data), "run": run.to_state()},
