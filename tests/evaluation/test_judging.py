@@ -125,6 +125,10 @@ def test_what_is_not_known_is_not_made_up():
     known = {name for name in SCORES if not math.isnan(pool_alone[name])}
     assert {"accuracy", "pool_weight_id", "worst_class_kept"} <= known
     assert not {"accuracy_shifted", "pool_weight_shifted", "auroc_weight"} & known
+    unseen = {name: POOL[name] for name in POOL if name != "pool_labels"}
+    row = judge(**unseen, pool_influence=np.array([0.5, 0.4, 0.3, 0.2, 0.1]))
+    assert (row["pool_weight_ood"], row["auroc_influence"]) == (0.2, 1)
+    assert math.isnan(row["right_labels"])
     nothing = judge(truth=None, labels=None)
     assert all(math.isnan(nothing[name]) for name in SCORES)
 

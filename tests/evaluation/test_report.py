@@ -89,7 +89,7 @@ def test_metrics_are_those_of_the_first_cell_and_name_the_others():
     near = scores(fixmatch=[80.0, 82.0], learned=[85.0, 88.0])
     far = scores(fixmatch=[60.0, 61.0], learned=[70.0, 70.0]).assign(setting="more", ratio=0.5)
     cells = [*MANIFEST["cells"], {**MANIFEST["cells"][0], "setting": "more", "ratio": 0.5}]
-    found = metrics(pd.concat([near, far]), {"cells": cells})
+    found = metrics(pd.concat([far, near]), {"cells": cells})
     assert found["arms"]["learned"]["accuracy"] == 86.5
     assert found["learned_minus"]["fixmatch"]["mean"] == 5.5
     others = found["setting"].pop("others")
@@ -110,7 +110,9 @@ def test_an_arm_of_several_schedules_is_told_in_its_last():
 
 
 def test_without_test_labels_or_a_known_ratio_there_is_a_sentence():
-    runs = scores(fixmatch=[np.nan], learned=[np.nan]).assign(ratio=np.nan, setting="mine")
+    runs = scores(fixmatch=[np.nan], learned=[np.nan]).assign(
+        ratio=np.nan, setting="mine", regime=None
+    )
     unknown = {"ratio": None, "regime": None, "ood_source": None, "setting": "mine"}
     cells = [{**cell, **unknown} for cell in MANIFEST["cells"]]
     found = metrics(runs, {"cells": cells})

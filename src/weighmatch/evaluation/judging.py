@@ -1,8 +1,13 @@
 """Predictions held against the truth, one run in memory at a time.
 
-A run is a row of the table `runs`. What it says of images lies in `predictions`, a function by the
-name of the run that loads its arrays. The truth about OOD and the test labels are dictionaries by
-the key of the splits. Where a key has none, what would need them is NaN or has no row.
+A run is a row of the table `runs`: its name `run`, the `key` of its splits, the columns of `RUN`.
+`predictions` holds by the name of a run what loads its arrays, those that there are of
+`test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores` and `heldout_weights`
+(n,); of the pool `pool_weights`, `pool_labels`, `pool_influence`, `pool_influence_variance` and
+`pool_evidence` (N,); and `history_step` (S,), `history_weights`, `history_confidence` (S, N).
+`truth` holds by key `pool_…` and `heldout_…`: `sources` (codes into `kinds`), `classes` (−1: OOD)
+and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would need more than there is
+becomes NaN, or has no row.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -41,11 +46,10 @@ NEAR = "unseen"
 
 
 def require_same_data(runs: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
-    """Refuse runs of other data than `manifest` describes.
+    """Refuse runs of other data than the manifest describes, by the fingerprint of their pool.
 
     Args:
-        runs: columns `key`, `arm`, `seed` and `pool`, the fingerprint of the pool that the run
-            was trained on ("" for a cleaned pool).
+        runs: with a column `pool`, the fingerprint, or "" for a cleaned pool.
         manifest: `cells`, a list with `key` and `fingerprints` of each set of splits.
 
     Raises:
@@ -69,20 +73,9 @@ def judge_runs(
 ) -> pd.DataFrame:
     """One row a run, with what it is worth.
 
-    Args:
-        runs: `run` (name), `key` (of the splits) and what else is known of a run.
-        predictions: by the name of the run, what loads its arrays: those that there are of
-            `test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores`,
-            `heldout_weights` (n,), `pool_weights`, `pool_labels` and `pool_influence` (N,), NaN
-            where it was not measured.
-        truth: by key, `pool_…` and `heldout_…`: `sources` (codes into `kinds`), `classes` (−1 for
-            OOD) and `shifted`.
-        test_labels: by key, `labels` and `shifted`.
-        kinds: names of the kinds of images; the first is in-distribution.
-
     Returns:
-        `runs` without `key` and `pool`, and these columns, NaN where not defined. Accuracies are
-        percentages, all other shares fractions.
+        `runs` without `key` and `pool`, and these columns. Accuracies are percentages, all other
+        shares fractions.
 
         On test images: `accuracy`, `accuracy_shifted` (on the shifted domain), `nll` (nats),
         `ece`. On held-out images: `heldout_accuracy` (in-distribution images), `auroc_weight` of
@@ -99,20 +92,12 @@ def judge_runs(
         classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
     """
     near = list(kinds).index(NEAR) if NEAR in kinds else -1
-    rows = [
-        {
-            **run,
-            **_judge(
-                predictions[run["run"]](),
-                truth.get(run["key"], {}),
-                test_labels.get(run["key"], {}),
-                near,
-            ),
-        }
-        for run in runs.to_dict("records")
-    ]
-    known = [name for name in runs.columns if name not in ("key", "pool")]
-    return pd.DataFrame(rows, columns=[*known, *SCORES]).astype(dict.fromkeys(SCORES, float))
+    rows: list[dict[Any, Any]] = []
+    for run in runs.to_dict("records"):
+        known, labels = (part.get(run["key"], {}) for part in (truth, test_labels))
+        rows.append({**run, **_judge(predictions[run["run"]](), known, labels, near)})
+    columns = [name for name in runs.columns if name not in ("key", "pool")]
+    return pd.DataFrame(rows, columns=[*columns, *SCORES]).astype(dict.fromkeys(SCORES, float))
 
 
 def _judge(found: Arrays, truth: Arrays, labels: Arrays, near: int) -> dict[str, float]:
@@ -131,10 +116,9 @@ def _judge(found: Arrays, truth: Arrays, labels: Arrays, near: int) -> dict[str,
 def _on_test(probabilities: NDArray[np.float64], truth: Arrays) -> dict[str, float]:
     labels = truth["labels"]
     correct = probabilities.argmax(axis=1) == labels
-    known = np.ones(len(labels), dtype=bool)
     return {
         "accuracy": 100 * _mean(correct),
-        "accuracy_shifted": 100 * _mean(correct[truth.get("shifted", ~known)]),
+        "accuracy_shifted": 100 * _mean(correct[truth.get("shifted", [])]),
         "nll": negative_log_likelihood(probabilities, labels),
         "ece": expected_calibration_error(probabilities, labels),
     }
@@ -159,30 +143,35 @@ def _on_heldout(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
 def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
     weights, classes = found["pool_weights"].astype(np.float64), truth["pool_classes"]
     is_id = truth["pool_sources"] == 0
-    right = found["pool_labels"] == classes
     kept = weights >= weights.max() / 2
-    known = np.ones(len(weights), dtype=bool)
-    return {
+    kept_of_class = [_mean(kept[classes == c]) for c in np.unique(classes[is_id])]
+    scores = {
         "pool_weight_id": _mean(weights[is_id]),
         "pool_weight_ood": _mean(weights[~is_id]),
-        "pool_weight_shifted": _mean(weights[is_id & truth.get("pool_shifted", ~known)]),
-        "pool_weight_right": _mean(weights[is_id & right]),
-        "pool_weight_wrong": _mean(weights[is_id & ~right]),
-        "right_labels": _mean(right[is_id]),
-        "worst_class_kept": min(_mean(kept[classes == c]) for c in np.unique(classes[is_id])),
+        "worst_class_kept": min(kept_of_class, default=np.nan),
     }
+    if "pool_shifted" in truth:
+        scores["pool_weight_shifted"] = _mean(weights[is_id & truth["pool_shifted"]])
+    if "pool_labels" in found:
+        right = found["pool_labels"] == classes
+        scores["right_labels"] = _mean(right[is_id])
+        scores["pool_weight_right"] = _mean(weights[is_id & right])
+        scores["pool_weight_wrong"] = _mean(weights[is_id & ~right])
+    return scores
 
 
 def _on_influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
     influence, sources = found["pool_influence"], truth["pool_sources"]
     measured = ~np.isnan(influence)
     is_id = measured & (sources == 0)
-    right = found["pool_labels"] == truth["pool_classes"]
-    return {
+    scores = {
         "auroc_influence": auroc(influence, is_id, measured & ~is_id),
         "auroc_influence_near": auroc(influence, is_id, measured & (sources == near)),
-        "auroc_influence_labels": auroc(influence, is_id & right, is_id & ~right),
     }
+    if "pool_labels" in found:
+        right = found["pool_labels"] == truth["pool_classes"]
+        scores["auroc_influence_labels"] = auroc(influence, is_id & right, is_id & ~right)
+    return scores
 
 
 def _mean(values: NDArray[Any]) -> float:
@@ -193,8 +182,6 @@ def calibration_table(
     runs: pd.DataFrame, predictions: Predictions, test_labels: Mapping[str, Arrays]
 ) -> pd.DataFrame:
     """Reliability bins of each arm and schedule in each cell, over the test images of all seeds.
-
-    The arguments are those of `judge_runs`.
 
     Returns:
         The columns of `SERIES`, and `bin`, `confidence`, `accuracy` (fractions) and `count`.
@@ -223,15 +210,9 @@ def trace_weights(
 ) -> pd.DataFrame:
     """Mean weight and mask rate of each kind of pool images, through training.
 
-    Args:
-        runs: as in `judge_runs`.
-        predictions: as in `judge_runs`; runs without a history have no row.
-        truth: by key, `pool_sources`, codes into `kinds`.
-        threshold: the confidence τ from which a pseudo-label counts.
-        kinds: names of the kinds of images.
-
     Returns:
-        The columns of `RUN`, and `step`, `kind`, `weight`, `mask_rate` (a fraction) and `images`.
+        The columns of `RUN`, and `step`, `kind`, `weight`, `mask_rate`, the share of images with a
+        confidence of at least `threshold`, and `images`, how many there are.
     """
     tables = [
         _trace(
@@ -260,12 +241,11 @@ def _trace(
 def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataFrame:
     """Each pool image's measured influence, a row an image and run.
 
-    The arguments are those of `judge_runs`; images that were never measured have no row.
-
     Returns:
         The columns of `RUN`, and `index` (of the image in the pool), `mean` and `variance` in
         units of the spread of a batch's influences, and `evidence`, the weight of the
-        measurements behind them (0 to 1, NaN where the run does not tell).
+        measurements behind them (0 to 1, NaN where the run does not tell). Images that were never
+        measured have no row.
     """
     tables = [
         _influences(predictions[run["run"]]()).assign(**{name: run[name] for name in RUN})

@@ -36,7 +36,8 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
         `learned_minus`, the paired differences of learned weights to each other arm, by name. An
         arm of several schedules is here in the last of `SCHEDULES`.
     """
-    first = table[list(CELL)].head(1)
+    cells = pd.DataFrame(manifest["cells"])[list(CELL)]
+    first = cells.head(1).astype(table[list(CELL)].dtypes)
     mine = _last_schedules(table.merge(first))
     arms = {
         row["arm"]: {str(k): _number(v) for k, v in row.items() if k not in SERIES}

@@ -19,13 +19,13 @@ NO_GAP = 1e-9
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """Mean of paired differences.
+    """The mean of paired differences and how sure it is.
 
     Attributes:
-        mean: of the differences.
-        low, high: 95 % t interval; None with a single seed.
-        p_value: two-sided sign-flip test.
-        seeds: number of pairs.
+        mean: the mean difference.
+        low, high: its 95 % t interval; None with a single seed.
+        p_value: the result of a two-sided sign-flip test.
+        seeds: the number of pairs.
     """
 
     mean: float

@@ -1,6 +1,6 @@
 """From a row a run to a row an arm, and to paired differences between arms."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import astuple
 
 import numpy as np
@@ -93,31 +93,17 @@ def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
         bootstrap interval `gap_closed_low`, `gap_closed_high`. NaN where not defined.
     """
     rows = []
-    for _, cell in scores.groupby(list(CELL), sort=False, dropna=False):
-        arms = accuracies(cell)
-        baseline, ceiling = arms.get(BASELINE), arms.get(CEILING)
-        for series, mine in cell.groupby(list(SERIES), sort=False, dropna=False):
-            name, schedule = str(series[-2]), str(series[-1])
-            accuracy = arms[name, schedule]
-            low, high = mean_interval(accuracy.to_numpy())
-            numbers = {}
-            if name != FIXMATCH.name and baseline is not None:
-                goal = None if name == ORACLE.name else ceiling
-                numbers = _compare(accuracy, baseline, goal)
-            rows.append(
-                {
-                    **dict(zip(SERIES, series, strict=True)),
-                    **{column: float(mine[column].mean()) for column in MEANS},
-                    **numbers,
-                    "accuracy": float(accuracy.mean()),
-                    "accuracy_low": low,
-                    "accuracy_high": high,
-                    "seeds": len(mine),
-                }
-            )
-    means = ("accuracy", "accuracy_low", "accuracy_high", *MEANS, *NUMBERS)
-    table = pd.DataFrame(rows, columns=[*SERIES, "seeds", *means])
-    return _with_holm(table.astype(dict.fromkeys(means, float)), CELL)
+    for series, mine in scores.groupby(list(SERIES), sort=False, dropna=False):
+        accuracy = mine["accuracy"].dropna()
+        low, high = mean_interval(accuracy.to_numpy())
+        row = {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
+        means = mine[list(MEANS)].astype(float).mean()
+        rows.append({**dict(zip(SERIES, series, strict=True)), "seeds": len(mine), **row, **means})
+    own = pd.DataFrame(rows)
+    own[["accuracy_low", "accuracy_high"]] = own[["accuracy_low", "accuracy_high"]].astype(float)
+    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH])
+    table = own.merge(others.drop(columns=["against", "seeds"]), how="left", on=list(SERIES))
+    return _with_holm(table, CELL)
 
 
 def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
@@ -137,11 +123,19 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
         FixMatch, to the oracle, with its bootstrap interval `gap_closed_low`, `gap_closed_high`.
         NaN where not defined.
     """
+    families = [column for column in (*SERIES, "against") if column != "ratio"]
+    return _with_holm(_pairs(scores, _rivals), families)
+
+
+def _pairs(
+    scores: pd.DataFrame, rivals: Callable[[Arm, Collection[str]], Sequence[Arm]]
+) -> pd.DataFrame:
+    """One row a pair in a cell: every arm with those that `rivals` names among the arms there."""
     rows = []
     for values, cell in scores.groupby(list(CELL), sort=False, dropna=False):
         arms = accuracies(cell)
         for (name, schedule), accuracy in arms.items():
-            for other in _rivals(get_arm(name), dict.fromkeys(arm for arm, _ in arms)):
+            for other in rivals(get_arm(name), dict.fromkeys(arm for arm, _ in arms)):
                 needs_schedule = other.rival and other.schedules != (ONLINE,)
                 alone = None if needs_schedule else arms.get((other.name, ONLINE))
                 baseline = arms.get((other.name, schedule), alone)
@@ -153,8 +147,7 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
                     names = dict(zip(SERIES, (*values, name, schedule), strict=True))
                     rows.append({**names, "against": other.name, **numbers})
     table = pd.DataFrame(rows, columns=[*SERIES, "against", *NUMBERS, "seeds"])
-    families = [column for column in (*SERIES, "against") if column != "ratio"]
-    return _with_holm(table.astype(dict.fromkeys(NUMBERS, float)), families)
+    return table.astype(dict.fromkeys(NUMBERS, float))
 
 
 def accuracies(cell: pd.DataFrame) -> Accuracies:
@@ -165,7 +158,7 @@ def accuracies(cell: pd.DataFrame) -> Accuracies:
     }
 
 
-def _rivals(arm: Arm, there: Iterable[str]) -> list[Arm]:
+def _rivals(arm: Arm, there: Collection[str]) -> list[Arm]:
     """The arms that an arm is compared with; `there` are the names of those that were run."""
     rivals = [other for other in all_arms() if other.rival]
     if arm == LEARNED:
