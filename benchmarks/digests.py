@@ -17,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from weighmatch.arms import SCHEDULES, arm_names
-from weighmatch.data.splits import Splits
+from weighmatch.data.config import DataConfig
+from weighmatch.data.source import get_source
+from weighmatch.data.splits import Arrays, Splits
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import (
     OPERATIONS,
@@ -81,7 +83,10 @@ def main() -> None:
 def train_everything() -> Iterator[tuple[str, TrainedRun, np.ndarray]]:
     """Every variant, arm and schedule: its name, the run, and held-out images."""
     splits = draw()
-    arrays = {
+    assert splits.pool is not None
+    assert splits.heldout is not None
+    heldout = splits.heldout.images
+    arrays: Arrays = {
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,
@@ -96,17 +101,14 @@ def train_everything() -> Iterator[tuple[str, TrainedRun, np.ndarray]]:
                 finish_jobs(jobs, Path(folder), 1)
                 for job in jobs:
                     run = read_job(job, Path(folder))
-                    yield f"{variant}/{job.config.arm}/{schedule}", run, splits.heldout.images
+                    yield f"{variant}/{job.config.arm}/{schedule}", run, heldout
 
 
 def draw() -> Splits:
     """The digits of the main job, few of them."""
-    from weighmatch.data.config import DataConfig
-    from weighmatch.data.sources import load_digits, load_photographs
-    from weighmatch.data.splits import make_splits
-
     config = DataConfig((0,), labels_per_class=4, pool_size=80, heldout_size=30, test_size=60)
-    return make_splits(*load_digits(), load_photographs(), config, 0)
+    source = get_source(config.source)
+    return source.draw(source.load(config), config, 0)
 
 
 def digests(run: TrainedRun, images: np.ndarray) -> dict[str, object]:

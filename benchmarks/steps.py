@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from benchmarks.tables import markdown, spread
 from benchmarks.timing import by_turns, seconds_of, top_operations
 from weighmatch.data.config import DataConfig
-from weighmatch.data.glyphs import CHARACTERS, GlyphConfig, render
-from weighmatch.data.sources import load_digits, load_photographs
-from weighmatch.data.splits import draw_splits
+from weighmatch.data.contamination import load_photographs
+from weighmatch.data.source import get_source
+from weighmatch.data.sources.digits import load_digits
+from weighmatch.data.sources.glyphs import CHARACTERS, GlyphConfig, render
 from weighmatch.semisup.config import TrainingConfig, WeightingConfig
 from weighmatch.semisup.training.batches import CHUNK
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
@@ -65,8 +66,8 @@ def digits_cnn(training: TrainingConfig, pool: int = 600) -> Setting:
 
 def training_set(config: DataConfig) -> TrainingSet:
     """What `kedro run` trains on with its first seed."""
-    digits, labels = load_digits()
-    splits = draw_splits(digits, labels, load_photographs(), config, config.seeds[0])
+    source = get_source(config.source)
+    splits = source.draw(source.load(config), config, config.seeds[0])
     return TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
 
 

@@ -10,22 +10,10 @@ from weighmatch.checks import (
     require_seeds,
 )
 from weighmatch.data.config import DataConfig
-from weighmatch.semisup.config import AugmentationConfig, TrainingConfig
+from weighmatch.semisup.config import TrainingConfig
 
 _GROUP = "meta_learning_analysis.snapshots"
 RATIO = 0.75
-# As in conf/base: grey levels carry the class of a digit, and no operation inverts them.
-OPERATIONS = (
-    "identity",
-    "rotate",
-    "shear_x",
-    "shear_y",
-    "translate_x",
-    "translate_y",
-    "brightness",
-    "contrast",
-    "sharpness",
-)
 
 
 @dataclass(frozen=True)
@@ -94,5 +82,4 @@ class SnapshotConfig:
             snapshots=1,
             checkpoint_every=self.steps,
             device="cpu",
-            augmentation=AugmentationConfig(operations=OPERATIONS),
         )

@@ -27,7 +27,8 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.func import functional_call
 
-from weighmatch.data.splits import make_splits
+from weighmatch.data.source import get_source
+from weighmatch.data.splits import Arrays
 from weighmatch.implicit import ConjugateGradient, GaussNewton, Parameters, weight_gradient
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import (
@@ -38,7 +39,9 @@ from weighmatch.semisup.parts.losses import (
 )
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.streams import Streams
-from weighmatch.semisup.trainer import Run, RunConfig, TrainingSet
+from weighmatch.semisup.training.config import RunConfig, TrainingSet
+from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.weightings.meter import head_gradient_norm
 from weighmatch.studies.snapshot_config import SnapshotConfig
 from weighmatch.workers import one_thread
 
@@ -115,12 +118,16 @@ def influence_quality(
     """
     data_config = config.data(seed)
     no_photographs = np.zeros((1, 3, 64, 64), np.uint8)  # nothing is cut from them
-    splits = make_splits(images, labels, no_photographs, data_config, seed)
+    raw: Arrays = {"images": images, "labels": labels, "photographs": no_photographs}
+    splits = get_source(data_config.source).draw(raw, data_config, seed)
     data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
-    is_id = splits.pool.sources == 0
+    assert splits.pool.kinds is not None  # digits are contaminated on purpose
+    assert splits.test_images is not None
+    assert splits.test_labels is not None
+    is_id = splits.pool.kinds == 0
     rows: list[dict[str, Any]] = []
     with one_thread():
-        for snapshot in train(data, config, len(data_config.seen_classes), seed):
+        for snapshot in train(data, config, data_config.classes, seed):
             problem = SnapshotProblem(snapshot.classifier, data, config, seed)
             directions = problem.directions()
             scores = problem.scores([direction.value for direction in directions])
@@ -175,7 +182,7 @@ def train(data: TrainingSet, config: SnapshotConfig, classes: int, seed: int) ->
         for stage in sorted(config.stages):
             step = max(1, round(stage * config.steps))
             while run.step < step:
-                run.train_steps(min(run.chunk(), step - run.step))
+                run.train_steps(min(run.batches.chunk(), step - run.step))
             yield Snapshot(stage, step, copy.deepcopy(run.classifier))
 
 
@@ -323,6 +330,4 @@ class SnapshotProblem:
         with torch.no_grad():
             features = self.classifier.features(strong)
             probabilities = self.classifier.head(features).softmax(dim=1)
-        error = probabilities - F.one_hot(pseudo.labels, probabilities.shape[1])
-        norms: Tensor = error.norm(dim=1) * features.norm(dim=1)
-        return norms.clamp(min=1e-6)
+        return head_gradient_norm(probabilities, pseudo.labels, features)

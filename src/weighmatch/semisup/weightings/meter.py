@@ -259,11 +259,7 @@ class InfluenceMeter:
         influence: Tensor = -gradient
         if not cosine:
             return influence
-        probabilities = logits.softmax(dim=1)
-        error = probabilities - F.one_hot(views.pseudo.labels, probabilities.shape[1])
-        norm = error.norm(dim=1) * features.norm(dim=1)
-        cosines: Tensor = influence / norm.clamp(min=1e-6)
-        return cosines
+        return influence / head_gradient_norm(logits.softmax(dim=1), views.pseudo.labels, features)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to continue."""
@@ -277,6 +273,19 @@ class InfluenceMeter:
         names = vars(self.measured)
         measured = Measured(**{name: state[name] for name in names})
         self.measured = measured.to(self.context.pool.device)
+
+
+def head_gradient_norm(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
+    """Norm of the gradient of each image's cross-entropy in the weights of the head, (n,).
+
+    Args:
+        probabilities: (n, classes).
+        labels: (n,).
+        features: what the head sees, (n, width).
+    """
+    error = probabilities - F.one_hot(labels, probabilities.shape[1])
+    norm: Tensor = error.norm(dim=1) * features.norm(dim=1)
+    return norm.clamp(min=1e-6)
 
 
 def parameters_of(network: nn.Module) -> Parameters:
