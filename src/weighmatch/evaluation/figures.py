@@ -183,15 +183,14 @@ def _draw_trace(axes: Axes, trace: pd.DataFrame) -> None:
         mine = trace[trace["kind"] == kind.name]
         if mine.empty:
             continue
-        wide = mine.pivot(index="share", columns="seed", values="weight")
-        low, high = wide.min(axis=1), wide.max(axis=1)
+        over_seeds = mine.groupby("share")["weight"].agg(["min", "mean", "max"])
+        share, (low, mean, high) = over_seeds.index.to_numpy(), over_seeds.to_numpy().T
         # One snapshot has neither line nor band.
-        alone = len(wide) == 1
-        marks: dict[str, Any] = {"marker": "o" if alone else None, "label": kind.label}
-        axes.plot(wide.index, wide.mean(axis=1), color=kind.colour, **marks)
-        axes.fill_between(wide.index, low, high, color=kind.colour, alpha=0.15)
-        if alone:
-            axes.vlines(wide.index, low, high, color=kind.colour, alpha=0.5)
+        marker = "o" if len(share) == 1 else None
+        axes.plot(share, mean, marker=marker, color=kind.colour, label=kind.label)
+        axes.fill_between(share, low, high, color=kind.colour, alpha=0.15)
+        if len(share) == 1:
+            axes.vlines(share, low, high, color=kind.colour, alpha=0.5)
     axes.axhline(1, color=BLACK, linewidth=0.8, linestyle=":")
 
 

@@ -16,7 +16,7 @@ from weighmatch.evaluation.judging import CELL, Arrays, Predictions
 
 Images = NDArray[np.uint8]
 
-COLUMNS = 12
+IMAGES_PER_ROW = 12
 UNKNOWN_COLOUR = "#999999"
 
 
@@ -81,8 +81,10 @@ def draw_gallery(
         return figure
     order = np.argsort(-scores, kind="stable")
     per_side = min(per_side, len(order) // 2)
-    rows = -(-per_side // COLUMNS)
-    figure = Figure(figsize=(0.72 * COLUMNS + 0.6, 0.98 * 2 * rows + 1.5), layout="constrained")
+    rows = -(-per_side // IMAGES_PER_ROW)
+    figure = Figure(
+        figsize=(0.72 * IMAGES_PER_ROW + 0.6, 0.98 * 2 * rows + 1.5), layout="constrained"
+    )
     codes = truth.get(run["key"], {}).get("heldout_sources")
     halves: Any = figure.subfigures(2, 1, hspace=0.04)
     parts = {"weighed up most": order[:per_side], "weighed down most": order[-per_side:][::-1]}
@@ -91,7 +93,7 @@ def draw_gallery(
         half.suptitle(
             f"{label}: {title} ({_span(found['heldout_weights'][chosen])}){share}", fontsize=11
         )
-        grid = half.subplots(rows, COLUMNS, squeeze=False).ravel()
+        grid = half.subplots(rows, IMAGES_PER_ROW, squeeze=False).ravel()
         for axes in grid[len(chosen) :]:
             axes.set_axis_off()
         for axes, k in zip(grid, chosen, strict=False):

@@ -5,7 +5,7 @@ A run is a row of the table `runs`: its name `run`, the `key` of its splits, the
 `test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores` and `heldout_weights`
 (n,); of the pool `pool_weights`, `pool_labels`, `pool_influence`, `pool_influence_variance` and
 `pool_evidence` (N,); and `history_step` (S,), `history_weights`, `history_confidence` (S, N).
-`truth` holds by key `pool_…` and `heldout_…`: `sources` (codes into `kinds`), `classes` (−1: OOD)
+`truth` holds by key `pool_…` and `heldout_…`: `sources` (codes of `OOD_KINDS`), `classes` (−1: OOD)
 and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would need more than there is
 becomes NaN, or has no row.
 """
@@ -42,7 +42,8 @@ SCORES = (
     *("worst_class_kept", "pool_weight_right", "pool_weight_wrong", "right_labels"),
     *("auroc_influence", "auroc_influence_near", "auroc_influence_labels"),
 )
-NEAR = "unseen"
+# The code of the OOD images that are nearest to in-distribution ones.
+NEAR_CODE = KIND_NAMES.index("unseen")
 
 
 def require_same_data(runs: pd.DataFrame, manifest: Mapping[str, Any]) -> None:
@@ -69,7 +70,6 @@ def judge_runs(
     predictions: Predictions,
     truth: Mapping[str, Arrays],
     test_labels: Mapping[str, Arrays],
-    kinds: Sequence[str] = KIND_NAMES,
 ) -> pd.DataFrame:
     """One row a run, with what it is worth.
 
@@ -91,25 +91,24 @@ def judge_runs(
         influences `auroc_influence` (against OOD), `auroc_influence_near` (against unseen
         classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
     """
-    near = list(kinds).index(NEAR) if NEAR in kinds else -1
     rows: list[dict[Any, Any]] = []
     for run in runs.to_dict("records"):
         known, labels = (part.get(run["key"], {}) for part in (truth, test_labels))
-        rows.append({**run, **_judge(predictions[run["run"]](), known, labels, near)})
+        rows.append({**run, **_judge(predictions[run["run"]](), known, labels)})
     columns = [name for name in runs.columns if name not in ("key", "pool")]
     return pd.DataFrame(rows, columns=[*columns, *SCORES]).astype(dict.fromkeys(SCORES, float))
 
 
-def _judge(found: Arrays, truth: Arrays, labels: Arrays, near: int) -> dict[str, float]:
+def _judge(found: Arrays, truth: Arrays, labels: Arrays) -> dict[str, float]:
     scores: dict[str, float] = {}
     if "labels" in labels and "test_probabilities" in found:
         scores |= _on_test(found["test_probabilities"].astype(np.float64), labels)
     if "heldout_sources" in truth and "heldout_probabilities" in found:
-        scores |= _on_heldout(found, truth, near)
+        scores |= _on_heldout(found, truth)
     if "pool_sources" in truth and "pool_weights" in found:
         scores |= _on_pool(found, truth)
     if "pool_sources" in truth and "pool_influence" in found:
-        scores |= _on_influence(found, truth, near)
+        scores |= _on_influence(found, truth)
     return scores
 
 
@@ -124,9 +123,9 @@ def _on_test(probabilities: NDArray[np.float64], truth: Arrays) -> dict[str, flo
     }
 
 
-def _on_heldout(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
+def _on_heldout(found: Arrays, truth: Arrays) -> dict[str, float]:
     probabilities, sources = found["heldout_probabilities"], truth["heldout_sources"]
-    is_id, is_near = sources == 0, sources == near
+    is_id, is_near = sources == 0, sources == NEAR_CODE
     confidence, correct = confidence_and_correct(probabilities, truth["heldout_classes"])
     scores, weights = found["heldout_scores"], found["heldout_weights"].astype(np.float64)
     return {
@@ -160,13 +159,13 @@ def _on_pool(found: Arrays, truth: Arrays) -> dict[str, float]:
     return scores
 
 
-def _on_influence(found: Arrays, truth: Arrays, near: int) -> dict[str, float]:
+def _on_influence(found: Arrays, truth: Arrays) -> dict[str, float]:
     influence, sources = found["pool_influence"], truth["pool_sources"]
     measured = ~np.isnan(influence)
     is_id = measured & (sources == 0)
     scores = {
         "auroc_influence": auroc(influence, is_id, measured & ~is_id),
-        "auroc_influence_near": auroc(influence, is_id, measured & (sources == near)),
+        "auroc_influence_near": auroc(influence, is_id, measured & (sources == NEAR_CODE)),
     }
     if "pool_labels" in found:
         right = found["pool_labels"] == truth["pool_classes"]
@@ -206,7 +205,6 @@ def trace_weights(
     predictions: Predictions,
     truth: Mapping[str, Arrays],
     threshold: float,
-    kinds: Sequence[str] = KIND_NAMES,
 ) -> pd.DataFrame:
     """Mean weight and mask rate of each kind of pool images, through training.
 
@@ -215,23 +213,21 @@ def trace_weights(
         confidence of at least `threshold`, and `images`, how many there are.
     """
     tables = [
-        _trace(
-            predictions[run["run"]](), truth[run["key"]]["pool_sources"], kinds, threshold
-        ).assign(**{name: run[name] for name in RUN})
+        _trace(predictions[run["run"]](), truth[run["key"]]["pool_sources"], threshold).assign(
+            **{name: run[name] for name in RUN}
+        )
         for run in runs.to_dict("records")
         if "pool_sources" in truth.get(run["key"], ())
     ]
     return _stack(tables, (*RUN, "step", "kind", "weight", "mask_rate", "images"))
 
 
-def _trace(
-    found: Arrays, codes: NDArray[np.int64], kinds: Sequence[str], threshold: float
-) -> pd.DataFrame:
+def _trace(found: Arrays, codes: NDArray[np.int64], threshold: float) -> pd.DataFrame:
     steps = found.get("history_step", np.zeros(0, int))
     tables = [pd.DataFrame({"step": []})]
     for code in np.unique(codes) if len(steps) else ():
         mine = codes == code
-        table = pd.DataFrame({"step": steps, "kind": kinds[code]})
+        table = pd.DataFrame({"step": steps, "kind": KIND_NAMES[code]})
         table["weight"] = found["history_weights"][:, mine].mean(axis=1, dtype=np.float64)
         table["mask_rate"] = (found["history_confidence"][:, mine] >= threshold).mean(axis=1)
         tables.append(table.assign(images=int(mine.sum())))

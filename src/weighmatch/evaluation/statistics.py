@@ -11,10 +11,10 @@ from scipy import stats
 Floats = NDArray[np.floating[Any]]
 
 # Up to this many seeds all sign patterns are enumerated; beyond, they are sampled.
-EXACT_SEEDS = 16
+MAX_EXACT_SEEDS = 16
 RESAMPLES = 20_000
-# Points: what rounding leaves of a gap of no image.
-NO_GAP = 1e-9
+# A gap of fewer points is no image's, but what rounding leaves.
+MIN_GAP = 1e-9
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def sign_flip_test(differences: Floats) -> float:
     Exact up to 16 seeds (Fisher, 1935, section 21), else from 20,000 random patterns.
     """
     n = len(differences)
-    if n <= EXACT_SEEDS:
+    if n <= MAX_EXACT_SEEDS:
         signs = np.array(list(product((1.0, -1.0), repeat=n)))
     else:
         rng = np.random.default_rng(0)
@@ -104,7 +104,7 @@ def gap_closed(arm: Floats, baseline: Floats, oracle: Floats) -> GapClosed:
     The interval resamples seeds; resamples without a gap are left out of it.
     """
     gap = float((oracle - baseline).mean())
-    if gap <= NO_GAP:
+    if gap <= MIN_GAP:
         return GapClosed(None, None, None)
     share = float((arm - baseline).mean()) / gap
     n = len(arm)
@@ -113,7 +113,7 @@ def gap_closed(arm: Floats, baseline: Floats, oracle: Floats) -> GapClosed:
     drawn = np.random.default_rng(0).integers(0, n, (RESAMPLES // 2, n))
     gaps = (oracle - baseline)[drawn].mean(axis=1)
     gains = (arm - baseline)[drawn].mean(axis=1)
-    there = gaps > NO_GAP
+    there = gaps > MIN_GAP
     shares = gains[there] / gaps[there]
     low, high = np.quantile(shares, (0.025, 0.975))
     return GapClosed(share, float(low), float(high))

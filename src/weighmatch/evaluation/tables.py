@@ -41,15 +41,16 @@ def by_cell(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
     Cells are in the order of the table, those that differ in the ratio alone by the ratio.
     """
-    named = [name for name in ("regime", "source") if table[name].nunique() > 1]
-    labels_differ = table["labels_per_class"].nunique(dropna=False) > 1
+    told = [name for name in ("regime", "source") if table[name].nunique() > 1]
+    labels_differ = table["labels_per_class"].nunique() > 1
     cells: dict[str, list[tuple[float, str, pd.DataFrame]]] = {}
-    for values, rows in table.groupby(list(CELL), sort=False, dropna=False):
-        cell = dict(zip(CELL, values, strict=True))
-        parts = [str(cell[name]).replace("_", " ") for name in ("setting", *named)]
-        if labels_differ:
-            parts.append(f"{cell['labels_per_class']} labels a class")
-        name, ratio = ", ".join(parts), float(rows["ratio"].iloc[0])
+    for _, rows in table.groupby(list(CELL), sort=False, dropna=False):
+        cell = rows.iloc[0]
+        name = ", ".join(
+            [str(cell["setting"]), *(str(cell[column]).replace("_", " ") for column in told)]
+        )
+        name += f", {cell['labels_per_class']} labels a class" if labels_differ else ""
+        ratio = float(cell["ratio"])
         title = name if np.isnan(ratio) else f"{name}: {100 * ratio:.0f} % of the pool OOD"
         cells.setdefault(name, []).append((ratio, title, rows))
     return [
