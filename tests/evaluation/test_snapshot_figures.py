@@ -42,6 +42,18 @@ def test_a_line_a_stage_and_solver_ends_without_curvature():
         assert exact.get_color() == near.get_color()
         assert exact.get_ydata() == pytest.approx([0.65] * 4)
         assert near.get_ydata() == pytest.approx([0.66] * 3 + [0.65])
+        # Two stages stand .08 apart at each damping.
+        assert exact.get_xdata() == pytest.approx([-1.96, -0.96, 0.04, 1.04])
+        confidence = [line for line in axes.get_lines() if line.get_linestyle() == ":"]
+        assert [list(line.get_ydata()) for line in confidence] == [[0.5, 0.5]] * 2
+        # The 95 % t interval of two seeds that lie .1 apart: a vertical bar a damping.
+        bars = [line for line in axes.get_lines() if line.get_alpha() == 0.6]
+        assert len(bars) == 8
+        for bar in bars:
+            assert bar.get_xdata()[0] == bar.get_xdata()[1]
+            assert list(bar.get_ydata()) == pytest.approx(
+                [0.65 - 0.63531, 0.65 + 0.63531], abs=1e-5
+            )
         ticks = [label.get_text().replace("\n", " ") for label in axes.get_xticklabels()]
         assert ticks == ["weight decay only", "0.1", "1", "no curvature"]
         assert list(axes.get_xticks()) == [-2, -1, 0, 1]
