@@ -44,7 +44,7 @@ def choose_run(runs: pd.DataFrame) -> Mapping[Any, Any]:
     Learned weights are shown if they were trained, or else another arm that weighs, rivals and
     those that score new images first.
     """
-    first = runs[(runs[list(CELL)].astype(str) == runs[list(CELL)].astype(str).iloc[0]).all(axis=1)]
+    _, first = next(iter(runs.groupby(list(CELL), sort=False, dropna=False)))
 
     def rank(run: Mapping[Any, Any]) -> tuple[Any, ...]:
         arm = get_arm(run["arm"])

@@ -37,7 +37,7 @@ def collect_runs(
         lines += [{"run": name, **line} for line in run.log]
     measured = pd.DataFrame(rows, columns=["run", "seconds", "update_seconds", "mask_rate", "pool"])
     known = pd.concat([table for table in (trained_runs, oracle_runs) if len(table)])
-    cells = pd.DataFrame(manifest["cells"])[CELL]
+    cells = pd.DataFrame(manifest["cells"])[CELL].astype({"ratio": float})
     if not set(known["key"]) <= set(cells["key"]):
         raise ValueError(
             "the checkpoints are not of the data in the data folder; run the pipeline training"
