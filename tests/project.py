@@ -43,19 +43,22 @@ def file_of(module):
 
 
 def imported(path):
-    """The modules that a file imports, also within functions and for types alone."""
+    """The modules that a file imports, also within functions, by their names or for types alone."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (part.value for part in node.args if isinstance(part, ast.Constant))
 
 
 def code_behind(*modules):
     """The files of this project that modules depend on, directly or not.
 
-    A package that looks for its modules at run time depends on all of them.
+    A package that looks for its modules when it is imported depends on all of them, and a module
+    on a template that it names.
     """
     found, waiting = set(), list(modules)
     while waiting:
@@ -64,22 +67,22 @@ def code_behind(*modules):
         if file is None or file in found or file == SOURCE / "__init__.py":
             continue
         found.add(file)
-        waiting += [module.rpartition(".")[0], *imported(file)]
+        waiting += imported(file)
         text = file.read_text()
-        if "iter_modules" in text or "import_module" in text:
+        if "iter_modules(__path__)" in text:
             waiting += [f"{module}.{other.stem}" for other in file.parent.glob("*.py")]
-            waiting += [f"{module}.{other.parent.name}" for other in file.parent.glob("*/*.py")]
         found |= {other for other in file.parent.glob("*.j2") if other.name in text}
     return found
 
 
-def as_folders(files, folder=SOURCE):
-    """Files as few paths: a folder all of whose code is among them stands for it."""
+def as_paths(files):
+    """Files as few paths: folders for whole pipelines and for floors that are used as a whole."""
+    floors = ("data", "implicit", "io", "semisup", "studies")
     paths = set()
-    for place in folder.iterdir():
-        inside = {f for f in place.rglob("*") if f.suffix in (".py", ".j2")} or {place}
-        if place.is_dir() and inside - files:
-            paths |= as_folders(files, place)
-        elif inside <= files:
-            paths.add(str(place.relative_to(ROOT)))
-    return paths
+    for file in files:
+        floor, *rest = file.relative_to(SOURCE).parts
+        if floor in floors:
+            paths.add(SOURCE / floor)
+        else:
+            paths.add(SOURCE / floor / rest[0] if floor == "pipelines" else file)
+    return {str(path.relative_to(ROOT)) for path in paths}

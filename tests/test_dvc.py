@@ -7,9 +7,9 @@ import pytest
 import yaml
 from dvc.repo import Repo
 from dvc.utils.hydra import apply_overrides
-from kedro.framework.project import pipelines
+from kedro.framework.project import configure_project, pipelines
 
-from tests.project import ROOT, as_folders, code_behind, load_context, path_of
+from tests.project import ROOT, as_paths, code_behind, load_context, path_of
 
 ENVIRONMENTS = {"main": "base", "benchmark": "experiments/benchmark"}
 
@@ -17,6 +17,7 @@ ENVIRONMENTS = {"main": "base", "benchmark": "experiments/benchmark"}
 @pytest.fixture(scope="module")
 def stages():
     """The resolved stages, by (job, pipeline)."""
+    configure_project("weighmatch")  # a run by names before it knows these alone
     found = {}
     for stage in Repo(str(ROOT)).index.stages:
         _, _, _, environment, _, pipeline = stage.cmd.split()
@@ -61,7 +62,7 @@ def test_stages_name_all_files_and_code_that_they_depend_on(stages, catalogs):
         modules = {type(dataset).__module__ for dataset in kinds}
         modules |= {dataset._kind.__module__ for dataset in kinds if hasattr(dataset, "_kind")}
         code = code_behind(f"weighmatch.pipelines.{name}", *modules)
-        assert as_folders(code) == deps - data - conf, (job, name)
+        assert as_paths(code) == deps - data - conf, (job, name)
 
 
 def test_stages_depend_on_their_environment_and_on_the_groups_that_they_read(stages):
