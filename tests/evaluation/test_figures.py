@@ -94,7 +94,8 @@ def test_several_cells_have_a_panel_each():
         axes = draw(runs).axes
         titles = [panel.get_title(loc="left") for panel in axes]
         assert titles == ["near: 50 % of the pool OOD", "near: 75 % of the pool OOD"]
-        assert rows_of(axes[0]) == rows_of(axes[1])
+        assert rows_of(axes[0])[0] in ("oracle (OOD removed)", "learned weights, two stages")
+        assert axes[0].get_shared_y_axes().joined(*axes)
     for panel, ratio in zip(figures.draw_accuracy(runs).axes, (0.5, 0.75), strict=True):
         mine = runs[(runs["ratio"] == ratio) & (runs["arm"] == "oracle")]["accuracy"].tolist()
         check_seeds(panel, 0, get_arm("oracle").colour, mine)

@@ -1,6 +1,5 @@
 """Runs held against the truth, by hand."""
 
-import gc
 import math
 import weakref
 
@@ -140,7 +139,6 @@ def test_one_run_is_in_memory_at_a_time():
         pass
 
     def load():
-        gc.collect()
         most.append(sum(found() is not None for found in alive))
         found = Arrays(FOUND | POOL | {"pool_influence": np.ones(5)})
         alive.append(weakref.ref(found))

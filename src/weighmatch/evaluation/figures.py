@@ -77,7 +77,7 @@ def _panel_a_cell(
     columns = min(len(cells), 2)
     rows = -(-len(cells) // columns)
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
-    panels = make_grid(figure, rows, columns)
+    panels = make_grid(figure, rows, columns, sharey=True)
     for axes in panels[len(cells) :]:
         axes.remove()
     for axes, (title, _) in zip(panels, cells, strict=False):

@@ -44,7 +44,7 @@ def choose_run(runs: pd.DataFrame) -> Mapping[Any, Any]:
     Learned weights are shown if they were trained, or else another arm that weighs, rivals and
     those that score new images first.
     """
-    _, first = next(iter(runs.groupby(list(CELL), sort=False, dropna=False)))
+    first = runs.merge(runs[list(CELL)].head(1))
 
     def rank(run: Mapping[Any, Any]) -> tuple[Any, ...]:
         arm = get_arm(run["arm"])

@@ -110,9 +110,9 @@ def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
 def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of accuracy between arms within each cell.
 
-    Every arm is compared with each rival, a rival with those before it, and learned weights with
-    all other arms. Both arms have the same schedule. Where the other was not run in it, it is
-    taken online, unless it is a rival that can do without.
+    Every arm is compared with each rival, a rival with the rivals before it, and learned weights
+    with all other arms. Both arms have the same schedule. If the other arm was not run in that
+    schedule, its online runs stand in for it, unless it is a rival with more schedules than that.
 
     Args:
         scores: from `judge_runs`.
@@ -131,7 +131,7 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
 def _pairs(
     scores: pd.DataFrame, rivals: Callable[[Arm, Collection[str]], Sequence[Arm]]
 ) -> pd.DataFrame:
-    """One row a pair in a cell: every arm with those that `rivals` names among the arms there."""
+    """One row a pair in a cell: every arm beside those that `rivals` names for it."""
     rows = []
     for values, cell in scores.groupby(list(CELL), sort=False, dropna=False):
         arms = accuracies(cell)
@@ -176,12 +176,11 @@ def _compare(
     if not len(pairs):
         return {}
     row = dict(zip(DIFFERENCE, astuple(paired_difference(pairs[:, 0] - pairs[:, 1])), strict=True))
-    if goal is None:
-        return row
-    triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
-    return (
-        row | dict(zip(GAP, astuple(gap_closed(*triples.T)), strict=True)) if len(triples) else row
-    )
+    if goal is not None:
+        triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
+        if len(triples):
+            row |= dict(zip(GAP, astuple(gap_closed(*triples.T)), strict=True))
+    return row
 
 
 def _with_holm(table: pd.DataFrame, families: Iterable[str]) -> pd.DataFrame:
