@@ -18,6 +18,7 @@ BUDGETS = {
     "exact": (310,),
 }
 METHODS = list(BUDGETS)
+STAGES = ("0.5", "1.0", "indefinite")
 LABELS = {"gone": "gone"} | {
     "identity": "identity (no curvature)",
     "neumann": "Neumann series",
@@ -30,7 +31,7 @@ def error_of(network, stage, method, budget, seed=0):
     """A number that no other cell has."""
     if method == "exact":
         return 0.0
-    place = METHODS.index(method) + 10 * (network == "mlp-4") + 100 * (stage == "1.0")
+    place = METHODS.index(method) + 10 * (network == "mlp-4") + 100 * STAGES.index(stage)
     return (1 + place) / (1000 * budget) * (1 + 0.1 * seed)
 
 
@@ -63,9 +64,7 @@ def rows_of(network, stage, seed=0, **settings):
 @pytest.fixture(scope="module")
 def study():
     rows = []
-    for network, stage, seed in itertools.product(
-        ("mlp-4", "softmax"), ("0.5", "1.0", "indefinite"), (0, 1, 2)
-    ):
+    for network, stage, seed in itertools.product(("mlp-4", "softmax"), STAGES, (0, 1, 2)):
         rows += rows_of(network, stage, seed)
     # Other cells, which cost and progress must not show.
     rows += rows_of("softmax", "1.0", damping_ratio=0.5, hypergradient_error=77.0)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from weighmatch.evaluation.statistics import mean_interval
 
@@ -121,12 +122,16 @@ def compare_to(runs: pd.DataFrame, baseline: str = "conjugate_gradient") -> pd.D
         row = dict(zip(GROUP, key, strict=True))
         for column in ("final", "outer_loss", "gap", "at_equal_cost"):
             differences = (group[column] - group[f"{column}_base"]).dropna().to_numpy(np.float64)
-            low, high = mean_interval(differences)
             row[column] = float(differences.mean()) if len(differences) else np.nan
-            row[f"{column}_low"] = np.nan if low is None else low
-            row[f"{column}_high"] = np.nan if high is None else high
+            row[f"{column}_low"], row[f"{column}_high"] = interval(differences)
         rows.append({**row, "seeds": len(group)})
     return pd.DataFrame(rows)
+
+
+def interval(values: NDArray[np.float64], single: float = np.nan) -> tuple[float, float]:
+    """95 % t interval of a mean; twice `single` where there are fewer than two values."""
+    low, high = mean_interval(values)
+    return (single, single) if low is None or high is None else (low, high)
 
 
 def means(runs: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
@@ -145,15 +150,10 @@ def means(runs: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
         values = group[column].dropna().to_numpy(np.float64)
         if len(values) == 0:
             continue
-        low, high = mean_interval(values)
         mean = float(values.mean())
         # One seed has no interval: a dot is drawn.
-        found = {
-            "mean": mean,
-            "low": mean if low is None else low,
-            "high": mean if high is None else high,
-            "count": len(values),
-        }
+        low, high = interval(values, single=mean)
+        found = {"mean": mean, "low": low, "high": high, "count": len(values)}
         rows.append({**dict(zip(by, key, strict=True)), **found})
     return pd.DataFrame(rows)
 

@@ -5,11 +5,10 @@ import math
 import numpy as np
 import pandas as pd
 
-from weighmatch.evaluation.statistics import mean_interval
+from weighmatch.evaluation.meta_tables import interval
 
 # What tells the rows of one seed apart.
 POINT = ["stage", "score"]
-BEST = "optimum"
 
 
 def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +41,7 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
             found.append(("optimum − identity", np.nan, best - identity))
         for comparison, ratio, differences in found:
             values = differences.to_numpy(np.float64)
-            low, high = mean_interval(values)
+            low, high = interval(values)
             rows.append(
                 {
                     "stage": stage,
@@ -50,8 +49,8 @@ def compare_influence(quality: pd.DataFrame) -> pd.DataFrame:
                     "comparison": comparison,
                     "damping_ratio": ratio,
                     "auroc": float(values.mean()),
-                    "auroc_low": np.nan if low is None else low,
-                    "auroc_high": np.nan if high is None else high,
+                    "auroc_low": low,
+                    "auroc_high": high,
                     "seeds": len(values),
                 }
             )

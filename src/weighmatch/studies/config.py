@@ -3,14 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weighmatch.checks import (
-    require_boolean,
-    require_choice,
-    require_integer,
-    require_list,
-    require_number,
-    require_seeds,
-)
+from weighmatch.checks import require_choice, require_seeds
+from weighmatch.studies.checking import boolean, check_fields, each, integer, keep, number, workers
 
 NETWORKS = ("softmax", "mlp", "cnn")
 INDEFINITE = "indefinite"
@@ -26,9 +20,9 @@ class StudyConfig:
 
     Attributes:
         networks: "softmax", or "mlp-<width>" and "cnn-<width>".
-        seeds: of split, noise and initialisation.
-        inner: images that the inner loss is taken on, each with a weight.
-        outer: images that the outer loss is taken on.
+        seeds: seeds of split, noise and initialisation.
+        inner: number of images that the inner loss is taken on, each with a weight.
+        outer: number of images that the outer loss is taken on.
         label_noise: share of the inner images with a wrong label.
         steps: full-batch Adam steps of the inner training; L-BFGS then goes on to a minimum.
         stages: points of training, as fractions of `steps`; 1.0 is the minimum.
@@ -36,13 +30,13 @@ class StudyConfig:
         l2: strengths λ of the inner loss's (λ/2)‖θ‖².
         dampings: δ as multiples of the curvature's largest eigenvalue, on top of λ.
         budgets: `max_products` of the iterative methods, ranks and probes to match.
-        batches: random mini-batches of inner images, for the spread over them.
-        batch_size: their size.
+        batches: number of random mini-batches of inner images, for the spread over them.
+        batch_size: number of images in a mini-batch.
         largest_dense: parameters up to which the curvature of a network without normalisation is
             the Hessian; beyond, it is the Gauss-Newton matrix.
         all_combinations: every stage with every L2 and damping, instead of one at a time.
         memory_sizes: about how many parameters the networks have whose memory is measured.
-        workers: processes; "auto": one a core.
+        workers: number of processes; "auto": one a core.
     """
 
     networks: tuple[str, ...] = ("softmax", "mlp-16", "cnn-4")
@@ -64,14 +58,24 @@ class StudyConfig:
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("inner", "outer", "steps", "batch_size", "largest_dense"):
-            require_integer(f"ihvp_analysis.{name}", getattr(self, name), 1)
-        require_integer("ihvp_analysis.batches", self.batches, 0)
-        if self.workers != "auto":
-            require_integer("ihvp_analysis.workers", self.workers, 1)
-        for name in ("indefinite", "all_combinations"):
-            require_boolean(f"ihvp_analysis.{name}", getattr(self, name))
-        require_number("ihvp_analysis.label_noise", self.label_noise, 0, 1, below=False)
+        check_fields(
+            self,
+            "ihvp_analysis",
+            {
+                "inner outer steps batch_size largest_dense": integer(1),
+                "batches": integer(0),
+                "workers": workers,
+                "indefinite all_combinations": boolean,
+                "label_noise": number(0, 1),
+                "stages": each(number(0, 1)),
+                "l2": each(number(0, 10, above=True)),
+                "dampings": each(number(0, 10)),
+                "budgets": each(integer(4), in_order=True),
+                "memory_sizes": each(integer(100), in_order=True),
+                "seeds": require_seeds,
+                "networks": each(keep(lambda _, name: parse_network(name))),
+            },
+        )
         if self.inner + self.outer > 1797:
             raise ValueError(
                 f"ihvp_analysis.inner + ihvp_analysis.outer must be at most the 1797 digits there "
@@ -82,23 +86,6 @@ class StudyConfig:
                 f"ihvp_analysis.batch_size must be at most ihvp_analysis.inner ({self.inner}), "
                 f"got {self.batch_size}"
             )
-        for name, low, high in (("stages", 0, 1), ("l2", 0, 10), ("dampings", 0, 10)):
-            values = require_list(f"ihvp_analysis.{name}", getattr(self, name))
-            for value in values:
-                require_number(
-                    f"ihvp_analysis.{name}", value, low, high, above=name == "l2", below=False
-                )
-            object.__setattr__(self, name, values)
-        for name, low in (("budgets", 4), ("memory_sizes", 100)):
-            values = require_seeds(f"ihvp_analysis.{name}", getattr(self, name))
-            for value in values:
-                require_integer(f"ihvp_analysis.{name}", value, low)
-            object.__setattr__(self, name, tuple(sorted(values)))
-        object.__setattr__(self, "seeds", require_seeds("ihvp_analysis.seeds", self.seeds))
-        networks = require_list("ihvp_analysis.networks", self.networks)
-        for network in networks:
-            parse_network(network)
-        object.__setattr__(self, "networks", networks)
 
 
 def parse_network(name: Any) -> tuple[str, int]:

@@ -1,16 +1,18 @@
 """Parameters of the meta-learning study (`params:meta_learning_analysis`)."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from weighmatch.checks import (
-    require_boolean,
-    require_choice,
-    require_group,
-    require_integer,
-    require_list,
-    require_number,
-    require_seeds,
+from weighmatch.checks import require_group, require_seeds
+from weighmatch.studies.checking import (
+    boolean,
+    check_fields,
+    choice,
+    each,
+    integer,
+    keep,
+    number,
+    workers,
 )
 from weighmatch.studies.methods import METHOD_NAMES, require_method
 from weighmatch.studies.names import (
@@ -31,34 +33,34 @@ class MetaLearningConfig:
     """What is run, and how long.
 
     Attributes:
-        seeds: of the study of generalisation; everything else takes the first so many.
+        seeds: seeds of the study of generalisation; everything else takes the first so many.
         problems: names of `weighmatch.studies.problems`.
-        map_problems: those of the map of generalisation.
-        methods: of the widest comparison, on the first problem.
-        core_methods: of all other comparisons.
-        exact_everywhere: the exact hypergradient among the core methods of every problem.
-        converged_problems: those that are also trained to convergence for every φ.
-        inner: inner images (the contaminated pool has 24 labelled ones besides).
-        outer: outer images, save where they are varied.
+        map_problems: problems in the map of generalisation.
+        methods: methods of the widest comparison, on the first problem.
+        core_methods: methods of all other comparisons.
+        exact_everywhere: whether the exact hypergradient is among the core methods everywhere.
+        converged_problems: problems that are also trained to convergence for every φ.
+        inner: number of inner images (the contaminated pool has 24 labelled ones besides).
+        outer: number of outer images, save where it is varied.
         outer_images: numbers of outer images in the map of generalisation.
         dampings: δ/λ_max in that map.
         inner_steps: T in that map; the first is T everywhere else.
         label_noise: share of wrong labels.
         hidden: width of the MLP.
-        outer_steps: updates of φ.
-        budget: products.
-        forgetting_seeds: number of seeds of that study.
-        forgetting_steps: updates of φ there.
+        outer_steps: number of updates of φ.
+        budget: number of products.
+        forgetting_seeds: number of seeds of the study of forgetting.
+        forgetting_steps: number of updates of φ there.
         steps: α·λ_max at the start in the map of instability.
-        sources: of instability, names of `names.DISTURBANCES`.
-        remedies: names of `names.REMEDIES`; "all" are together whatever is listed here, and
-            "all but backtracking" is all of them but that one.
+        sources: sources of instability, names of `names.DISTURBANCES`.
+        remedies: names of `names.REMEDIES`. "all" puts all of them together, whatever is listed
+            here, and "all but backtracking" all but that one.
         instability_seeds: number of seeds of that map.
-        widths: of the MLPs of the study of efficiency; P is 75 times the width.
-        budgets: products there.
+        widths: widths of the MLPs of the study of efficiency; P is 75 times the width.
+        budgets: numbers of products there.
         efficiency_seeds: number of seeds there; one for networks of more than 50,000 parameters.
-        snapshots: of the study of influence in FixMatch.
-        workers: processes; "auto": one a core.
+        snapshots: parameters of the study of influence in FixMatch.
+        workers: number of processes; "auto": one a core.
     """
 
     seeds: tuple[int, ...] = tuple(range(10))
@@ -96,46 +98,35 @@ class MetaLearningConfig:
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", require_seeds(f"{GROUP}.seeds", self.seeds))
-        for name, choices in (
-            ("problems", PROBLEM_NAMES),
-            ("converged_problems", PROBLEM_NAMES),
-            ("map_problems", PROBLEM_NAMES),
-            ("sources", tuple(DISTURBANCES)),
-            ("remedies", tuple(REMEDIES)),
-        ):
-            self._list(name, lambda v, n=name, c=choices: require_choice(f"{GROUP}.{n}", v, c))
-        for name in ("methods", "core_methods"):
-            self._list(name, lambda v, n=name: require_method(f"{GROUP}.{n}", v))
-        for name, low in (
-            ("outer_images", 1),
-            ("inner_steps", 1),
-            ("widths", 1),
-            ("budgets", 4),
-        ):
-            self._list(name, lambda v, n=name, m=low: require_integer(f"{GROUP}.{n}", v, m))
-        self._list("dampings", lambda v: require_number(f"{GROUP}.dampings", v, 0, 100))
-        self._list("steps", lambda v: require_number(f"{GROUP}.steps", v, 0, 10, above=True))
-        require_number(f"{GROUP}.label_noise", self.label_noise, 0, 1, below=False)
-        for name, low in (
-            ("inner", 21),  # more than the mini-batches of the map of instability
-            ("outer", 1),
-            ("hidden", 1),
-            ("outer_steps", 1),
-            ("budget", 4),
-            ("forgetting_seeds", 1),
-            ("forgetting_steps", 4),
-            ("instability_seeds", 1),
-            ("efficiency_seeds", 1),
-        ):
-            require_integer(f"{GROUP}.{name}", getattr(self, name), low)
+        check_fields(
+            self,
+            GROUP,
+            {
+                "seeds": require_seeds,
+                "problems converged_problems map_problems": each(choice(PROBLEM_NAMES)),
+                "methods core_methods": each(keep(require_method)),
+                "sources": each(choice(tuple(DISTURBANCES))),
+                "remedies": each(choice(tuple(REMEDIES))),
+                "outer_images inner_steps widths": each(integer(1)),
+                "budgets": each(integer(4)),
+                "dampings": each(number(0, 100, below=True)),
+                "steps": each(number(0, 10, above=True, below=True)),
+                "label_noise": number(0, 1),
+                "inner": integer(21),  # more than the mini-batches of the map of instability
+                "outer hidden outer_steps": integer(1),
+                "forgetting_seeds instability_seeds efficiency_seeds": integer(1),
+                "budget forgetting_steps": integer(4),
+                "exact_everywhere": boolean,
+                "workers": workers,
+                "snapshots": lambda name, value: require_group(name, value, SnapshotConfig),
+            },
+        )
         for name in ("forgetting_seeds", "instability_seeds", "efficiency_seeds"):
             if getattr(self, name) > len(self.seeds):
                 raise ValueError(
                     f"{GROUP}.{name} must be at most the number of {GROUP}.seeds "
                     f"({len(self.seeds)}), got {getattr(self, name)}"
                 )
-        require_boolean(f"{GROUP}.exact_everywhere", self.exact_everywhere)
         for name in ("budget", "budgets"):
             largest = max(self.budgets) if name == "budgets" else self.budget
             if largest > self.inner_steps[0]:
@@ -145,10 +136,6 @@ class MetaLearningConfig:
                     f"got {largest}"
                 )
         self._check_images()
-        if self.workers != "auto":
-            require_integer(f"{GROUP}.workers", self.workers, 1)
-        group = require_group(f"{GROUP}.snapshots", self.snapshots, SnapshotConfig)
-        object.__setattr__(self, "snapshots", group)
 
     def _check_images(self) -> None:
         """Every experiment finds the images it needs among the digits."""
@@ -168,9 +155,3 @@ class MetaLearningConfig:
                     f"{list(self.outer_images)} and {test} test images, and there are {there}; "
                     f"make {cure} smaller"
                 )
-
-    def _list(self, name: str, check: Any) -> None:
-        values = require_list(f"{GROUP}.{name}", getattr(self, name))
-        for value in values:
-            check(value)
-        object.__setattr__(self, name, values)

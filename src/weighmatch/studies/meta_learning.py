@@ -24,7 +24,7 @@ from weighmatch.studies.snapshots import influence_quality
 
 # Exact curvature of more parameters than this is out of reach of a study.
 LARGEST_EXACT = 1500
-# Columns of `iml.train` that a run has where it measures them.
+# Columns of `iml.train` that a run has only where it measures them.
 SOMETIMES = (
     "retrained_accuracy",
     "residual",
@@ -36,10 +36,13 @@ SOMETIMES = (
     "largest_eigenvalue",
     "step_sharpness",
 )
-# More than these and one seed, fewer methods and half of the steps have to do.
+# Networks of more parameters have one seed, fewer methods and half of the steps.
 LARGE = 50_000
-# Hypergradients that need inner steps, or nothing to differentiate.
+# Methods of the study of efficiency for networks that are not large.
+SMALL_ONLY = ("neumann", "nystrom")
+# Methods that need inner steps, or have nothing to differentiate.
 ONLINE = ("none", "unrolled", "sama")
+FORGETTING_METHODS = ("identity", "neumann", "conjugate_gradient", "exact")
 # How far Adam can move the logarithm of a weight decay where instability is mapped.
 TRAVEL = 9.9
 
@@ -51,11 +54,11 @@ class Run:
     Attributes:
         experiment: "generalisation", "map", "forgetting", "instability" or "efficiency".
         case: what the experiment varies, in words.
-        problem: name.
-        size: of the problem.
-        training: how.
-        seed: of data, initial parameters and mini-batches.
-        memory: measure the peak memory of one hypergradient too.
+        problem: name of the problem.
+        size: how large the problem is.
+        training: how it is trained on.
+        seed: seed of data, initial parameters and mini-batches.
+        memory: whether the peak memory of one hypergradient is measured too.
     """
 
     experiment: str
@@ -69,53 +72,47 @@ class Run:
 
 def generalisation(config: MetaLearningConfig) -> Iterator[Run]:
     """All methods on the first problem, the core ones on the others, online and converged."""
-    steps = config.inner_steps[0]
     online = Training(
         outer_steps=config.outer_steps,
-        inner_steps=steps,
+        inner_steps=config.inner_steps[0],
         budget=config.budget,
         curvature="gauss_newton",
     )
     # As far as online training moves φ, in a third of the steps.
     converged = replace(online, converge=True, outer_steps=max(1, config.outer_steps // 3))
     exact = ("exact",) if config.exact_everywhere else ()
-    for number, problem in enumerate(config.problems):
-        methods = config.methods if number == 0 else (*config.core_methods, *exact)
-        for method in dict.fromkeys(methods):
-            for seed in config.seeds:
-                training = replace(online, method=method)
-                yield Run(
-                    "generalisation", "online", problem, _size(config, problem), training, seed
-                )
-        if problem not in config.converged_problems:
-            continue
-        rate = 3 * PROBLEMS[problem].outer_rate
-        for method in dict.fromkeys((*(m for m in config.core_methods if m not in ONLINE), *exact)):
-            for seed in config.seeds:
+    core = (*config.core_methods, *exact)
+    for problem in config.problems:
+        size = _size(config, problem)
+        methods = config.methods if problem == config.problems[0] else core
+        for method, seed in itertools.product(dict.fromkeys(methods), config.seeds):
+            training = replace(online, method=method)
+            yield Run("generalisation", "online", problem, size, training, seed)
+        if problem in config.converged_problems:
+            rate = 3 * PROBLEMS[problem].outer_rate
+            methods = tuple(dict.fromkeys(m for m in core if m not in ONLINE))
+            for method, seed in itertools.product(methods, config.seeds):
                 training = replace(converged, method=method, outer_rate=rate)
-                size = _size(config, problem)
                 yield Run("generalisation", "converged", problem, size, training, seed)
 
 
 def overfitting(config: MetaLearningConfig) -> Iterator[Run]:
     """Number of outer images × damping × T, and the exact hypergradient, on some problems."""
-    for problem, images, steps in itertools.product(
-        config.map_problems, config.outer_images, config.inner_steps
+    methods = [*(("conjugate_gradient", damping) for damping in config.dampings), ("exact", 0.0)]
+    for problem, images, steps, (method, damping), seed in itertools.product(
+        config.map_problems, config.outer_images, config.inner_steps, methods, config.seeds
     ):
         # Softmax regression: its Hessian is its Gauss-Newton matrix, so that there is an exact
         # hypergradient at every point.
         size = replace(_size(config, problem), outer=images, hidden=0)
-        damped = [("conjugate_gradient", damping) for damping in config.dampings]
-        for method, damping in [*damped, ("exact", 0.0)]:
-            training = Training(
-                method=method,
-                outer_steps=config.outer_steps,
-                inner_steps=steps,
-                budget=config.budget,
-                damping=damping,
-            )
-            for seed in config.seeds:
-                yield Run("map", f"T = {steps}", problem, size, training, seed)
+        training = Training(
+            method=method,
+            outer_steps=config.outer_steps,
+            inner_steps=steps,
+            budget=config.budget,
+            damping=damping,
+        )
+        yield Run("map", f"T = {steps}", problem, size, training, seed)
 
 
 def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
@@ -127,6 +124,8 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
     not stationary.
     """
     size = replace(_size(config, "weight_decay"), l2=1e-3)
+    large = replace(size, outer=4 * size.outer)
+    own_rate = PROBLEMS["weight_decay"].outer_rate
     online = Training(
         outer_steps=config.forgetting_steps,
         inner_steps=config.inner_steps[0],
@@ -135,17 +134,19 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
         diagnose=max(1, config.forgetting_steps // 3),
         retrain=True,
         # Fast enough to see in these steps what slower learning sees later.
-        outer_rate=1.5 * PROBLEMS["weight_decay"].outer_rate,
+        outer_rate=1.5 * own_rate,
     )
     usual = replace(online, automatic_step=False, neumann_step=True)
     # A minimum is further from the last one than T steps go: fewer updates, each three times as
     # far.
     fewer = max(1, config.forgetting_steps // 6)
-    rate = 4.5 * PROBLEMS["weight_decay"].outer_rate
     converged = replace(
-        online, converge=True, outer_steps=fewer, outer_rate=rate, diagnose=max(1, fewer // 3)
+        online,
+        converge=True,
+        outer_steps=fewer,
+        outer_rate=4.5 * own_rate,
+        diagnose=max(1, fewer // 3),
     )
-    large = replace(size, outer=4 * size.outer)
     cases = (
         ("as usual", size, usual),
         ("stable step", size, online),
@@ -153,11 +154,10 @@ def forgetting(config: MetaLearningConfig) -> Iterator[Run]:
         ("converged", size, converged),
         ("converged, large outer set", large, converged),
     )
-    for case, drawn, training in cases:
-        for method in ("identity", "neumann", "conjugate_gradient", "exact"):
-            for seed in config.seeds[: config.forgetting_seeds]:
-                chosen = replace(training, method=method)
-                yield Run("forgetting", case, "weight_decay", drawn, chosen, seed)
+    methods, seeds = FORGETTING_METHODS, config.seeds[: config.forgetting_seeds]
+    for (case, drawn, training), method, seed in itertools.product(cases, methods, seeds):
+        chosen = replace(training, method=method)
+        yield Run("forgetting", case, "weight_decay", drawn, chosen, seed)
 
 
 def instability(config: MetaLearningConfig) -> Iterator[Run]:
@@ -176,25 +176,21 @@ def instability(config: MetaLearningConfig) -> Iterator[Run]:
         diagnose=max(1, config.outer_steps * 3 // 4),
     )
     every = {k: v for settings in REMEDIES.values() for k, v in settings.items()}
-    others = {k: v for k, v in every.items() if k not in REMEDIES["backtracking"]}
+    cures: dict[str, dict[str, Any]] = {"without": {}}
+    cures |= {remedy: REMEDIES[remedy] for remedy in config.remedies}
+    if "backtracking" in cures:
+        others = {k: v for k, v in every.items() if k not in REMEDIES["backtracking"]}
+        cures["all but backtracking"] = others
+    cures["all"] = every
     middle = config.steps[len(config.steps) // 2]
-    alone = {remedy: REMEDIES[remedy] for remedy in config.remedies}
-    cures: dict[str, dict[str, Any]] = {
-        "without": {},
-        **alone,
-        **({"all but backtracking": others} if "backtracking" in alone else {}),
-        "all": every,
-    }
-    for source in config.sources:
-        harm = DISTURBANCES[source]
-        size = replace(_size(config, "weight_decay"), l2=1e-3, normalised="BatchNorm" in source)
-        for remedy, cure in cures.items():
-            steps = config.steps if remedy in ("without", "all") else (middle,)
-            for step in steps:
-                training = replace(short, step=step, **(harm | cure))
-                for seed in config.seeds[: config.instability_seeds]:
-                    case = f"{source} | {remedy}"
-                    yield Run("instability", case, "weight_decay", size, training, seed)
+    for source, (remedy, cure) in itertools.product(config.sources, cures.items()):
+        normalised = "BatchNorm" in source
+        size = replace(_size(config, "weight_decay"), l2=1e-3, normalised=normalised)
+        steps = config.steps if remedy in ("without", "all") else (middle,)
+        for step, seed in itertools.product(steps, config.seeds[: config.instability_seeds]):
+            training = replace(short, step=step, **(DISTURBANCES[source] | cure))
+            case = f"{source} | {remedy}"
+            yield Run("instability", case, "weight_decay", size, training, seed)
 
 
 def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
@@ -202,36 +198,28 @@ def efficiency(config: MetaLearningConfig) -> Iterator[Run]:
     problem = config.problems[0]
     for width in config.widths:
         parameters = 75 * width
-        iterative: tuple[str, ...] = ("conjugate_gradient", "unrolled")
-        if parameters <= LARGE:
-            iterative = (*iterative, "neumann", "nystrom")
-        seeds = config.seeds[: 1 if parameters > LARGE else config.efficiency_seeds]
-        size = replace(_size(config, problem), hidden=width)
+        is_large = parameters > LARGE
         choices = [("none", 4), ("identity", 4), ("darts", 4)]
-        choices += [(method, budget) for method in iterative for budget in config.budgets]
+        iterative = ["conjugate_gradient", "unrolled", *([] if is_large else SMALL_ONLY)]
+        choices += itertools.product(iterative, config.budgets)
         if parameters <= LARGEST_EXACT:
             choices.append(("exact", 4))
-        for method, budget in choices:
+        seeds = config.seeds[: 1 if is_large else config.efficiency_seeds]
+        for (method, budget), seed in itertools.product(choices, seeds):
             training = Training(
                 method=method,
                 budget=budget,
                 curvature="gauss_newton",
                 damping=0.1,
-                outer_steps=max(1, config.outer_steps // (6 if parameters > LARGE else 3)),
+                outer_steps=max(1, config.outer_steps // (6 if is_large else 3)),
                 inner_steps=config.inner_steps[0],
                 dtype="float32",
-                outer_rate=(4 if parameters > LARGE else 2) * PROBLEMS[problem].outer_rate,
+                outer_rate=(4 if is_large else 2) * PROBLEMS[problem].outer_rate,
             )
-            for seed in seeds:
-                yield Run(
-                    "efficiency",
-                    f"P = {parameters + 10}",
-                    problem,
-                    size,
-                    training,
-                    seed,
-                    memory=seed == seeds[0] and method != "none",
-                )
+            size = replace(_size(config, problem), hidden=width)
+            memory = seed == seeds[0] and method != "none"
+            case = f"P = {parameters + 10}"
+            yield Run("efficiency", case, problem, size, training, seed, memory)
 
 
 def run_all(
@@ -312,7 +300,7 @@ def _train(images: NDArray[np.uint8], labels: NDArray[np.int64], run: Run) -> pd
 
 
 def _described(run: Run, rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of a training with what they are of in front."""
+    """Rows of a training; the first columns say which one it is."""
     common = {
         "experiment": run.experiment,
         "case": run.case,

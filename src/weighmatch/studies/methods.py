@@ -43,7 +43,7 @@ class HypergradientMethod:
         operator: what it inverts: the "curvature" of the study, the same with the "factors" of
             its layers, or, of the data term alone, the "gauss_newton" matrix or the empirical
             "fisher".
-        trains: whether the study of meta-learning has it.
+        untrained: whether the study of meta-learning leaves it out.
         minor: whether figures with room for few methods leave it out.
     """
 
@@ -57,7 +57,7 @@ class HypergradientMethod:
     budgeted: bool = False
     reserve: int = 0
     operator: Literal["curvature", "factors", "gauss_newton", "fisher"] = "curvature"
-    trains: bool = True
+    untrained: bool = False
     minor: bool = False
 
     def build(self, damping: float, budget: int, **more: Any) -> "Method":
@@ -74,92 +74,79 @@ class HypergradientMethod:
         return kind(damping=damping, **{**arguments, **self.settings})
 
 
-def _row(name: str, label: str, colour: str, marker: str = "o", **more: Any) -> HypergradientMethod:
-    return HypergradientMethod(name, label, colour, marker, **more)
+def _row(
+    name: str, label: str, look: str, solver: str = "", flags: str = "", **more: Any
+) -> HypergradientMethod:
+    """A row; its look is a colour and a marker, its flags are names of fields that are true."""
+    colour, _, marker = look.partition(" ")
+    more |= dict.fromkeys(flags.split(), True)
+    return HypergradientMethod(name, label, colour, marker or "o", solver, **more)
 
 
-_CG: dict[str, Any] = {"solver": "ConjugateGradient", "budgeted": True}
-_NYSTROM: dict[str, Any] = {"solver": "Nystrom", "budgeted": True}
+_FIXED = {"extrapolate": False}
+_PLAIN = {"complement": "damping"}
+_CORRECTED = {"eigenvalue_corrected": True}
+_CG = "ConjugateGradient"
 _ROWS = (
-    _row("none", "no outer learning", GREY, "x"),
-    _row("identity", "identity (no curvature)", GREY, "s", solver="Identity"),
-    _row(
-        "neumann",
-        "Neumann series",
-        ORANGE,
-        solver="Neumann",
-        budgeted=True,
-        settings={"extrapolate": False},
-    ),
-    _row(
-        "neumann_extrapolated",
-        "Neumann, extrapolated",
-        RED,
-        solver="Neumann",
-        budgeted=True,
-        trains=False,
-    ),
-    _row("chebyshev", "Chebyshev", GREEN, solver="Chebyshev", budgeted=True),
-    _row("conjugate_gradient", "conjugate gradients", BLUE, **_CG),
-    _row("minres", "MINRES", SKY, solver="MinRes", budgeted=True, minor=True),
-    _row("nystrom", "Nyström", PINK, **_NYSTROM, reserve=3),
+    _row("none", "no outer learning", f"{GREY} x"),
+    _row("identity", "identity (no curvature)", f"{GREY} s", "Identity"),
+    _row("neumann", "Neumann series", ORANGE, "Neumann", "budgeted", settings=_FIXED),
+    _row("neumann_extrapolated", "Neumann, extrapolated", RED, "Neumann", "budgeted untrained"),
+    _row("chebyshev", "Chebyshev", GREEN, "Chebyshev", "budgeted"),
+    _row("conjugate_gradient", "conjugate gradients", BLUE, _CG, "budgeted"),
+    _row("minres", "MINRES", SKY, "MinRes", "budgeted minor"),
+    _row("nystrom", "Nyström", PINK, "Nystrom", "budgeted", reserve=3),
     _row(
         "nystrom_plain",
         "Nyström, 1/δ outside",
-        PINK,
-        "^",
-        **_NYSTROM,
-        settings={"complement": "damping"},
+        f"{PINK} ^",
+        "Nystrom",
+        "budgeted untrained minor",
+        settings=_PLAIN,
         reserve=1,
-        trains=False,
-        minor=True,
     ),
     _row(
         "nystrom_cg",
         "CG, Nyström preconditioner",
         BLACK,
-        **_CG,
+        _CG,
+        "budgeted minor",
         preconditioner="Nystrom",
-        minor=True,
     ),
-    _row("diagonal", "diagonal (Hutchinson)", GREY, solver="Diagonal", budgeted=True, reserve=1),
+    _row("diagonal", "diagonal (Hutchinson)", GREY, "Diagonal", "budgeted", reserve=1),
     _row(
         "woodbury_fisher",
         "empirical Fisher (Woodbury)",
-        ORANGE,
-        "D",
-        solver="Woodbury",
+        f"{ORANGE} D",
+        "Woodbury",
+        "minor",
         operator="fisher",
-        minor=True,
     ),
-    _row("kfac", "K-FAC", GREEN, "D", solver="KFAC", operator="factors", minor=True),
+    _row("kfac", "K-FAC", f"{GREEN} D", "KFAC", "minor", operator="factors"),
     _row(
         "ekfac",
         "EK-FAC",
-        BLUE,
-        "D",
-        solver="KFAC",
-        settings={"eigenvalue_corrected": True},
+        f"{BLUE} D",
+        "KFAC",
+        "untrained minor",
+        settings=_CORRECTED,
         operator="factors",
-        trains=False,
-        minor=True,
     ),
     _row(
         "gauss_newton_cg",
         "CG on the Gauss-Newton matrix",
-        SKY,
-        "^",
-        **_CG,
+        f"{SKY} ^",
+        _CG,
+        "budgeted untrained",
         operator="gauss_newton",
-        trains=False,
     ),
-    _row("exact", "exact", RED, "*", solver="Exact"),
-    _row("unrolled", "unrolled differentiation", GREEN, "^", budgeted=True),
-    _row("darts", "DARTS (finite difference)", BLACK, "s", minor=True),
-    _row("sama", "SAMA-like", RED, "s", minor=True),
+    _row("exact", "exact", f"{RED} *", "Exact"),
+    _row("unrolled", "unrolled differentiation", f"{GREEN} ^", "", "budgeted"),
+    _row("darts", "DARTS (finite difference)", f"{BLACK} s", "", "minor"),
+    _row("sama", "SAMA-like", f"{RED} s", "", "minor"),
 )
 # Methods that parameters of the study of meta-learning name without further ado.
-METHOD_NAMES = tuple(row.name for row in _ROWS if row.trains)
+METHOD_NAMES = tuple(row.name for row in _ROWS if not row.untrained)
 
 
 def added_solvers() -> "tuple[type[Method], ...]":
@@ -177,9 +164,8 @@ def all_methods() -> tuple[HypergradientMethod, ...]:
             _row(
                 re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", kind.__name__).lower(),
                 getattr(kind, "label", kind.__name__),
-                getattr(kind, "colour", spare),
-                getattr(kind, "marker", "P"),
-                solver=kind.__name__,
+                f"{getattr(kind, 'colour', spare)} {getattr(kind, 'marker', 'P')}",
+                kind.__name__,
                 budgeted=any(f.name in LIMITS for f in fields(kind)),
                 reserve=3,
             )
@@ -196,7 +182,9 @@ def get_method(name: str) -> HypergradientMethod:
 def require_method(parameter: str, name: Any) -> None:
     """Raise a ValueError unless the study of meta-learning has a method of that name."""
     if name not in METHOD_NAMES:
-        require_choice(parameter, name, tuple(row.name for row in all_methods() if row.trains))
+        require_choice(
+            parameter, name, tuple(row.name for row in all_methods() if not row.untrained)
+        )
 
 
 def get_methods(names: Iterable[str]) -> list[HypergradientMethod]:
@@ -210,7 +198,7 @@ def get_methods(names: Iterable[str]) -> list[HypergradientMethod]:
         known = {row.name: row for row in all_methods()}
     lost = [name for name in wanted if name not in known]
     return [row for name, row in known.items() if name in wanted] + [
-        _row(name, name.replace("_", " "), ADDED_COLOURS[i % len(ADDED_COLOURS)], "P")
+        _row(name, name.replace("_", " "), f"{ADDED_COLOURS[i % len(ADDED_COLOURS)]} P")
         for i, name in enumerate(lost)
     ]
 

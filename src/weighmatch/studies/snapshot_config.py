@@ -2,15 +2,10 @@
 
 from dataclasses import dataclass
 
-from weighmatch.checks import (
-    require_integer,
-    require_list,
-    require_multiple,
-    require_number,
-    require_seeds,
-)
+from weighmatch.checks import require_multiple, require_seeds
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.studies.checking import check_fields, each, integer, keep, number
 
 _GROUP = "meta_learning_analysis.snapshots"
 RATIO = 0.75
@@ -21,17 +16,17 @@ class SnapshotConfig:
     """What is trained, where it is frozen and how influence is computed there.
 
     Attributes:
-        seeds: of splits, training and every draw.
-        labels_per_class: labelled images of each seen class.
+        seeds: seeds of splits, training and every draw.
+        labels_per_class: number of labelled images of each seen class.
         pool_size: unlabelled images, three quarters of them of unseen classes.
-        steps: of FixMatch.
+        steps: steps of FixMatch.
         stages: where the classifier is copied, as fractions of `steps`.
         dampings: δ as multiples of the curvature's largest eigenvalue, on top of the weight
             decay; the weight decay alone and no curvature at all are always added.
         products: `max_products` of conjugate gradients.
-        copies: strong views of each labelled image in the outer loss.
-        draws: of the augmentation, that an image's influence is averaged over.
-        curvature_batch: labelled views in the curvature, and as many unlabelled ones.
+        copies: number of strong views of each labelled image in the outer loss.
+        draws: number of draws of the augmentation that an image's influence is averaged over.
+        curvature_batch: number of labelled views in the curvature, and of unlabelled ones.
         width: first-layer channels of the classifier.
         threshold: τ of FixMatch.
     """
@@ -50,18 +45,21 @@ class SnapshotConfig:
     threshold: float = 0.95
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "seeds", require_seeds(f"{_GROUP}.seeds", self.seeds))
-        counts = ("labels_per_class", "pool_size", "steps", "copies", "draws", "curvature_batch")
-        for name in counts:
-            require_integer(f"{_GROUP}.{name}", getattr(self, name), 1)
-        require_integer(f"{_GROUP}.products", self.products, 2)
-        require_multiple(f"{_GROUP}.width", self.width, 4, "GroupNorm has 4 groups")
-        require_number(f"{_GROUP}.threshold", self.threshold, 0, 1, above=True)
-        for name, high in (("stages", 1), ("dampings", 1e6)):
-            values = require_list(f"{_GROUP}.{name}", getattr(self, name))
-            for value in values:
-                require_number(f"{_GROUP}.{name}", value, 0, high, above=True, below=False)
-            object.__setattr__(self, name, values)
+        check_fields(
+            self,
+            _GROUP,
+            {
+                "seeds": require_seeds,
+                "labels_per_class pool_size steps copies draws curvature_batch": integer(1),
+                "products": integer(2),
+                "threshold": number(0, 1, above=True, below=True),
+                "stages": each(number(0, 1, above=True)),
+                "dampings": each(number(0, 1e6, above=True)),
+                "width": keep(
+                    lambda name, v: require_multiple(name, v, 4, "GroupNorm has 4 groups")
+                ),
+            },
+        )
         try:
             self.data(self.seeds[0])
         except ValueError as error:
