@@ -1,28 +1,35 @@
 """What is checked before a run starts, beyond what each group of parameters checks of itself."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
-from kedro.io import CatalogProtocol, memory_dataset
+from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
+from weighmatch.arms import get_arm
+from weighmatch.checks import require_group
+from weighmatch.data import grid
+from weighmatch.data.config import DataConfig
+from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
+
 Catalog = CatalogProtocol[Any, Any]
+Given = Mapping[str, Any]
 
 # The groups of conf/base/parameters_*.yml, and the folder that the catalog asks for.
 GROUPS = (
     "data",
+    "grid",
     "training",
     "runs",
-    "benchmark",
     "ihvp_analysis",
     "meta_learning_analysis",
     "run_folder",
     "data_folder",
 )
-
-
 # What makes a run one of a part of the pipelines, as one that goes on after an error.
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
@@ -31,27 +38,14 @@ class RefusedError(ValueError):
     """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
 
 
-class LeanStart:
-    """Keeps Kedro from importing pandas for every parameter: half of a start's time.
+@dataclass(frozen=True)
+class Asked:
+    """The parameters that decide together what is trained on what."""
 
-    Kedro asks pandas whether a value that it keeps in memory is a data frame. A value whose own
-    class does not come from one of these packages is none.
-    """
-
-    @hook_impl
-    def after_context_created(self, context: Any) -> None:
-        """Ask only where the answer can be yes."""
-        infer = getattr(memory_dataset, "_infer_copy_mode", None)
-        if infer is None or getattr(infer, "lean", False):
-            return
-
-        def lean(data: Any) -> Any:
-            package = type(data).__module__.partition(".")[0]
-            plain = package in ("builtins", "weighmatch", "pathlib", "omegaconf")
-            return "deepcopy" if plain else infer(data)
-
-        lean.lean = True  # type: ignore[attr-defined]
-        memory_dataset._infer_copy_mode = lean
+    data: DataConfig
+    grid: grid.GridConfig
+    training: TrainingConfig
+    runs: RunsConfig
 
 
 class ChecksBeforeWork:
@@ -67,20 +61,18 @@ class ChecksBeforeWork:
             RefusedError: saying what to change.
         """
         given = run_params.get("runtime_params") or {}
-        _check_groups(given)
         inputs = pipeline.inputs()
+        _check_groups(given)
         if not any(run_params.get(part) for part in PARTS):
-            _check_effect(given, inputs)
-        if "params:benchmark" in inputs:
-            alone = all(name.startswith("benchmark") for name in pipeline.all_outputs())
-            _check_benchmark(catalog, given if alone else {})
-        elif "params:training" in inputs and "params:runs" in inputs:
-            data = catalog.load("params:data")
-            # Kedro makes it a DataConfig only where a node of this run takes it.
-            labels = data["labels_per_class"] if isinstance(data, dict) else data.labels_per_class
-            training = catalog.load("params:training")
-            _check_training(training, labels)
-            _check_rounds(catalog.load("params:runs"), training)
+            _check_pipelines(given, inputs)
+        try:
+            asked = _read(catalog)
+            if "params:data" in inputs:
+                grid.require_effect(given.get("data", {}), asked.grid, asked.data)
+            if "params:runs" in inputs:
+                _check_runs(given, asked)
+        except ValueError as error:
+            raise RefusedError(str(error)) from error
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}
         if "params:run_folder" in inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
@@ -91,7 +83,7 @@ class ChecksBeforeWork:
             _check_writable(folder)
 
 
-def _check_groups(given: dict[str, Any]) -> None:
+def _check_groups(given: Given) -> None:
     unknown = sorted(set(given) - set(GROUPS))
     if unknown:
         raise RefusedError(
@@ -100,7 +92,8 @@ def _check_groups(given: dict[str, Any]) -> None:
         )
 
 
-def _check_effect(given: dict[str, Any], inputs: set[str]) -> None:
+def _check_pipelines(given: Given, inputs: set[str]) -> None:
+    """Refuse a parameter that no pipeline of this run reads."""
     for group in GROUPS:
         if group in given and f"params:{group}" not in inputs and isinstance(given[group], dict):
             name = next(iter(given[group]), "")
@@ -110,48 +103,43 @@ def _check_effect(given: dict[str, Any], inputs: set[str]) -> None:
             )
 
 
-def _check_benchmark(catalog: Catalog, given: dict[str, Any]) -> None:
-    from weighmatch.semisup.config import TrainingConfig
-    from weighmatch.studies.benchmark_config import make_cells, make_training, require_effect
-
-    benchmark = catalog.load("params:benchmark")
-    data, training = (catalog.load(f"params:{name}") for name in ("data", "training"))
-    # Kedro makes it a TrainingConfig only where a node of this run takes it.
-    if isinstance(training, dict):
-        training = TrainingConfig(**training)
-    try:
-        require_effect(benchmark, given)
-        cells = make_cells(benchmark, data)
-        training = make_training(benchmark, training)
-    except ValueError as error:
-        raise RefusedError(str(error)) from error
-    _check_training(training, min(cell.data.labels_per_class for cell in cells))
+def _read(catalog: Catalog) -> Asked:
+    """The groups as dataclasses, which Kedro makes of them only where a node of this run does."""
+    data = catalog.load("params:data")
+    return Asked(
+        data if isinstance(data, DataConfig) else DataConfig(**data),
+        require_group("grid", catalog.load("params:grid"), grid.GridConfig),
+        require_group("training", catalog.load("params:training"), TrainingConfig),
+        require_group("runs", catalog.load("params:runs"), RunsConfig),
+    )
 
 
-def _check_rounds(runs: Any, training: Any) -> None:
-    from weighmatch.semisup.config import schedules
-
-    rounds = max(max(schedules(arm, (runs.stages,)), default=1) for arm in runs.arms)
-    if rounds > max(2, training.steps):
-        raise RefusedError(
-            f"runs.stages {runs.stages} are more rounds than there are steps ({training.steps}); "
+def _check_runs(given: Given, asked: Asked) -> None:
+    """Refuse runs that could not be trained, and parameters that none of them reads."""
+    training, runs = asked.training, asked.runs
+    require_effect(given.get("training", {}), runs.arms, runs)
+    schedules = {s for arm in runs.arms for s in get_arm(arm).schedules_among(runs.schedule)}
+    if "rounds" not in schedules and "rounds" in given.get("runs", {}):
+        raise ValueError(
+            "runs.rounds has no effect without an arm that is trained in rounds; leave it out, or "
+            "add rounds to runs.schedule and such an arm to runs.arms"
+        )
+    if "rounds" in schedules and runs.rounds > training.steps:
+        raise ValueError(
+            f"runs.rounds {runs.rounds} are more rounds than there are steps ({training.steps}); "
             "lower them or raise training.steps"
         )
-
-
-def _check_training(training: Any, labels_per_class: int) -> None:
     if training.device == "cuda":
-        from weighmatch.semisup.trainer import pick_device
+        from weighmatch.semisup.training.config import pick_device
 
-        try:
-            pick_device(training.device)
-        except ValueError as error:
-            raise RefusedError(str(error)) from error
-    if training.weighing.outer_labels == "held_out" and labels_per_class < 2:
-        raise RefusedError(
-            "training.weighing.outer_labels: held_out needs data.labels_per_class of at least 2 "
-            "(in the benchmark: benchmark.labels_per_class, or that of its source); raise it or "
-            "set outer_labels to training"
+        pick_device(training.device)
+    cells = grid.make_cells(asked.grid, asked.data)
+    fewest = min(cell.data.labels_per_class for cell in cells)
+    held_out = training.weighting.outer_labels == "held_out"
+    if held_out and fewest < 2 and schedules & {"online", "two_stages"}:
+        raise ValueError(
+            "training.weighting.outer_labels: held_out needs data.labels_per_class of at least 2; "
+            "raise it or set outer_labels to training"
         )
 
 

@@ -1,11 +1,42 @@
 """Project settings: https://docs.kedro.org/en/stable/kedro_project_setup/settings.html."""
 
-from weighmatch.hooks import ChecksBeforeWork, LeanStart
+from pathlib import Path
+from typing import Any
 
-HOOKS = (LeanStart(), ChecksBeforeWork())
+from kedro.config import OmegaConfigLoader
+from omegaconf import OmegaConf
 
+from weighmatch.hooks import ChecksBeforeWork
+
+
+class ExperimentLoader(OmegaConfigLoader):
+    """Kedro's loader, for environments that change another one.
+
+    Where the globals of an environment say `extends: experiments/benchmark`, its parameters are
+    laid over those of that environment instead of those of base. Only `grid.settings` replaces
+    the other's as a whole, because its members are the cells of the experiment.
+    """
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        """The merged configuration of a kind, such as "parameters"."""
+        other = self["globals"].get("extends") if key == "parameters" else None
+        if other is None or key in self.data:
+            return super().__getitem__(key)
+        loader = OmegaConfigLoader(
+            self.conf_source, env=other, runtime_params=self.runtime_params, **CONFIG_LOADER_ARGS
+        )
+        folder = str(Path(self.conf_source) / str(self.env))
+        own = self.load_and_merge_dir_config(folder, self.config_patterns[key], key, set())
+        parameters = loader[key]
+        if "settings" in own.get("grid", {}):
+            parameters["grid"].pop("settings", None)
+        return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
+
+
+HOOKS = (ChecksBeforeWork(),)
+CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
-CONFIG_LOADER_ARGS = {
+CONFIG_LOADER_ARGS: dict[str, Any] = {
     "base_env": "base",
     "default_run_env": "local",
     "merge_strategy": {"parameters": "soft"},

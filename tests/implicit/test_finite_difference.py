@@ -47,7 +47,7 @@ def test_darts_is_the_direct_term_minus_the_mixed_derivative_times_the_step():
 
 
 def test_darts_is_the_identitys_hypergradient_scaled_up_to_the_square_of_its_radius():
-    exact, _ = implicit_gradient(curved, outer, PARAMS, HYPER, Identity())
+    exact, _ = implicit_gradient(curved, outer, PARAMS, HYPER, Identity(shorten=False))
     direct = {"weights": 0.2 * HYPER["weights"], "scale": torch.tensor(0.0).double()}
     errors = []
     for radius in (0.4, 0.2, 0.1):
@@ -103,7 +103,7 @@ def test_single_precision_loses_half_of_the_digits_and_more_with_a_small_radius(
     def fit(params):
         return (flatten(params) - TARGET.to(params["a"])).square().sum()
 
-    exact, _ = implicit_gradient(inner, fit, PARAMS, HYPER, Identity())
+    exact, _ = implicit_gradient(inner, fit, PARAMS, HYPER, Identity(shorten=False))
     errors = []
     for radius in (1e-2, 1e-4, 1e-6):
         found = darts_gradient(inner, fit, single, hyper, learning_rate=1.0, radius=radius)
@@ -116,7 +116,9 @@ def test_single_precision_loses_half_of_the_digits_and_more_with_a_small_radius(
     assert errors[2] > 1e-2
     # The mixed derivative itself keeps single precision.
     curvature = lambda loss, theta: Hessian(loss, theta)  # noqa: E731
-    whole, _ = implicit_gradient(inner, fit, single, hyper, Identity(), curvature=curvature)
+    whole, _ = implicit_gradient(
+        inner, fit, single, hyper, Identity(shorten=False), curvature=curvature
+    )
     assert relative(whole["weights"], exact["weights"]) < 1e-6
 
 

@@ -7,8 +7,13 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from weighmatch.implicit.method import Iterate, State, _IterativeMethod
+from weighmatch.implicit.carried import WORSE, Carried
+from weighmatch.implicit.method import Iterate, State, Status, _Checked, _IterativeMethod
 from weighmatch.implicit.operators import LinearOperator
+
+# Steps along curvatures below so many roundings of the largest add rounding to the residual that
+# may be a tenth of it, which the recursion does not see.
+DOUBTFUL = 100.0
 
 
 @runtime_checkable
@@ -25,17 +30,37 @@ class Preconditioner(Protocol):
 class ConjugateGradient(_IterativeMethod):
     """The Krylov method for positive definite C + δI.
 
-    Where a direction of non-positive curvature shows up, the iteration stops and hands back the
-    iterate of the smallest residual, with status "negative_curvature". That is zero where the
-    first direction is already one: no multiple of it that descends would lower the residual.
+    It hands back the last iterate, whose error is the smallest, or where its residual is above 1
+    the iterate of the smallest residual. That one it also hands back, with the status
+    "negative_curvature", where a direction of non-positive curvature ends the iteration; it is zero
+    where the first direction is already one, as no multiple of it that descends would lower the
+    residual.
+    Near a singular C + δI rounding spoils the recursion: the iterate from before it could is kept,
+    and handed back where the check of the residual finds it to be the better one.
 
     Attributes:
         preconditioner: M⁻¹ as a function (P,) -> (P,), symmetric positive definite, or a method
             that makes one (`Nystrom`, `KFAC`) from at most half of the budget, or from what a
-            `state` carries.
+            `state` carries, which a solve that ends much worse than the first drops.
     """
 
     preconditioner: Callable[[Tensor], Tensor] | Preconditioner | None = None
+
+    def _not_aged(self, op: LinearOperator, unit: Tensor, state: State | None) -> _Checked:
+        """The solve; a carried preconditioner with which it was much worse is dropped."""
+        key = getattr(self.preconditioner, "carries", None)
+        if state is None or not isinstance(key, str):
+            return super()._not_aged(op, unit, state)
+        carried = state.get(key)
+        checked = super()._not_aged(op, unit, state)
+        entry = state.get(key)
+        if not isinstance(entry, Carried):
+            return checked
+        if entry.residual is None:
+            entry.residual = checked.found
+        elif entry is carried and checked.found > max(1.1 * self.rtol, WORSE * entry.residual):
+            del state[key]
+        return checked
 
     def _polynomial(self) -> bool:
         return self.preconditioner is None
@@ -57,20 +82,29 @@ class ConjugateGradient(_IterativeMethod):
         scale = 0.0
         # The iterate of the smallest residual; None: the one at hand, as it is almost always.
         best: Tensor | None = None
-        smallest = 1.0
-        for _ in range(self.max_products - 1 - (op.products - before)):
+        smallest, remaining = 1.0, 1.0
+        # The iterate before the first step that rounding could have spoilt.
+        trusted: Tensor | None = None
+        status: Status | None = None
+        left = self.max_products - 1 - (op.products - before)
+        while left > 0:
             image = op @ direction
+            left -= 1
             curvature = float(direction @ image) + self.damping * square
             if square > 0:
                 scale = max(scale, abs(curvature) / square)
             # Within rounding of zero a step would be a leap to anywhere.
             # A preconditioner that is not positive definite has no length to measure in.
             if not (curvature > eps * scale * square and inner > 0):
-                value = value if best is None else best
-                return Iterate(value, status="negative_curvature", scale=scale)
+                status = "negative_curvature"
+                break
             length = inner / curvature
             if not length <= torch.finfo(unit.dtype).max:
-                return Iterate(value, status="diverged", scale=scale)
+                status = "diverged"
+                break
+            if trusted is None and curvature < DOUBTFUL * eps * scale * square and left > 0:
+                trusted = value.clone()
+                left -= 1  # for its check
             value.add_(direction, alpha=length)
             residual.sub_(image, alpha=length)
             if self.damping > 0:
@@ -88,7 +122,11 @@ class ConjugateGradient(_IterativeMethod):
             ratio = inner / previous
             direction.mul_(ratio).add_(scaled)
             square = float(direction @ direction)
-        return Iterate(value, scale=scale)
+        # Of a definite system the last iterate has the smallest error, whatever its residual;
+        # where that is worse than zero or the solve went wrong, the smallest residual is better.
+        if best is not None and (status is not None or not remaining <= 1):
+            value, remaining = best, smallest
+        return Iterate(value, status=status, scale=scale, fallback=trusted, recursed=remaining**0.5)
 
     def _preconditioner(
         self, op: LinearOperator, state: State | None

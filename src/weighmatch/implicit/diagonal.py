@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from weighmatch.implicit.carried import carry, fingerprint
 from weighmatch.implicit.method import Iterate, Method, State
 from weighmatch.implicit.operators import LinearOperator
 
@@ -18,11 +19,13 @@ class Diagonal(Method):
     negative even where C is positive. Status "budget" unless the residual is small.
 
     Attributes:
-        probes: number of z, one product each. A `state` carries d from call to call.
+        probes: number of z, one product each. A `state` carries d from call to call, until a
+            solve with it is much worse than it was when d was new.
         seed: of the probes.
     """
 
     approximate: ClassVar[bool] = True
+    carries: ClassVar[str | None] = "diagonal"
     probes: int = 20
     seed: int = 0
 
@@ -32,11 +35,8 @@ class Diagonal(Method):
             raise ValueError(f"probes must be at least 1, got {self.probes}")
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
-        diagonal = None if state is None else state.get("diagonal")
-        if diagonal is None or diagonal.shape != unit.shape:
-            diagonal = self._probe(op)
-            if state is not None:
-                state["diagonal"] = diagonal
+        settings = fingerprint(op, self.probes, self.seed)
+        diagonal = carry(state, "diagonal", settings, lambda: self._probe(op))
         magnitude = diagonal.abs()
         # An entry that is zero to rounding would blow its coordinate up without δ.
         floor = torch.finfo(unit.dtype).eps * magnitude.max()

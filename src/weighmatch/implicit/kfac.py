@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from weighmatch.implicit.carried import carry, find, fingerprint
 from weighmatch.implicit.curvature import GaussNewton
 from weighmatch.implicit.exact import solve_symmetric
 from weighmatch.implicit.flat import Parameters, flatten, unflatten
@@ -42,13 +43,16 @@ class KFAC(Method):
         eigenvalue_corrected: EK-FAC (George et al., 2018) instead of K-FAC.
         factors: the Gauss-Newton operator that the factors are taken from, where the system's
             own operator is another one, for example the Hessian. A `state` carries the factors
-            from call to call.
+            from call to call, until a solve with them is much worse than it was with new ones.
+        shorten: as in `Method`, but off: what K-FAC inverts exactly is the blocks of the layers.
 
     Raises:
         ValueError: from `solve`, if more than 4,096 parameters are outside of such layers.
     """
 
     approximate: ClassVar[bool] = True
+    carries: ClassVar[str | None] = "kfac"
+    shorten: bool = False
     eigenvalue_corrected: bool = False
     factors: GaussNewton | None = None
 
@@ -71,7 +75,7 @@ class KFAC(Method):
             affordable: products that may be spent; where the factors need more and the state
                 has none, there is no preconditioning.
         """
-        has_factors = state is not None and "kfac" in state
+        has_factors = find(state, "kfac", self._settings(op)) is not None
         if not has_factors and _Network.cost(self.factors or op) > affordable:
             return lambda r: r
         return self._inverse(op, max(damping, self.damping), state, positive=True)
@@ -79,12 +83,13 @@ class KFAC(Method):
     def _inverse(
         self, op: LinearOperator, damping: float, state: State | None, positive: bool
     ) -> Apply:
-        network: _Network | None = None if state is None else state.get("kfac")
-        if network is None or network.size != op.shape[0]:
-            network = _Network(self.factors or op, op, self.eigenvalue_corrected)
-            if state is not None:
-                state["kfac"] = network
-        return network.inverse(damping, positive)
+        def make() -> _Network:
+            return _Network(self.factors or op, op, self.eigenvalue_corrected)
+
+        return carry(state, "kfac", self._settings(op), make).inverse(damping, positive)
+
+    def _settings(self, op: LinearOperator) -> tuple[Any, ...]:
+        return fingerprint(op, self.eigenvalue_corrected, self.factors is None)
 
 
 class _Network:

@@ -7,17 +7,22 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from weighmatch.implicit.method import Iterate, State, _ProbingMethod
+from weighmatch.implicit.method import Iterate, State
 from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.probing import Ends, _ProbingMethod
 
 
 @dataclass(frozen=True, kw_only=True)
 class Neumann(_ProbingMethod):
     """v_{k+1} = v_k + α (g − (C+δI) v_k): converges for 0 < α < 2/(λ_max+δ) and PSD C.
 
+    Where the residual grows, an α that was given is too long, and the status is "diverged". With
+    "auto" λ_max is probed again and the series goes on from its best iterate; where the probe
+    meets an eigenvalue below −δ, the status is "negative_curvature".
+
     Attributes:
         step: α, or "auto" for 1/(λ_max+δ) with λ_max from a short Lanczos run, which a
-            `state` keeps for later calls until the iteration grows.
+            `state` keeps for later calls.
         extrapolate: lengthen the last step to where the residual is smallest (the first order of
             reduced rank extrapolation, Sidi, 2017). It needs no product, and more than makes up
             for the one that the check of the residual takes; False: the series as published.
@@ -36,7 +41,8 @@ class Neumann(_ProbingMethod):
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
         before = op.products
-        step = self._step(op, unit, state, self.max_products - 2)
+        ends = None if self.step != "auto" else self._ends(op, unit, state, self.max_products - 2)
+        step = self._length(op, ends)
         if not math.isfinite(step):
             return Iterate(torch.zeros_like(unit), status="diverged")
         value = step * unit
@@ -46,27 +52,35 @@ class Neumann(_ProbingMethod):
         best: Tensor | None = torch.zeros_like(unit)
         best_norm = 1.0
         left = self.max_products - (op.products - before)
+        # Whether `previous` is the residual of the value one step before.
+        chained = True
         while True:
             torch.sub(unit, op @ value, out=residual)
             if self.damping > 0:
                 residual.sub_(value, alpha=self.damping)
             norm = float(torch.linalg.vector_norm(residual))
+            left -= 1
             if not norm <= 1.05 * best_norm + torch.finfo(unit.dtype).eps:
                 # A residual that grows means α(λ_max+δ) > 2 or negative curvature.
-                self._forget(state)
                 if best is None:
                     best = value.sub_(previous, alpha=step)
-                return Iterate(best, status="diverged", measured=best_norm, scale=1 / step)
+                spent = op.products
+                found = "diverged" if ends is None else self._again(op, residual, ends, state, left)
+                if isinstance(found, str):
+                    return Iterate(best, status=found, measured=best_norm, scale=1 / step)
+                ends, step = found, self._length(op, found)
+                left -= op.products - spent
+                value, chained = best.clone(), False
+                continue
             if norm < best_norm:
                 best, best_norm = None, norm
             elif best is None:
                 best = value.sub(previous, alpha=step)
-            left -= 1
             if left == 0 or norm <= self.rtol:
                 break
             value.add_(residual, alpha=step)
-            residual, previous = previous, residual
-        if self.extrapolate and norm > self.rtol:
+            residual, previous, chained = previous, residual, True
+        if self.extrapolate and chained and norm > self.rtol:
             # value − (the value before it) = α · previous; residuals are linear in the value.
             change = residual - previous
             size = float(change @ change)
@@ -81,10 +95,9 @@ class Neumann(_ProbingMethod):
                 best_norm = shorter
         return Iterate(value if best is None else best, measured=best_norm, scale=1 / step)
 
-    def _step(
-        self, op: LinearOperator, unit: Tensor, state: State | None, affordable: int
-    ) -> float:
-        if self.step != "auto":
+    def _length(self, op: LinearOperator, ends: Ends | None) -> float:
+        """The step α."""
+        if ends is None:
+            assert self.step != "auto"
             return float(self.step)
-        largest = self._largest_eigenvalue(op, unit, state, affordable)
-        return 1 / max(largest + self.damping, torch.finfo(op.dtype).tiny)
+        return 1 / max(ends.largest + self.damping, torch.finfo(op.dtype).tiny)

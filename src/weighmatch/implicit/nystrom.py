@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from weighmatch.implicit import low_rank
+from weighmatch.implicit.carried import carry, find, fingerprint
 from weighmatch.implicit.method import Iterate, Method, State, Status
 from weighmatch.implicit.operators import LinearOperator
 
@@ -41,8 +42,8 @@ class Nystrom(Method):
 
     Attributes:
         rank: columns of the Gaussian sketch, at most P. A `state` carries the sketch from call to
-            call, for as long as the caller holds the curvature for unchanged; one of a lower
-            rank is drawn anew.
+            call, until a solve with it is much worse than it was when the sketch was new; one of
+            another seed or of a lower rank is drawn anew.
         complement: what inverts the part u of g outside of the sketch. "measured" takes the
             scalar that minimises the error in the norm of C + δI, from two products;
             "damping" is 1/δ as in Hataya & Yamada, which takes the curvature there for zero.
@@ -50,6 +51,7 @@ class Nystrom(Method):
     """
 
     approximate: ClassVar[bool] = True
+    carries: ClassVar[str | None] = "sketch"
     rank: int = 20
     complement: Literal["measured", "damping"] = "measured"
     seed: int = 0
@@ -99,8 +101,7 @@ class Nystrom(Method):
             state: as in `solve`.
             affordable: products that a new sketch may spend; a larger rank is cut to it.
         """
-        kept = None if state is None else state.get("sketch")
-        if affordable < 1 and kept is None:
+        if affordable < 1 and find(state, "sketch", fingerprint(op, self.seed)) is None:
             return lambda r: r
         cut = replace(self, rank=max(1, min(self.rank, affordable)))
         sketch = cut._sketch(op, state)
@@ -118,14 +119,12 @@ class Nystrom(Method):
 
     def _sketch(self, op: LinearOperator, state: State | None) -> Sketch | None:
         """From the state, or new; None where a product is not finite."""
-        kept: Sketch | None = None if state is None else state.get("sketch")
-        size = op.shape[0]
-        if kept is not None and len(kept.vectors) == size and kept.rank >= min(self.rank, size):
-            return kept
-        sketch = self._draw(op)
-        if state is not None and sketch is not None:
-            state["sketch"] = sketch
-        return sketch
+        settings = fingerprint(op, self.seed)
+        entry = find(state, "sketch", settings)
+        wanted = min(self.rank, op.shape[0])
+        if state is not None and entry is not None and entry.content.rank < wanted:
+            del state["sketch"]
+        return carry(state, "sketch", settings, lambda: self._draw(op))
 
     def _draw(self, op: LinearOperator) -> Sketch | None:
         size = op.shape[0]

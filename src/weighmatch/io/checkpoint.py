@@ -1,38 +1,33 @@
-"""Checkpoints of a training run."""
+"""Files of trained runs."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
 
-from weighmatch.io.files import write_atomically
+if TYPE_CHECKING:
+    from weighmatch.semisup.checkpoint import TrainedRun
 
 
-class CheckpointDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
-    """Nested dictionaries of tensors, numbers and strings as .pt.
-
-    Written through an open file, so that equal content gives equal bytes (a path would put the
-    file's name into the archive), and read with `weights_only=True`, so that no code is run.
-    """
+class CheckpointDataset(AbstractDataset["TrainedRun", "TrainedRun"]):
+    """A trained run as .pt; a file that was damaged is refused by its checksum."""
 
     def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
         self._filepath = Path(filepath)
         self.metadata = metadata
 
-    def load(self) -> dict[str, Any]:
-        import torch  # here, so that a catalog that merely lists checkpoints starts at once
+    def load(self) -> "TrainedRun":
+        # Here, so that a catalog that merely lists runs needs no torch.
+        from weighmatch.semisup.checkpoint import TrainedRun
 
-        checkpoint: dict[str, Any] = torch.load(
-            self._filepath, map_location="cpu", weights_only=True
-        )
-        return checkpoint
+        return TrainedRun.load(self._filepath)
 
-    def save(self, data: dict[str, Any]) -> None:
-        import torch
-
-        write_atomically(self._filepath, lambda file: torch.save(data, file))
+    def save(self, data: "TrainedRun") -> None:
+        self._filepath.parent.mkdir(parents=True, exist_ok=True)
+        data.save(self._filepath)
 
     def _exists(self) -> bool:
         return self._filepath.exists()
@@ -41,5 +36,5 @@ class CheckpointDataset(AbstractDataset[dict[str, Any], dict[str, Any]]):
         return {"filepath": str(self._filepath)}
 
     def preview(self) -> JSONPreview:
-        """The configuration that the checkpoint was trained with, for kedro-viz."""
-        return JSONPreview(json.dumps(self.load().get("config", {})))
+        """The configuration that the run was trained with, for kedro-viz."""
+        return JSONPreview(json.dumps(asdict(self.load().config)))

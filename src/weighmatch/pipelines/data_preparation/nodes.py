@@ -10,7 +10,7 @@ from weighmatch.data.grid import Cell, GridConfig, make_cells
 from weighmatch.data.ood import KIND_NAMES
 from weighmatch.data.source import get_source
 from weighmatch.data.splits import Arrays, Splits, Unlabelled, fingerprint
-from weighmatch.evaluation import figures
+from weighmatch.evaluation import gallery
 
 Partitions = dict[str, Arrays]
 # Images that a row of the figure of samples shows.
@@ -116,8 +116,8 @@ def draw_samples(training_sets: Partitions, ood_truth: Partitions) -> Figure:
     title = "What training is given"
     if kinds is None:
         rows["unlabelled"] = pool[:SAMPLES_PER_ROW]
-        return figures.draw_samples(rows, title)
+        return gallery.draw_samples(rows, title)
     for code in np.unique(kinds):
         rows[KIND_NAMES[code]] = pool[kinds == code][:SAMPLES_PER_ROW]
     share = 100 * float((kinds != 0).mean())
-    return figures.draw_samples(rows, f"{title}: {share:.0f} % of the unlabelled pool is OOD")
+    return gallery.draw_samples(rows, f"{title}: {share:.0f} % of the unlabelled pool is OOD")

@@ -27,5 +27,7 @@ def create_pipeline() -> Pipeline:
                 "samples_figure",
                 name="draw_samples",
             ),
-        ]
+        ],
+        namespace="experiment.data_preparation",
+        prefix_datasets_with_namespace=False,
     )

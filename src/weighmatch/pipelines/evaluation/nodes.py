@@ -1,67 +1,58 @@
-"""Nodes of `evaluation`. Imports are kept in the functions: scipy and scikit-learn take seconds."""
+"""Nodes of `evaluation`."""
 
 from typing import Any
 
-from weighmatch.data.splits import SOURCE_NAMES
+import pandas as pd
+
+from weighmatch.evaluation import judging, report, tables
+from weighmatch.evaluation.judging import Arrays, Predictions
 from weighmatch.semisup.config import TrainingConfig
 
-# A pandas.DataFrame: pandas itself would take half a second of every start.
-Table = Any
+Truth = dict[str, Arrays]
 
 
-def join_truth(predictions: Table, ood_truth: dict[str, Any], test_labels: dict[str, Any]) -> Table:
-    """Predictions with what the images really are."""
-    from weighmatch.evaluation import tables
-
-    return tables.join_truth(predictions, ood_truth, test_labels, list(SOURCE_NAMES))
-
-
-def score_runs(runs: Table, judgements: Table, manifest: dict[str, Any]) -> Table:
+def judge_runs(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    ood_truth: Truth,
+    test_labels: Truth,
+    manifest: dict[str, Any],
+) -> pd.DataFrame:
     """One row a run.
 
     Raises:
         ValueError: if a run was trained on other data than the manifest describes.
     """
-    from weighmatch.evaluation import tables
-
-    pools = {s["seed"]: s["fingerprints"]["unlabelled_images"] for s in manifest["seeds"]}
-    for run in runs.to_dict("records"):
-        if run["pool"] not in ("", pools.get(run["seed"])):
-            raise ValueError(
-                f"the checkpoint of {run['arm']}, seed {run['seed']}, was trained on other data "
-                "than lie in the data folder; run the pipelines training and scoring"
-            )
-    return tables.score_runs(runs.drop(columns="pool"), judgements)
+    judging.require_same_data(runs, manifest)
+    return judging.judge_runs(runs, predictions, ood_truth, test_labels)
 
 
-def bin_confidences(judgements: Table) -> Table:
+def bin_confidences(
+    runs: pd.DataFrame, predictions: Predictions, test_labels: Truth
+) -> pd.DataFrame:
     """Reliability bins of each arm."""
-    from weighmatch.evaluation import tables
-
-    return tables.calibration_table(judgements)
+    return judging.calibration_table(runs, predictions, test_labels)
 
 
 def trace_weights(
-    pool_weights: Table, ood_truth: dict[str, Any], training: TrainingConfig
-) -> Table:
-    """Mean weight and mask rate by source, through training."""
-    from weighmatch.evaluation import tables
-
-    return tables.trace_weights(pool_weights, ood_truth, list(SOURCE_NAMES), training.threshold)
+    runs: pd.DataFrame, predictions: Predictions, ood_truth: Truth, training: TrainingConfig
+) -> pd.DataFrame:
+    """Mean weight and mask rate of each kind of image, through training."""
+    return judging.trace_weights(runs, predictions, ood_truth, training.threshold)
 
 
-def compare_arms(run_scores: Table) -> Table:
-    """Arms against FixMatch over paired seeds."""
-    from weighmatch.evaluation import tables
-
-    return tables.compare_arms(run_scores)
+def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataFrame:
+    """Mean and variance of each pool image's measured influence."""
+    return judging.collect_influences(runs, predictions)
 
 
-def summarise(comparison: Table, run_scores: Table, manifest: dict[str, Any]) -> dict[str, Any]:
+def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row an arm, and a row a pair of arms, in each cell over paired seeds."""
+    return tables.arm_table(run_scores), tables.compare_arms(run_scores)
+
+
+def summarise(
+    arm_table: pd.DataFrame, comparison: pd.DataFrame, manifest: dict[str, Any]
+) -> dict[str, Any]:
     """Setting, verdict and numbers of each arm; the setting is that of the data on disk."""
-    from weighmatch.evaluation import report, tables
-
-    names = ("ood_source", "ratio", "regime", "labels_per_class", "seeds")
-    setting = {name: manifest["parameters"][name] for name in names}
-    against = tables.learned_against(run_scores)
-    return report.summarise(comparison, against, {**setting, "seeds": list(setting["seeds"])})
+    return report.summarise(arm_table, comparison, manifest)

@@ -1,8 +1,10 @@
-"""Graph of `evaluation`."""
+"""Graph of `evaluation`: the one place where predictions and the truth meet."""
 
 from kedro.pipeline import Node, Pipeline
 
 from weighmatch.pipelines.evaluation import nodes
+
+PREDICTED = ["runs", "predictions"]
 
 
 def create_pipeline() -> Pipeline:
@@ -10,30 +12,37 @@ def create_pipeline() -> Pipeline:
     return Pipeline(
         [
             Node(
-                nodes.join_truth,
-                ["predictions", "ood_truth", "test_labels"],
-                "judgements",
-                name="join_truth",
+                nodes.judge_runs,
+                [*PREDICTED, "ood_truth", "test_labels", "manifest"],
+                "run_scores",
+                name="judge_runs",
             ),
             Node(
-                nodes.score_runs,
-                ["runs", "judgements", "manifest"],
-                "run_scores",
-                name="score_runs",
+                nodes.bin_confidences,
+                [*PREDICTED, "test_labels"],
+                "calibration",
+                name="bin_confidences",
             ),
-            Node(nodes.bin_confidences, "judgements", "calibration", name="bin_confidences"),
             Node(
                 nodes.trace_weights,
-                ["pool_weights", "ood_truth", "params:training"],
+                [*PREDICTED, "ood_truth", "params:training"],
                 "weight_trace",
                 name="trace_weights",
             ),
-            Node(nodes.compare_arms, "run_scores", "comparison", name="compare_arms"),
+            Node(nodes.collect_influences, PREDICTED, "influences", name="collect_influences"),
+            Node(
+                nodes.compare_arms,
+                "run_scores",
+                ["arm_table", "comparison"],
+                name="compare_arms",
+            ),
             Node(
                 nodes.summarise,
-                ["comparison", "run_scores", "manifest"],
+                ["arm_table", "comparison", "manifest"],
                 "metrics",
                 name="summarise",
             ),
-        ]
+        ],
+        namespace="experiment.evaluation",
+        prefix_datasets_with_namespace=False,
     )

@@ -1,38 +1,33 @@
 """Nodes of `ihvp_analysis`."""
 
-from typing import Any
+import pandas as pd
+from matplotlib.figure import Figure
 
+from weighmatch.data.sources.digits import load_digits
+from weighmatch.evaluation import ihvp_figures as figures
+from weighmatch.studies import memory
 from weighmatch.studies.config import StudyConfig
-
-# A pandas.DataFrame: pandas itself would take half a second of every start.
-Table = Any
+from weighmatch.studies.ihvp import compare_all
 
 
-def compare_ihvps(ihvp_analysis: StudyConfig) -> tuple[Table, Table]:
+def compare_ihvps(ihvp_analysis: StudyConfig, run_folder: str) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every method in every cell of the study on digits; and the spectra behind them."""
-    from weighmatch.data.sources import load_digits
-    from weighmatch.studies.runs import compare_all
-
-    return compare_all(*load_digits(), ihvp_analysis)
+    return compare_all(*load_digits(), ihvp_analysis, run_folder)
 
 
-def measure_memory(ihvp_analysis: StudyConfig) -> Table:
+def measure_memory(ihvp_analysis: StudyConfig) -> pd.DataFrame:
     """Peak memory of a solve against the number of parameters."""
-    from weighmatch.studies.memory import measure_memory
-
-    return measure_memory(ihvp_analysis)
+    return memory.measure_memory(ihvp_analysis)
 
 
 def draw_ihvps(
-    ihvp_comparison: Table, ihvp_spectra: Table, ihvp_memory: Table
-) -> tuple[Any, Any, Any, Any, Any]:
-    """Cost, progress, stability, spectra, memory."""
-    from weighmatch.evaluation import ihvp_figures as figures
-
-    return (
-        figures.draw_cost(ihvp_comparison),
-        figures.draw_progress(ihvp_comparison),
-        figures.draw_stability(ihvp_comparison),
-        figures.draw_spectra(ihvp_spectra),
-        figures.draw_memory(ihvp_memory),
-    )
+    ihvp_comparison: pd.DataFrame, ihvp_spectra: pd.DataFrame, ihvp_memory: pd.DataFrame
+) -> dict[str, Figure]:
+    """A figure each, by name."""
+    return {
+        "cost": figures.draw_cost(ihvp_comparison),
+        "progress": figures.draw_progress(ihvp_comparison),
+        "stability": figures.draw_stability(ihvp_comparison),
+        "spectra": figures.draw_spectra(ihvp_spectra),
+        "memory": figures.draw_memory(ihvp_memory),
+    }

@@ -4,6 +4,8 @@ from kedro.pipeline import Node, Pipeline
 
 from weighmatch.pipelines.ihvp_analysis import nodes
 
+TABLES = ["ihvp_comparison", "ihvp_spectra", "ihvp_memory"]
+
 
 def create_pipeline() -> Pipeline:
     """From the digits to the comparison of IHVP methods and its figures."""
@@ -11,24 +13,13 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.compare_ihvps,
-                "params:ihvp_analysis",
-                ["ihvp_comparison", "ihvp_spectra"],
+                ["params:ihvp_analysis", "params:run_folder"],
+                TABLES[:2],
                 name="compare_ihvps",
             ),
-            Node(
-                nodes.measure_memory, "params:ihvp_analysis", "ihvp_memory", name="measure_memory"
-            ),
-            Node(
-                nodes.draw_ihvps,
-                ["ihvp_comparison", "ihvp_spectra", "ihvp_memory"],
-                [
-                    "ihvp_figure",
-                    "ihvp_progress_figure",
-                    "ihvp_stability_figure",
-                    "ihvp_spectra_figure",
-                    "ihvp_memory_figure",
-                ],
-                name="draw_ihvps",
-            ),
-        ]
+            Node(nodes.measure_memory, "params:ihvp_analysis", TABLES[2], name="measure_memory"),
+            Node(nodes.draw_ihvps, TABLES, "ihvp_figures", name="draw_ihvps"),
+        ],
+        namespace="ihvp_analysis",
+        prefix_datasets_with_namespace=False,
     )

@@ -11,7 +11,7 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.run_meta_learning,
-                "params:meta_learning_analysis",
+                ["params:meta_learning_analysis", "params:run_folder"],
                 ["meta_learning_steps", "influence_quality"],
                 name="run_meta_learning",
             ),
@@ -30,14 +30,10 @@ def create_pipeline() -> Pipeline:
             Node(
                 nodes.draw_meta_learning,
                 ["meta_learning_steps", "meta_learning_runs", "influence_quality"],
-                [
-                    "generalisation_figure",
-                    "forgetting_figure",
-                    "influence_figure",
-                    "instability_figure",
-                    "efficiency_figure",
-                ],
+                "meta_learning_figures",
                 name="draw_meta_learning",
             ),
-        ]
+        ],
+        namespace="meta_learning_analysis",
+        prefix_datasets_with_namespace=False,
     )

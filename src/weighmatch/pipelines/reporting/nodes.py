@@ -1,91 +1,67 @@
-"""Nodes of `reporting`. Imports are kept in the functions: matplotlib takes seconds."""
+"""Nodes of `reporting`."""
 
 from typing import Any
 
-import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
 
-from weighmatch.data.config import seed_key
-
-# Whose weights the gallery shows: the first of these arms that was run.
-SHOWN = (
-    "learned",
-    "pu",
-    "inlier",
-    "ds3l",
-    "energy",
-    "softmatch",
-    "max_prob",
-    "free",
-    "fixmatch",
-    "supervised",
-    "fixmatch_matched",
-    "fixmatch_converged",
-    "fixmatch_realigned",
-    "fixmatch_rounds",
-    "oracle",
-)
+from weighmatch.evaluation import figures, gallery, report
+from weighmatch.evaluation.judging import Arrays, Predictions
 
 
-# A pandas.DataFrame: pandas itself would take half a second of every start.
-Table = Any
-
-
-def draw_accuracy(run_scores: Table) -> Any:
+def draw_accuracy(run_scores: pd.DataFrame) -> Figure:
     """Test accuracy of each arm."""
-    from weighmatch.evaluation import figures
-
     return figures.draw_accuracy(run_scores)
 
 
-def draw_differences(run_scores: Table) -> Any:
+def draw_differences(run_scores: pd.DataFrame) -> Figure:
     """Each arm against FixMatch on the same seed."""
-    from weighmatch.evaluation import figures
-
     return figures.draw_differences(run_scores)
 
 
-def draw_weights(weight_trace: Table) -> Any:
-    """Mean weight of each source through training."""
-    from weighmatch.evaluation import figures
-
+def draw_weights(weight_trace: pd.DataFrame) -> Figure:
+    """Mean weight of each kind of image through training."""
     return figures.draw_weights(weight_trace)
 
 
-def draw_auroc(run_scores: Table) -> Any:
+def draw_auroc(run_scores: pd.DataFrame) -> Figure:
     """What tells held-out OOD images apart."""
-    from weighmatch.evaluation import figures
-
     return figures.draw_auroc(run_scores)
 
 
-def draw_calibration(calibration: Table) -> Any:
+def draw_calibration(calibration: pd.DataFrame) -> Figure:
     """Reliability diagram."""
-    from weighmatch.evaluation import figures
-
     return figures.draw_calibration(calibration)
 
 
-def draw_gallery(judgements: Table, evaluation_images: dict[str, Any]) -> Any:
-    """Held-out images of the first seed, by the learned weights (or the next arm's)."""
-    from weighmatch.evaluation import figures
+def draw_compute(run_scores: pd.DataFrame) -> Figure:
+    """Accuracy against compute."""
+    return figures.draw_compute(run_scores)
 
-    arm = next(arm for arm in SHOWN if arm in set(judgements["arm"]))
-    rows = judgements[(judgements["arm"] == arm) & (judgements["split"] == "heldout")]
-    seed = int(rows["seed"].min())
-    rows = rows[rows["seed"] == seed].sort_values("index")
-    images = evaluation_images[seed_key(seed)]["heldout_images"]
-    scores, weights = (rows[name].to_numpy(np.float64) for name in ("score", "weight"))
-    return figures.draw_gallery(images, scores, weights, rows["source"].tolist(), arm)
+
+def draw_gap(comparison: pd.DataFrame) -> Figure:
+    """How much of the oracle's gap is closed."""
+    return figures.draw_gap(comparison)
+
+
+def draw_gallery(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    ood_truth: dict[str, Arrays],
+    evaluation_images: dict[str, Arrays],
+) -> Figure:
+    """Held-out images that one run weighs up and down most."""
+    return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
 
 
 def write_report(
     metrics: dict[str, Any],
-    comparison: Table,
-    study: Table,
+    table: pd.DataFrame,
+    study: pd.DataFrame,
     manifest: dict[str, Any],
-    **figures: bytes,
+    ihvp_figures: dict[str, bytes],
+    **drawn: bytes,
 ) -> str:
     """One self-contained page."""
-    from weighmatch.evaluation import report
-
-    return report.render_report(metrics, comparison, study, manifest, figures)
+    shown = {**drawn, "ihvp": ihvp_figures["cost"]}
+    return report.render_report(metrics, table, study, manifest, shown)

@@ -1,39 +1,47 @@
 """Graph of `reporting`."""
 
+from collections.abc import Callable
+
 from kedro.pipeline import Node, Pipeline
+from matplotlib.figure import Figure
 
 from weighmatch.pipelines.reporting import nodes
 
-FIGURES = ("accuracy", "differences", "weights", "auroc", "calibration", "gallery")
+# What draws each figure, and from what.
+DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
+    "accuracy": (nodes.draw_accuracy, ["run_scores"]),
+    "differences": (nodes.draw_differences, ["run_scores"]),
+    "weights": (nodes.draw_weights, ["weight_trace"]),
+    "auroc": (nodes.draw_auroc, ["run_scores"]),
+    "calibration": (nodes.draw_calibration, ["calibration"]),
+    "compute": (nodes.draw_compute, ["run_scores"]),
+    "gap": (nodes.draw_gap, ["comparison"]),
+    "gallery": (nodes.draw_gallery, ["runs", "predictions", "ood_truth", "evaluation_images"]),
+}
 
 
 def create_pipeline() -> Pipeline:
     """From tables to figures and the report."""
     drawings = [
-        Node(nodes.draw_accuracy, "run_scores", "accuracy_figure", name="draw_accuracy"),
-        Node(nodes.draw_differences, "run_scores", "differences_figure", name="draw_differences"),
-        Node(nodes.draw_weights, "weight_trace", "weights_figure", name="draw_weights"),
-        Node(nodes.draw_auroc, "run_scores", "auroc_figure", name="draw_auroc"),
-        Node(nodes.draw_calibration, "calibration", "calibration_figure", name="draw_calibration"),
-        Node(
-            nodes.draw_gallery,
-            ["judgements", "evaluation_images"],
-            "gallery_figure",
-            name="draw_gallery",
-        ),
+        Node(function, inputs, f"{name}_figure", name=f"draw_{name}")
+        for name, (function, inputs) in DRAWN.items()
     ]
     report = Node(
         nodes.write_report,
         {
             "metrics": "metrics",
-            "comparison": "comparison",
+            "table": "arm_table",
             "study": "ihvp_comparison",
             "manifest": "manifest",
+            "ihvp_figures": "ihvp_figures",
             "samples": "samples_figure",
-            "ihvp": "ihvp_figure",
-            **{name: f"{name}_figure" for name in FIGURES},
+            **{name: f"{name}_figure" for name in DRAWN},
         },
         "report",
         name="write_report",
     )
-    return Pipeline([*drawings, report])
+    return Pipeline(
+        [*drawings, report],
+        namespace="experiment.reporting",
+        prefix_datasets_with_namespace=False,
+    )

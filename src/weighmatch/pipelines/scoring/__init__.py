@@ -1,4 +1,4 @@
-"""Checkpoints and images that they never saw → predictions and weights."""
+"""Trained runs and images that they never saw → predictions and weights."""
 
 from weighmatch.pipelines.scoring.pipeline import create_pipeline
 

@@ -1,118 +1,95 @@
 """Nodes of `scoring`: nothing here knows a test label or which image is OOD."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
-from weighmatch.data.config import seed_key
-from weighmatch.semisup.config import TrainingConfig
+from weighmatch.arms import get_arm
+from weighmatch.semisup.checkpoint import TrainedRun
 
-# A pandas.DataFrame: pandas itself would take half a second of every start.
-Table = Any
-Checkpoints = dict[str, dict[str, Any]]
-
-
-def score_unseen_images(
-    checkpoints: Checkpoints,
-    oracle_checkpoints: Checkpoints,
-    evaluation_images: dict[str, dict[str, Any]],
-) -> Table:
-    """Class probabilities and weights of test and held-out images, one row an image and run.
-
-    Raises:
-        ValueError: if there is no checkpoint, or one of a seed without images.
-    """
-    import pandas as pd
-
-    from weighmatch.semisup.scoring import score_images
-
-    everyone = [*checkpoints.values(), *oracle_checkpoints.values()]
-    seeds = {checkpoint["config"]["seed"] for checkpoint in everyone}
-    if not everyone or not {seed_key(seed) for seed in seeds} <= set(evaluation_images):
-        raise ValueError(
-            "the checkpoints are not of the data in the data folder; run the pipeline training"
-        )
-    tables = []
-    for checkpoint in everyone:
-        config = checkpoint["config"]
-        for name, images in evaluation_images[seed_key(config["seed"])].items():
-            scored = score_images(checkpoint, images)
-            table = pd.DataFrame(scored.probabilities).add_prefix("p_")
-            table.insert(0, "weight", scored.weights)
-            table.insert(0, "score", scored.scores)
-            table.insert(0, "index", np.arange(len(table)))
-            table.insert(0, "split", name.removesuffix("_images"))
-            table.insert(0, "seed", config["seed"])
-            table.insert(0, "arm", config["arm"])
-            tables.append(table)
-    return pd.concat(tables, ignore_index=True)
+Arrays = dict[str, NDArray[Any]]
+Runs = dict[str, Callable[[], TrainedRun]]
+CELL = ["key", "source", "setting", "regime", "ratio", "labels_per_class"]
 
 
 def collect_runs(
-    checkpoints: Checkpoints, oracle_checkpoints: Checkpoints, training: TrainingConfig
-) -> tuple[Table, Table]:
-    """A row a run, and the weights and confidences of pool images through training.
+    checkpoints: Runs,
+    oracle_checkpoints: Runs,
+    trained_runs: pd.DataFrame,
+    oracle_runs: pd.DataFrame,
+    manifest: dict[str, Any],
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row a run, with its cell of the grid and what training measured; and all lines of its log.
 
-    `pool` of a run is the fingerprint of the pool that it was trained on. The oracle's pool is
-    another one, so it is not among the latter.
+    Raises:
+        ValueError: if a run is of splits that the manifest does not describe.
     """
-    import pandas as pd
-
-    runs, histories = [], []
-    for checkpoint in [*checkpoints.values(), *oracle_checkpoints.values()]:
-        config, history = checkpoint["config"], checkpoint["history"]
-        row = {"arm": config["arm"], "seed": config["seed"], "steps": config["steps"]}
-        # The oracle's pool is a part of the others'.
-        row["pool"] = "" if config["arm"] == "oracle" else checkpoint["pool"]
-        mask_rate = float("nan")
-        if history["step"]:
-            mask_rate = float((history["confidence"][-1] >= training.threshold).float().mean())
-        times = {name: checkpoint[name] for name in ("seconds", "update_seconds")}
-        runs.append({**row, **times, "mask_rate": mask_rate})
-        if config["arm"] != "oracle" and history["step"]:
-            snapshots, images = history["weights"].shape
-            histories.append(
-                pd.DataFrame(
-                    {
-                        "arm": config["arm"],
-                        "seed": config["seed"],
-                        "step": np.repeat(history["step"], images),
-                        "index": np.tile(np.arange(images), snapshots),
-                        "weight": history["weights"].flatten().numpy(),
-                        "confidence": history["confidence"].flatten().numpy(),
-                    }
-                )
-            )
-    columns = ["arm", "seed", "step", "index", "weight", "confidence"]
-    weights = (
-        pd.concat(histories, ignore_index=True) if histories else pd.DataFrame(columns=columns)
-    )
-    return pd.DataFrame(runs), weights
+    rows, lines = [], []
+    for name, load in {**checkpoints, **oracle_checkpoints}.items():
+        run = load()
+        # A clean pool is a part of the pool that the manifest describes.
+        pool = "" if get_arm(run.config.arm).pool == "clean" else run.pool_fingerprint
+        rows.append((name, run.seconds, run.update_seconds, run.mask_rate(), pool))
+        lines += [{"run": name, **line} for line in run.log]
+    measured = pd.DataFrame(rows, columns=["run", "seconds", "update_seconds", "mask_rate", "pool"])
+    known = pd.concat([table for table in (trained_runs, oracle_runs) if len(table)])
+    cells = pd.DataFrame(manifest["cells"])[CELL].astype({"ratio": float})
+    if not set(known["key"]) <= set(cells["key"]):
+        raise ValueError(
+            "the checkpoints are not of the data in the data folder; run the pipeline training"
+        )
+    numbers = dict.fromkeys(["update_seconds", "mask_rate"], float)
+    measured = measured.astype(numbers)
+    return known.merge(cells, on="key").merge(measured, on="run"), pd.DataFrame(lines)
 
 
-def collect_influences(checkpoints: Checkpoints) -> Table:
-    """Running mean and variance of each pool image's influence, a row an image and run.
+def score_images(
+    runs: pd.DataFrame,
+    checkpoints: Runs,
+    oracle_checkpoints: Runs,
+    evaluation_images: dict[str, Arrays],
+) -> dict[str, Callable[[], Arrays]]:
+    """By run, what makes its predictions; one run at a time is read, used and forgotten."""
+    load = {**checkpoints, **oracle_checkpoints}
+    return {
+        name: partial(_predict, load[name], evaluation_images.get(key, {}))
+        for name, key in zip(runs["run"], runs["key"], strict=True)
+    }
 
-    Columns `arm`, `seed`, `index` (in the pool), `mean` and `variance` in units of the spread of
-    a batch's influences, and `evidence`, the weight of the measurements behind them (0 to 1);
-    images that were never measured have no row.
-    """
-    import pandas as pd
 
-    tables = []
-    for checkpoint in checkpoints.values():
-        config, state = checkpoint["config"], checkpoint["weighting"]
-        if "influence_square" not in state:
-            continue
-        measured = state["evidence"] > 0
-        evidence = state["evidence"][measured]
-        mean = state["influence"][measured] / evidence
-        variance = (state["influence_square"][measured] / evidence - mean.square()).clamp(min=0)
-        found = {"mean": mean, "variance": variance, "evidence": evidence}
-        table = pd.DataFrame({name: column.numpy() for name, column in found.items()})
-        table.insert(0, "index", measured.nonzero().squeeze(1).numpy())
-        table.insert(0, "seed", config["seed"])
-        table.insert(0, "arm", config["arm"])
-        tables.append(table)
-    columns = ["arm", "seed", "index", "mean", "variance", "evidence"]
-    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
+def _predict(load: Callable[[], TrainedRun], images: Arrays) -> Arrays:
+    """What a run says of unseen images and, if it was trained on the whole pool, of the pool."""
+    run = load()
+    found: Arrays = {}
+    if "test_images" in images:
+        found["test_probabilities"] = run.score(images["test_images"]).probabilities
+    if "heldout_images" in images:
+        scored = run.score(images["heldout_images"])
+        found["heldout_probabilities"] = scored.probabilities
+        found |= {"heldout_scores": scored.scores, "heldout_weights": scored.weights}
+    if get_arm(run.config.arm).pool == "whole":
+        found |= _describe_pool(run)
+    return found
+
+
+def _describe_pool(run: TrainedRun) -> Arrays:
+    """Weights and pseudo-labels at the end, measured influences, and weights through training."""
+    history, pool = run.history, run.pool
+    found = {
+        "history_step": np.array(history.step),
+        "history_weights": history.weights.numpy(),
+        "history_confidence": history.confidence.numpy(),
+        "pool_weights": history.weights[-1].numpy(),
+    }
+    if pool.labels is not None:
+        found["pool_labels"] = pool.labels.numpy()
+    if pool.measured is not None:
+        unknown, measured = ~pool.measured.known, pool.measured
+        found["pool_influence"] = measured.mean().masked_fill(unknown, np.nan).numpy()
+        found["pool_influence_variance"] = measured.variance().masked_fill(unknown, np.nan).numpy()
+        found["pool_evidence"] = measured.evidence.numpy()
+    return found

@@ -4,23 +4,26 @@ from kedro.pipeline import Node, Pipeline
 
 from weighmatch.pipelines.scoring import nodes
 
+CHECKPOINTS = ["checkpoints", "oracle_checkpoints"]
+
 
 def create_pipeline() -> Pipeline:
-    """From checkpoints to predictions on unseen images and to weights through training."""
+    """From trained runs to a row a run, and to predictions on images that they never saw."""
     return Pipeline(
         [
             Node(
-                nodes.score_unseen_images,
-                ["checkpoints", "oracle_checkpoints", "evaluation_images"],
-                "predictions",
-                name="score_unseen_images",
-            ),
-            Node(
                 nodes.collect_runs,
-                ["checkpoints", "oracle_checkpoints", "params:training"],
-                ["runs", "pool_weights"],
+                [*CHECKPOINTS, "trained_runs", "oracle_runs", "manifest"],
+                ["runs", "training_log"],
                 name="collect_runs",
             ),
-            Node(nodes.collect_influences, "checkpoints", "influences", name="collect_influences"),
-        ]
+            Node(
+                nodes.score_images,
+                ["runs", *CHECKPOINTS, "evaluation_images"],
+                "predictions",
+                name="score_images",
+            ),
+        ],
+        namespace="experiment.scoring",
+        prefix_datasets_with_namespace=False,
     )

@@ -1,71 +1,68 @@
 """Nodes of `training`."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from weighmatch.semisup.config import ArmName, RunsConfig, TrainingConfig
+import pandas as pd
+from numpy.typing import NDArray
 
-# A pandas.DataFrame: pandas itself would take half a second of every start.
-Table = Any
-Arrays = dict[str, Any]
-Checkpoints = dict[str, dict[str, Any]]
+from weighmatch.arms import get_arm
+from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
+
+Arrays = dict[str, NDArray[Any]]
+Runs = dict[str, Callable[[], TrainedRun]]
 
 
 def train_arms(
     training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
-) -> tuple[Checkpoints, Table]:
-    """Every arm but the oracle, on every seed's contaminated pool."""
-    arms = tuple(arm for arm in runs.arms if arm != "oracle")
+) -> tuple[Runs, pd.DataFrame]:
+    """Train every arm on the contaminated pools, but those that need a clean one."""
+    arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
     return _train(arms, training_sets, training, runs, run_folder)
 
 
 def remove_intruders(
     training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays]
 ) -> dict[str, Arrays]:
-    """The training sets with every OOD image taken out of the pool: the oracle's alone."""
+    """The training sets without the OOD images of the pool; sets without a truth have none."""
     return {
         key: {
-            **arrays,
-            "unlabelled_images": arrays["unlabelled_images"][ood_truth[key]["pool_sources"] == 0],
+            **training_sets[key],
+            "unlabelled_images": training_sets[key]["unlabelled_images"][
+                truth["pool_sources"] == 0
+            ],
         }
-        for key, arrays in training_sets.items()
+        for key, truth in ood_truth.items()
     }
 
 
 def train_oracle(
     oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
-) -> tuple[Checkpoints, Table]:
-    """FixMatch on the cleaned pools, if the oracle is among the arms."""
-    arms = tuple(arm for arm in runs.arms if arm == "oracle")
+) -> tuple[Runs, pd.DataFrame]:
+    """Train the arms of a clean pool, if there are any among the arms."""
+    arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
     return _train(arms, oracle_sets, training, runs, run_folder)
 
 
 def _train(
-    arms: tuple[ArmName, ...],
-    sets: dict[str, Arrays],
+    arms: list[str],
+    sets: Mapping[str, Arrays],
     training: TrainingConfig,
     runs: RunsConfig,
     run_folder: str,
-) -> tuple[Checkpoints, Table]:
-    import pandas as pd
-
-    from weighmatch.data.config import seed_key
-    from weighmatch.data.splits import fingerprint
-    from weighmatch.semisup.runs import make_jobs, train_all
-
-    jobs = make_jobs(arms, sets, training, (runs.stages,))
-    results = train_all(jobs, Path(run_folder), runs.workers)
-    log = [
-        {"arm": job.config.arm, "seed": job.config.seed, **line}
+) -> tuple[Runs, pd.DataFrame]:
+    """By name, what reads a finished run; and a row a run."""
+    jobs = plan_jobs(arms, sets, training, runs) if arms else []
+    finish_jobs(jobs, Path(run_folder), runs.workers)
+    columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
+    rows = [
+        (job.name, job.key, run.arm, run.schedule, run.seed, job.steps, job.cost)
         for job in jobs
-        for line in results[job.name].pop("metrics")
+        for run in [job.config]
     ]
-    # By arm and seed: here an arm has one schedule, whatever it is.
-    checkpoints = {
-        f"{job.config.arm}-{seed_key(job.config.seed)}": {
-            **results[job.name],
-            "pool": fingerprint(job.data.unlabelled_images),
-        }
-        for job in jobs
-    }
-    return checkpoints, pd.DataFrame(log, columns=None if log else ["arm", "seed", "step"])
+    finished: Runs = {job.name: partial(read_job, job, Path(run_folder)) for job in jobs}
+    return finished, pd.DataFrame(rows, columns=columns)

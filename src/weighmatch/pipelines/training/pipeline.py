@@ -4,15 +4,17 @@ from kedro.pipeline import Node, Pipeline
 
 from weighmatch.pipelines.training import nodes
 
+PARAMETERS = ["params:training", "params:runs", "params:run_folder"]
+
 
 def create_pipeline() -> Pipeline:
-    """From training sets to checkpoints and logs."""
+    """From training sets to trained runs, one file each."""
     return Pipeline(
         [
             Node(
                 nodes.train_arms,
-                ["training_sets", "params:training", "params:runs", "params:run_folder"],
-                ["checkpoints", "training_log"],
+                ["training_sets", *PARAMETERS],
+                ["checkpoints", "trained_runs"],
                 name="train_arms",
             ),
             Node(
@@ -23,9 +25,11 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.train_oracle,
-                ["oracle_sets", "params:training", "params:runs", "params:run_folder"],
-                ["oracle_checkpoints", "oracle_log"],
+                ["oracle_sets", *PARAMETERS],
+                ["oracle_checkpoints", "oracle_runs"],
                 name="train_oracle",
             ),
-        ]
+        ],
+        namespace="experiment.training",
+        prefix_datasets_with_namespace=False,
     )

@@ -1,0 +1,146 @@
+"""`kedro run`: mistakes are told in one sentence before any work."""
+
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from kedro.framework.startup import bootstrap_project
+
+from tests.project import ROOT, run_project
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    bootstrap_project(ROOT)
+    from weighmatch.cli import run
+
+    def call(params, *more, env="test"):
+        folder = "" if "data_folder" in params else f",data_folder={tmp_path}"
+        arguments = ["--env", env, "--params", params + folder, *more]
+        return CliRunner().invoke(run, arguments)
+
+    return call
+
+
+def assert_one_sentence(result, message):
+    assert result.exit_code == 1
+    assert message in result.output
+    assert len([line for line in result.output.splitlines() if line.startswith("Error")]) == 1
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("data.ratio=1.5", "data.ratio must be a number at least 0 and below 1, got 1.5"),
+        ("data.labels_per_class=400", "only 177 images; lower it"),
+        ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from mix, unseen"),
+        ("data.source=moon", "data.source 'moon' is unknown; choose from digits, glyphs"),
+        ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
+        ("data.seeds=10", "got 10; Kedro's --params carries no lists: set it in a file in conf"),
+        ("data.rato=0.5", "data has no parameter rato"),
+        ("runs.arms=fixmatch+foo", "runs.arms 'foo' is unknown; choose from supervised"),
+        ("runs.schedule=twice", "runs.schedule 'twice' is unknown; choose from online"),
+        ("training.threshold=1.2", "training.threshold must be a number above 0 and below 1"),
+        ("training.threshold=0", "training.threshold"),
+        ("training.device=tpu", "training.device 'tpu' is unknown; choose from auto, cpu, cuda"),
+        ("training.influence.solver=magic", "training.influence.solver 'magic' is unknown"),
+        ("training.influence.spede=1", "training.influence has no parameter spede"),
+        ("training.augmentation.cutout=2", "training.augmentation.cutout must be a number"),
+        ("ihvp_analysis.steps=0", "ihvp_analysis.steps must be an integer of at least 1"),
+        ("training.weighting.proximity=abc", "training.weighting.proximity must be a number"),
+        ("data=3", "data is a group of parameters"),
+        ("rns.arms=learned", "there is no parameter rns"),
+        ("training.device=cuda", "set it to auto or cpu"),
+        (
+            "training.weighting.outer_labels=held_out,data.labels_per_class=1,runs.schedule=online",
+            "needs data.labels_per_class of at least 2",
+        ),
+        ("training.steps=3", "runs.rounds 4 are more rounds than there are steps (3); lower them"),
+        ("run_folder=/dev/null/x", "cannot be written"),
+        ("data_folder=/dev/null/x", "choose another with --params data_folder="),
+        # What has no effect is not asked for.
+        ("training.weighting.interval=5", "training.weighting.interval has no effect on these"),
+        ("training.ranking.steps=5,runs.schedule=online", "ranking.steps has no effect on these"),
+        ("training.influence.damping=1,runs.arms=pu", "influence.damping has no effect on these"),
+        ("runs.rounds=5,runs.schedule=online", "runs.rounds has no effect without an arm"),
+        ("data.glyphs.clutter=1", "data.glyphs.clutter has no effect, as data.source is digits"),
+        ("data.id_size=10", "data.id_size has no effect, as the regime is fixed_total"),
+    ],
+)
+def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, message, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_one_sentence(command(params), message)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ("grid.ratios=0.5", "Kedro's --params carries no lists: set it in a file in conf"),
+        ("grid.ratio=0.5", "grid has no parameter 'ratio'"),
+        ("data.ratio=0.2", "data.ratio has no effect, as grid.ratios sets it"),
+        ("data.ood_source=patches", "as every setting of grid.settings sets it"),
+        ("training.steps=0", "training.steps must be an integer of at least 1, got 0"),
+        ("data.labels_per_class=400,data.source=digits", "data.labels_per_class is 400"),
+        ("data.glyphs.sie=3", "data.glyphs has no parameter sie"),
+        ("training.device=cuda", "set it to auto or cpu"),
+        ("training.steps=5", "runs.rounds 6 are more rounds than there are steps (5)"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_refused_in_a_sentence(
+    command, tmp_path, params, message, monkeypatch
+):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_one_sentence(command(params, env="experiments/benchmark"), message)
+    assert not list(tmp_path.rglob("*.npz"))
+
+
+def test_a_pipeline_can_be_run_by_itself(command, tmp_path):
+    result = command("data.ratio=0.25", "--pipelines", "data_preparation")
+    assert result.exit_code == 0, result.output
+    manifest = json.loads((tmp_path / "05_model_input" / "test" / "manifest.json").read_text())
+    pools = [cell["pool"] for cell in manifest["cells"]]
+    assert [(pool["id"], pool["ood"], pool["by_source"]["unseen"]) for pool in pools] == [
+        (60, 20, 20)
+    ] * 2
+
+
+def test_checks_before_work_leave_no_empty_folder(command, tmp_path):
+    folder = tmp_path / "new"
+    result = command(f"data_folder={folder}", "--pipelines", "training")
+    assert result.exit_code == 1
+    assert "training_sets does not exist; run the pipeline that makes it" in str(result.exception)
+    assert not folder.exists()
+
+
+def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_path):
+    one = {"runs": {"arms": "fixmatch"}}
+    names = ["data_preparation", "training", "scoring", "evaluation"]
+    run_project(tmp_path, names=names, params=one)
+    folder = tmp_path / "copy"
+    shutil.copytree(tmp_path, folder)
+    given = f"data.ratio=0.25,data_folder={folder}"
+    result = command(given, "--pipelines", ",".join(names[1:]))
+    assert_one_sentence(result, "data.ratio has no effect on the pipelines of this run")
+    # New data under the old names, and the old checkpoints.
+    for part in ("training_sets", "evaluation_images", "ood_truth", "test_labels"):
+        shutil.rmtree(folder / "05_model_input" / "test" / part)
+    given = f"data.labels_per_class=3,data_folder={folder}"
+    assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    result = command(f"data_folder={folder}", "--pipelines", "scoring,evaluation")
+    assert result.exit_code == 1
+    assert "was trained on other data than lie in the data folder" in str(result.exception)
+    # New data under new names.
+    given = f"data.ratio=0.25,data_folder={folder}"
+    assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    result = command(f"data_folder={folder}", "--pipelines", "scoring")
+    assert result.exit_code == 1
+    assert "the checkpoints are not of the data in the data folder" in str(result.exception)
+    run_project(folder, names=names[1:], params=one)
+    metrics = json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    assert metrics["setting"]["ratio"] == 0.25
