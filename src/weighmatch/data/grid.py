@@ -150,6 +150,9 @@ def require_effect(given: Mapping[str, Any], grid: GridConfig, data: DataConfig)
         reasons["regime"] = "grid.regimes sets it"
     if not get_source(data.source).contaminates:
         reasons |= dict.fromkeys(CONTAMINATION, f"the pool of {data.source} is as it is found")
+    reasons |= dict.fromkeys(
+        get_source(data.source).without_effect, f"{data.source} has its images as they are found"
+    )
     changed = [set(_leaves(changes)) for changes in grid.settings.values()]
     reasons |= dict.fromkeys(
         set.intersection(*changed) if changed else (), "every setting of grid.settings sets it"
