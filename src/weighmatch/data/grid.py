@@ -76,10 +76,12 @@ class Cell:
     Attributes:
         setting: the name of the setting.
         data: what the cell's splits are drawn from, with all its seeds.
+        part: what a set of splits that is no seed's is called, or "".
     """
 
     setting: str
     data: DataConfig
+    part: str = ""
 
     @property
     def contaminated(self) -> bool:
@@ -90,7 +92,8 @@ class Cell:
         """The name of the files of a seed, such as near+far-r0.75-seed_0010."""
         regime = "" if self.data.regime == REGIMES[0] else f"_{self.data.regime}"
         place = f"{regime}-r{self.data.ratio:g}" if self.contaminated else ""
-        return f"{_slug(self.setting)}{place}-{seed_key(seed)}"
+        part = f"-{self.part}" if self.part else ""
+        return f"{_slug(self.setting)}{place}{part}-{seed_key(seed)}"
 
 
 def make_cells(grid: GridConfig, data: DataConfig) -> list[Cell]:

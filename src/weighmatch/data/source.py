@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from weighmatch.data.config import DataConfig
     from weighmatch.data.files import Rejected
 
+# What a job trains on images whose truth is known.
+DEFAULT_ARMS = (
+    "supervised",
+    "fixmatch",
+    "fixmatch_matched",
+    "max_prob",
+    "pu",
+    "learned",
+    "oracle",
+)
 # Parameters by group, such as {"training": {"steps": 2000}}.
 Recipe = dict[str, dict[str, Any]]
 Own = TypeVar("Own")
@@ -127,7 +137,7 @@ class Source(ABC, Generic[Own]):
 
         No image is decoded for it.
         """
-        return {}
+        return {"runs": {"arms": list(DEFAULT_ARMS)}}
 
 
 _SOURCES: dict[str, Source[Any]] = {}

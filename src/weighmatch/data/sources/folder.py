@@ -15,7 +15,8 @@ from weighmatch.data.config import DataConfig
 from weighmatch.data.duplicates import find_copies
 from weighmatch.data.files import FITS, Fit, Rejected, look_at
 from weighmatch.data.layout import CURE, PLACES, Layout, read_layout
-from weighmatch.data.source import Source, UnusableDataError, register
+from weighmatch.data.recipes import make_recipe
+from weighmatch.data.source import Recipe, Source, UnusableDataError, register
 from weighmatch.data.splits import Arrays, Files, Images, Labels, Splits, Unlabelled, stream
 
 log = logging.getLogger(__name__)
@@ -114,6 +115,14 @@ class Folder(Source[FolderParameters]):
     def rejected(self, raw: Arrays) -> list[Rejected]:
         pairs = zip(raw["rejected_paths"].tolist(), raw["rejected_reasons"].tolist(), strict=True)
         return [Rejected(path, reason) for path, reason in pairs]
+
+    def recipe(self, config: DataConfig) -> Recipe:
+        try:
+            layout = read_layout(self.own(config).root)
+        except UnusableDataError:
+            return {}  # the check before the run says so
+        pool = sum(file.place == "pool" for file in layout.files)
+        return make_recipe(self.shape(config), pool)
 
     def describe(self, raw: Arrays) -> dict[str, object]:
         counts = Counter(

@@ -98,7 +98,7 @@ def _draw_all(
             yield cell, seed, source.draw(raw_images, cell.data, seed)
         everything = source.draw_all(raw_images, cell.data)
         if everything is not None:
-            yield replace(cell, setting=f"{cell.setting}-all"), cell.data.seeds[0], everything
+            yield replace(cell, part="all"), cell.data.seeds[0], everything
 
 
 def _present(**arrays: Any) -> Arrays:
@@ -118,7 +118,7 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
     labelled = np.bincount(splits.labels, minlength=len(splits.class_names))
     return {
         "key": cell.key(seed),
-        "setting": cell.setting,
+        "setting": cell.part or cell.setting,
         "regime": data.regime if cell.contaminated else None,
         "ratio": data.ratio if cell.contaminated else None,
         "ood_source": data.ood_source if cell.contaminated else None,
