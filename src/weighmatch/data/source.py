@@ -4,6 +4,7 @@ A new source is one new file in `weighmatch/data/sources`. It imports at its top
 no time, as every start of the project imports it; heavier libraries it imports where it loads.
 """
 
+import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -124,11 +125,11 @@ class Source(ABC, Generic[Own]):
         """
         return None
 
-    def rejected(self, raw: Arrays) -> "list[Rejected]":
+    def rejected(self, raw: Arrays, config: "DataConfig") -> "list[Rejected]":
         """The files that are not used, with the reason."""
         return []
 
-    def describe(self, raw: Arrays) -> dict[str, object]:
+    def describe(self, raw: Arrays, config: "DataConfig") -> dict[str, object]:
         """What the manifest says of what was found: counts, and where it was."""
         return {}
 
@@ -138,6 +139,24 @@ class Source(ABC, Generic[Own]):
         No image is decoded for it.
         """
         return {"runs": {"arms": list(DEFAULT_ARMS)}}
+
+
+def tag_arrays(arrays: Arrays, own: object) -> Arrays:
+    """The arrays by names that end in a hash of a source's own parameters.
+
+    Settings of a grid that load other images then share one file.
+    """
+    return {f"{name}@{_tag(own)}": array for name, array in arrays.items()}
+
+
+def untag_arrays(raw: Arrays, own: object) -> Arrays:
+    """Of the arrays, those that `tag_arrays` named for these parameters, by their first names."""
+    end = f"@{_tag(own)}"
+    return {k.removesuffix(end): array for k, array in raw.items() if k.endswith(end)}
+
+
+def _tag(own: object) -> str:
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 
 _SOURCES: dict[str, Source[Any]] = {}

@@ -16,7 +16,14 @@ from weighmatch.data.duplicates import find_copies
 from weighmatch.data.files import FITS, Fit, Rejected, look_at
 from weighmatch.data.layout import CURE, PLACES, Layout, read_layout
 from weighmatch.data.recipes import make_recipe
-from weighmatch.data.source import Recipe, Source, UnusableDataError, register
+from weighmatch.data.source import (
+    Recipe,
+    Source,
+    UnusableDataError,
+    register,
+    tag_arrays,
+    untag_arrays,
+)
 from weighmatch.data.splits import Arrays, Files, Images, Labels, Splits, Unlabelled, stream
 
 log = logging.getLogger(__name__)
@@ -84,7 +91,7 @@ class Folder(Source[FolderParameters]):
         layout = read_layout(own.root)
         _require_files(layout)
         images = read_images(layout.listing, self.shape(config), own.fit, own.background, cache)
-        return _Sorted(layout, images).arrays()
+        return tag_arrays(_Sorted(layout, images).arrays(), own)
 
     def check_found(self, config: DataConfig) -> None:
         _require_files(read_layout(self.own(config).root))
@@ -100,6 +107,7 @@ class Folder(Source[FolderParameters]):
         return channels, size, size
 
     def draw(self, raw: Arrays, config: DataConfig, seed: int) -> Splits:
+        raw = untag_arrays(raw, config.own)
         if len(raw["test_images"]):
             test = (raw["test_images"], raw["test_labels"])
             return _splits(raw, np.arange(len(raw["labels"])), test, np.empty(0, np.int64))
@@ -110,9 +118,11 @@ class Folder(Source[FolderParameters]):
         return _splits(raw, np.flatnonzero(~fold), test, tested)
 
     def draw_all(self, raw: Arrays, config: DataConfig) -> Splits:
+        raw = untag_arrays(raw, config.own)
         return _splits(raw, np.arange(len(raw["labels"])), None, np.empty(0, np.int64))
 
-    def rejected(self, raw: Arrays) -> list[Rejected]:
+    def rejected(self, raw: Arrays, config: DataConfig) -> list[Rejected]:
+        raw = untag_arrays(raw, config.own)
         pairs = zip(raw["rejected_paths"].tolist(), raw["rejected_reasons"].tolist(), strict=True)
         return [Rejected(path, reason) for path, reason in pairs]
 
@@ -124,7 +134,8 @@ class Folder(Source[FolderParameters]):
         pool = sum(file.place == "pool" for file in layout.files)
         return make_recipe(self.shape(config), pool)
 
-    def describe(self, raw: Arrays) -> dict[str, object]:
+    def describe(self, raw: Arrays, config: DataConfig) -> dict[str, object]:
+        raw = untag_arrays(raw, config.own)
         counts = Counter(
             f"{kind} in {PLACES[place]}"
             for kind in ("exact", "near")

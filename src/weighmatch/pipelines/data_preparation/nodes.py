@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from weighmatch.data.config import DataConfig
+from weighmatch.data.files import Rejected
 from weighmatch.data.grid import Cell, GridConfig, make_cells
 from weighmatch.data.ood import KIND_NAMES
 from weighmatch.data.source import get_source
@@ -21,13 +22,13 @@ Partitions = dict[str, Arrays]
 SAMPLES_PER_ROW = 14
 
 
-def load_images(grid: GridConfig, data: DataConfig, cache_folder: str) -> Arrays:
+def load_images(grid: GridConfig, data: DataConfig, cache_folder: str | None = None) -> Arrays:
     """Load what the source draws the splits of every cell from.
 
     Args:
         grid: the cells.
         data: what all cells share.
-        cache_folder: a folder for images that are decoded once.
+        cache_folder: a folder for images that are decoded once; None: that of the source.
 
     Raises:
         ValueError: if the source has too little to draw from.
@@ -37,7 +38,7 @@ def load_images(grid: GridConfig, data: DataConfig, cache_folder: str) -> Arrays
     different = {cell.data.own: cell.data for cell in make_cells(grid, data)}
     arrays: Arrays = {}
     for config in different.values():
-        arrays |= source.load_cached(config, Path(cache_folder))
+        arrays |= source.load_cached(config, Path(cache_folder) if cache_folder else None)
     return arrays
 
 
@@ -59,7 +60,7 @@ def draw_splits(
     source = get_source(data.source)
     training, evaluation, truth, labels = {}, {}, {}, {}
     described, files = [], []
-    rejected, found = source.rejected(raw_images), source.describe(raw_images)
+    rejected: dict[Rejected, None] = {}
     for cell, seed, splits in _draw_all(raw_images, grid, data):
         key = cell.key(seed)
         training[key] = _present(
@@ -78,7 +79,9 @@ def draw_splits(
         if splits.test_labels is not None:
             labels[key] = _present(labels=splits.test_labels, shifted=splits.test_shifted)
         images = {**training[key], **evaluation[key]}
-        described.append(_describe(cell, seed, splits, images) | found)
+        described.append(_describe(cell, seed, splits, images))
+        described[-1] |= source.describe(raw_images, cell.data)
+        rejected |= dict.fromkeys(source.rejected(raw_images, cell.data))
         files.append(pd.DataFrame({"key": key, **vars(splits.name_files())}))
     manifest = {
         "parameters": data.parameters(),
