@@ -54,11 +54,12 @@ class ConjugateGradient(_IterativeMethod):
         carried = state.get(key)
         checked = super()._not_aged(op, unit, state)
         entry = state.get(key)
+        reused = entry is carried
         if not isinstance(entry, Carried):
             return checked
         if entry.residual is None:
             entry.residual = checked.found
-        elif entry is carried and checked.found > max(1.1 * self.rtol, WORSE * entry.residual):
+        elif reused and checked.found > max(1.1 * self.rtol, WORSE * entry.residual):
             del state[key]
         return checked
 

@@ -184,9 +184,10 @@ class Method(ABC):
         carried = state.get(self.carries)
         checked = self._checked(op, unit, state)
         entry = state.get(self.carries)
+        reused = entry is carried
         if not isinstance(entry, Carried):
             return checked
-        if entry is carried and entry.aged(checked.found):
+        if reused and entry.aged(checked.found):
             del state[self.carries]
             checked = self._checked(op, unit, state)
             entry = state.get(self.carries)
