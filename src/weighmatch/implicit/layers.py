@@ -192,7 +192,7 @@ class _Recorder(TorchFunctionMode):
 class _Redirect(TorchFunctionMode):
     """Sends calls on a known weight through its module, so that the module's hooks run."""
 
-    def __init__(self, layers: dict[int, nn.Module]) -> None:
+    def __init__(self, layers: dict[int, Any]) -> None:
         super().__init__()
         self._modules_of = layers
 
