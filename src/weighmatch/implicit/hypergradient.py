@@ -78,9 +78,10 @@ def mixed_gradient(
     inner: Callable[..., Tensor], params: Parameters, hyper: Any, v: Tensor
 ) -> list[Tensor]:
     """(∂²L/∂φ∂θ)ᵀ v for each leaf of `hyper`."""
-    names = list(params)
+    named = leaves_of(params)
+    names = list(named)
     leaves, spec = tree_flatten(hyper)
-    theta, phi = list(leaves_of(params).values()), _live(leaves)
+    theta, phi = list(named.values()), _live(leaves)
 
     def call(points: Sequence[Tensor]) -> Tensor:
         given = dict(zip(names, points, strict=False))
@@ -91,7 +92,7 @@ def mixed_gradient(
         require_scalar(value, "inner")
         gradients = torch.autograd.grad(value, theta, create_graph=True, allow_unused=True)
         require_dependence(gradients, "inner")
-    pieces = unflatten(v, dict(zip(names, theta, strict=True))).values()
+    pieces = unflatten(v, named).values()
     coupled = [
         (g, p) for g, p in zip(gradients, pieces, strict=True) if g is not None and g.requires_grad
     ]
@@ -112,9 +113,10 @@ def outer_gradients(
 ) -> tuple[Tensor, list[Tensor]]:
     """∇_θ of the outer loss, (P,), and its direct gradient in each leaf of `hyper`."""
     check_hyper(hyper)
-    names = list(params)
+    named = leaves_of(params)
+    names = list(named)
     leaves, spec = tree_flatten(hyper)
-    points = [*leaves_of(params).values(), *_live(leaves)]
+    points = [*named.values(), *_live(leaves)]
     both = takes_hyper(outer)
 
     def call(points: Sequence[Tensor]) -> Tensor:

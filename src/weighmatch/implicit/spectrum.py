@@ -126,7 +126,7 @@ def asymmetry(op: LinearOperator, *, seed: int = 0) -> float:
     |⟨u, C v⟩ − ⟨v, C u⟩| / (‖u‖ ‖C v‖ + ‖v‖ ‖C u‖) for two Gaussian vectors: of the order of the
     machine's precision for a symmetric matrix, and of 1/√P and more for one that is not. Every
     method here takes the operator for symmetric, so that a layer with a wrong second derivative,
-    or noise that is drawn anew in every product, shows here first.
+    or noise that is drawn anew in every product, shows here first. NaN where a product is.
 
     Args:
         op: the operator.
@@ -137,7 +137,7 @@ def asymmetry(op: LinearOperator, *, seed: int = 0) -> float:
     difference = abs(float(u @ image_v) - float(v @ image_u))
     norm = torch.linalg.vector_norm
     size = float(norm(u) * norm(image_v) + norm(v) * norm(image_u))
-    return difference / size if size > 0 else 0.0
+    return 0.0 if size == 0 else difference / size
 
 
 def spectral_density(

@@ -53,10 +53,12 @@ def parameters(params: Any, name: str = "params") -> Parameters:
 
 def leaves_of(params: Any, name: str = "params") -> Parameters:
     """Detached tensors that require gradients, in place of `params`."""
-    return {
-        key: (leaf.clone() if leaf.is_inference() else leaf).detach().requires_grad_()
-        for key, leaf in parameters(params, name).items()
-    }
+    found = parameters(params, name)
+    with torch.inference_mode(False):  # in which no leaf could require a gradient
+        return {
+            key: (leaf.clone() if leaf.is_inference() else leaf).detach().requires_grad_()
+            for key, leaf in found.items()
+        }
 
 
 def check_hyper(hyper: Any) -> None:
