@@ -31,7 +31,7 @@ class ConjugateGradient(_IterativeMethod):
     """The Krylov method for positive definite C + δI.
 
     It hands back the last iterate, whose error is the smallest, or where its residual is above 1
-    the iterate of the smallest residual. That one it also hands back, with the status
+    the iterate of the smallest residual (`shorten=False`: the last one all the same). That one it also hands back, with the status
     "negative_curvature", where a direction of non-positive curvature ends the iteration; it is zero
     where the first direction is already one, as no multiple of it that descends would lower the
     residual.
@@ -125,7 +125,7 @@ class ConjugateGradient(_IterativeMethod):
             square = float(direction @ direction)
         # Of a definite system the last iterate has the smallest error, whatever its residual;
         # where that is worse than zero or the solve went wrong, the smallest residual is better.
-        if best is not None and (status is not None or not remaining <= 1):
+        if best is not None and (status is not None or (self.shorten and not remaining <= 1)):
             value, remaining = best, smallest
         return Iterate(value, status=status, scale=scale, fallback=trusted, recursed=remaining**0.5)
 
