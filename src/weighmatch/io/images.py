@@ -8,6 +8,7 @@ from kedro.io import AbstractDataset
 from kedro_datasets._typing import ImagePreview
 
 from weighmatch.io.files import write_atomically
+from weighmatch.io.partitions import Partitions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,3 +46,15 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
     def preview(self) -> ImagePreview:
         """The picture, for kedro-viz."""
         return ImagePreview(base64.b64encode(self.load()).decode())
+
+
+class FigureFolder(Partitions):
+    """Figures by name, a PNG each; kedro-viz shows the first."""
+
+    def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
+        super().__init__(path, "weighmatch.io.FigureDataset", ".png", metadata=metadata)
+
+    def preview(self) -> ImagePreview:
+        """The first figure, for kedro-viz."""
+        first: ImagePreview = self._member(self._members()[0].stem).preview()
+        return first
