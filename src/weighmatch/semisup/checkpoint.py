@@ -12,7 +12,7 @@ from torch import Tensor
 
 from weighmatch.checks import require_images
 from weighmatch.semisup.parts.augmentation import Augmentation
-from weighmatch.semisup.parts.losses import PseudoLabels, mean_one, pseudo_label
+from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier, build_classifier
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
 from weighmatch.semisup.parts.store import ImageStore
@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 Parameters = dict[str, Tensor]
 # A line of the log: means over some steps.
 LogLine = dict[str, float]
-Criterion = Callable[[Tensor, Tensor, PseudoLabels], Tensor]
+Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,8 @@ class PoolState:
         labels: the averaged classifier's pseudo-labels, (N,).
         scores: what the last ranking ranks by, (N,).
         cut: the score above which the last ranking takes an image for useful.
-        kept: the images that the last classifier was trained on, (N,) bool.
+        kept: the images that the last ranking keeps, (N,) bool. The history has what each
+            classifier was trained on.
         measured: their influences.
     """
 
@@ -177,9 +178,9 @@ class TrainedRun:
             for part in torch.from_numpy(images).split(BATCH):
                 batch = part.to(device).float() / 255
                 features = classifier.features(batch)
-                pseudo = pseudo_label(classifier.head(features), self.config.training.threshold)
-                scored = criterion(batch, features, pseudo)
-                found.append((pseudo.probabilities.cpu(), scored.cpu().double()))
+                logits = classifier.head(features)
+                scored = criterion(batch, features, logits)
+                found.append((logits.softmax(dim=1).cpu(), scored.cpu().double()))
             probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
             if self.ranker is None:
                 weights = weighting.sized(scores)
@@ -224,8 +225,8 @@ class TrainedRun:
         """What ranks images: scores (n,) from images, the run's features and its outputs."""
         ranker = self.ranker
         if ranker is None:
-            return lambda images, features, pseudo: weighting.criterion(
-                images, lambda: features, pseudo
+            return lambda images, features, logits: weighting.criterion(
+                images, lambda: features, logits
             )
         other = None
         if ranker.classifier is not None:
@@ -238,13 +239,13 @@ class TrainedRun:
             head.load_state_dict(ranker.head)
             head.to(device)
 
-        def score(images: Tensor, features: Tensor, pseudo: PseudoLabels) -> Tensor:
+        def score(images: Tensor, features: Tensor, logits: Tensor) -> Tensor:
             if other is not None:
                 features = other.features(images)
-                pseudo = pseudo_label(other.head(features), self.config.training.threshold)
+                logits = other.head(features)
             if head is not None:
                 return torch.sigmoid(head(features))
-            return weighting.criterion(images, lambda: features, pseudo)
+            return weighting.criterion(images, lambda: features, logits)
 
         return score
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 # Weight of the past: the last 100 batches or so, of runs of some thousand steps.
 DECAY = 0.99
+# The least share of a class that distribution alignment reckons with.
+SMALLEST_SHARE = 1e-6
 
 
 class RunningMean:
@@ -42,7 +44,8 @@ class DistributionAlignment:
     """p̃ ∝ p · (labelled marginal) / (running mean of p) (ReMixMatch; Berthelot et al., 2020).
 
     The paper averages over the last 128 batches, and labelled batches too; here the mean decays,
-    and the labelled marginal is that of the labelled images themselves.
+    and the labelled marginal is that of the labelled images themselves. Both are at least
+    `SMALLEST_SHARE`, so that a class without a labelled image gives no 0/0.
 
     Args:
         labels: of the labelled images, (n,).
@@ -69,5 +72,6 @@ class DistributionAlignment:
         """Aligned probabilities, (n, classes); the same ones before anything was observed."""
         if not self.predicted.seen:
             return probabilities
-        aligned = probabilities * (self.marginal / self.predicted.value.clamp(min=1e-6))
+        expected = self.marginal.clamp(min=SMALLEST_SHARE)
+        aligned = probabilities * (expected / self.predicted.value.clamp(min=SMALLEST_SHARE))
         return aligned / aligned.sum(dim=1, keepdim=True)

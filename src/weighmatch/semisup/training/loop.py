@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -170,10 +171,9 @@ class Run:
         self._tensors: list[Tensor] = list(self.classifier.parameters())
         self._average_tensors: list[Tensor] = list(self.average.parameters())
         self.optimizer = torch.optim.SGD(
-            self._tensors,
+            decay_groups(self._tensors, training.weight_decay),
             lr=training.learning_rate,
             momentum=training.momentum,
-            weight_decay=training.weight_decay,
             nesterov=True,
             fused=True,
         )
@@ -403,6 +403,19 @@ CHECKPOINT = "checkpoint.pt"
 # What a checkpoint repeats of a run: numbers, and parts that have a state.
 _NUMBERS = ("step", "seconds", "updates", "update_seconds", "halvings")
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
+
+
+def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    """Groups for an optimiser in which kernels decay, and biases and norms do not.
+
+    That is FixMatch's own choice (Sohn et al., 2020, its code).
+    """
+    kernels = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    return [
+        {"params": kernels, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
 
 
 def _first_half_of_each_class(labels: Tensor) -> Tensor:

@@ -92,8 +92,7 @@ def train_in_rounds(
     pool = PoolState(labels)
     ranker = None
     if ranking is not None:
-        last_kept = so_far.stages[-1][2]
-        pool = PoolState(labels, ranking.scores, ranking.cut, last_kept, so_far.measured)
+        pool = PoolState(labels, ranking.scores, ranking.cut, ranking.kept, so_far.measured)
         ranker = Ranker(config.row.weighting, {}, head=ranking.head)
     return replace(
         trained,

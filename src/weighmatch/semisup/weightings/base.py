@@ -111,13 +111,14 @@ class Weighting(ABC):
         return Weighting.registry[name]
 
     @abstractmethod
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         """What ranks images, (n,), higher is better; without a graph.
 
         Args:
             images: weak views in training, else images as they are, (n, C, H, W) in [0, 1].
             features: gives the classifier's features of these images, (n, width).
-            pseudo: what the classifier says of them.
+            logits: what the classifier says of them, (n, classes), before any alignment: training
+                and scoring must rank by the same.
         """
 
     def sized(self, scores: Tensor) -> Tensor:
@@ -130,7 +131,9 @@ class Weighting(ABC):
             return self.sized(self.pool_scores[indices])
         with torch.no_grad():
             classifier = self.context.classifier
-            return self.sized(self.criterion(weak, lambda: classifier.features(weak), pseudo))
+            return self.sized(
+                self.criterion(weak, lambda: classifier.features(weak), pseudo.logits)
+            )
 
     def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
         """Weights of mean 1 for a batch, (n,), without a graph.

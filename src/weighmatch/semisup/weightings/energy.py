@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.weightings.base import Context, Features, Weighting, otsu_cut
 
@@ -27,8 +26,8 @@ class Energy(Weighting):
         super().__init__(context)
         self.cut = float("-inf")
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
-        return negative_free_energy(pseudo.logits)
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
+        return negative_free_energy(logits)
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         with torch.no_grad():

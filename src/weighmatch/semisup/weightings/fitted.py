@@ -5,7 +5,6 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.parts.networks import ConfidenceNetwork
 from weighmatch.semisup.parts.streams import derive_seed
 from weighmatch.semisup.weightings.base import Context, Features, State, Weighting, otsu_cut
@@ -57,7 +56,7 @@ class ImageWeighting(FittedWeighting):
         channels = self.context.pool.shape[1]
         return ConfidenceNetwork(channels, self.context.training.weighting.width, seed)
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         with torch.no_grad():
             return torch.sigmoid(self.network(images))
 

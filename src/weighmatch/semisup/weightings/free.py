@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
+from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.weightings.base import Context, Features, Weighting, otsu_cut
 from weighmatch.semisup.weightings.meter import InfluenceMeter
@@ -27,7 +27,7 @@ class FreeWeights(Weighting):
         super().__init__(context)
         self.meter = InfluenceMeter(context, self.weights)
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         return torch.ones(len(images), device=images.device)
 
     def update(self, classifier: Classifier) -> dict[str, float]:

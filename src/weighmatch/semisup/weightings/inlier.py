@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.weightings.base import Context, Features, State, Weighting
 
@@ -61,9 +60,9 @@ class InlierFilter(Weighting):
             fused=True,
         )
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            return inlier_probability(self.heads(features()), pseudo.labels)
+            return inlier_probability(self.heads(features()), logits.argmax(dim=1))
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         config, streams = self.context.training.weighting, self.context.streams

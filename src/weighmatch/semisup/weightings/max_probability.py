@@ -2,7 +2,6 @@
 
 from torch import Tensor
 
-from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.weightings.base import Features, Weighting
 
 
@@ -11,5 +10,5 @@ class MaxProbability(Weighting):
 
     name = "max_probability"
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
-        return pseudo.confidence
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=1).amax(dim=1)

@@ -38,8 +38,8 @@ class SoftMatch(Weighting):
         super().__init__(context)
         self.moments = RunningMean(2, context.labels.device)
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
-        return pseudo.confidence
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
+        return logits.softmax(dim=1).amax(dim=1)
 
     def sized(self, scores: Tensor) -> Tensor:
         mean, variance = self.moments.value.to(scores)
@@ -47,8 +47,8 @@ class SoftMatch(Weighting):
 
     def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
         """Weights in [0, 1] of a training batch, (n,), which moves mean and variance first."""
-        n = len(pseudo.confidence)
-        variance, mean = torch.var_mean(pseudo.confidence, correction=min(1, n - 1))
+        confidence = pseudo.logits.softmax(dim=1).amax(dim=1)
+        variance, mean = torch.var_mean(confidence, correction=min(1, len(confidence) - 1))
         self.moments.update(torch.stack([mean, variance]))
         return self.scores(weak, pseudo, indices)
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
+from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.weightings.base import Context, Features
 from weighmatch.semisup.weightings.fitted import FittedWeighting
@@ -45,9 +45,9 @@ class SoftmaxWeights(FittedWeighting):
     def make_network(self, seed: int) -> nn.Module:
         return SoftmaxNetwork(self.context.classes, seed)
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         with torch.no_grad():
-            return torch.sigmoid(self.network(pseudo.probabilities))
+            return torch.sigmoid(self.network(logits.softmax(dim=1)))
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         assert self.meter is not None
@@ -56,9 +56,10 @@ class SoftmaxWeights(FittedWeighting):
         influence = self.meter.influence(classifier, views, direction, cosine=False)
         target = influence / influence.square().mean().sqrt().clamp(min=1e-12)
         config = self.context.training.weighting
+        probabilities = views.pseudo.logits.softmax(dim=1)
         spread = 0.0
         for _ in range(config.fit_steps):
-            weights = mean_one(torch.sigmoid(self.network(views.pseudo.probabilities)))
+            weights = mean_one(torch.sigmoid(self.network(probabilities)))
             pull = config.proximity / 2 * (weights - 1).square().mean()
             self.descend(pull - (target * weights).mean())
             spread = float(weights.detach().std())

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.weightings.base import Features, Weighting
 
 
@@ -12,5 +11,5 @@ class Uniform(Weighting):
 
     name = "uniform"
 
-    def criterion(self, images: Tensor, features: Features, pseudo: PseudoLabels) -> Tensor:
-        return torch.ones_like(pseudo.confidence)
+    def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
+        return torch.ones(len(images), device=images.device)
