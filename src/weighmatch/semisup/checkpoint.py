@@ -15,7 +15,7 @@ from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier, build_classifier
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
-from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.store import ImageStore, as_tensor
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.weightings import Context, Weighting
@@ -154,7 +154,7 @@ class TrainedRun:
         """Probabilities of the classes, (n, classes) float32 on the CPU; see `score`."""
         classifier = on_device(self.classifier, device)
         with torch.no_grad():
-            parts = torch.from_numpy(self._checked(images)).split(BATCH)
+            parts = as_tensor(self._checked(images)).split(BATCH)
             return torch.cat(
                 [classifier(part.to(device).float() / 255).softmax(dim=1).cpu() for part in parts]
             )
@@ -175,7 +175,7 @@ class TrainedRun:
         criterion = self._criterion(weighting, device)
         found = []
         with torch.no_grad():
-            for part in torch.from_numpy(images).split(BATCH):
+            for part in as_tensor(images).split(BATCH):
                 batch = part.to(device).float() / 255
                 features = classifier.features(batch)
                 logits = classifier.head(features)

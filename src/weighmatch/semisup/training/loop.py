@@ -118,7 +118,7 @@ class Run:
                 )
             outer = (labelled[~kept], labels[~kept])
             labelled, labels = labelled[kept], labels[kept]
-        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory)
+        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory, data.rows)
         augmentation = Augmentation(self.training.augmentation)
         self.with_pool = config.row.pool != "none"
         self.batches = Batches(
