@@ -53,9 +53,7 @@ class ChecksBeforeWork:
     """Refuses to start work that could not be finished, or that was not asked for."""
 
     @hook_impl
-    def before_pipeline_run(
-        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: Catalog
-    ) -> None:
+    def before_pipeline_run(self, run_params: Given, pipeline: Pipeline, catalog: Catalog) -> None:
         """Check runtime parameters, parameters that depend on one another, and folders.
 
         Raises:

@@ -2,7 +2,7 @@
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import ImagePreview
@@ -20,9 +20,7 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
     The PNG carries no date or version, so that the same figure gives the same bytes.
     """
 
-    def __init__(
-        self, filepath: str, dpi: int = 150, metadata: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, filepath: str, dpi: int = 150, metadata: object = None) -> None:
         self._filepath, self._dpi = Path(filepath), dpi
         self.metadata = metadata
 
@@ -40,7 +38,7 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
     def _exists(self) -> bool:
         return self._filepath.exists()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"filepath": str(self._filepath)}
 
     def preview(self) -> ImagePreview:
@@ -51,7 +49,7 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
 class FigureFolder(Partitions):
     """Figures by name, a PNG each; kedro-viz shows the first."""
 
-    def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str, metadata: object = None) -> None:
         super().__init__(path, "weighmatch.io.FigureDataset", ".png", metadata=metadata)
 
     def preview(self) -> ImagePreview:
