@@ -1,5 +1,6 @@
 """Project settings: https://docs.kedro.org/en/stable/kedro_project_setup/settings.html."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ class ExperimentLoader(OmegaConfigLoader):
         if "settings" in own.get("grid", {}):
             parameters["grid"].pop("settings", None)
         return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
+
+
+# kedro-viz 12.5 uses a class of FastAPI that warns of itself wherever it is used.
+warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")
 
 
 def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
