@@ -69,8 +69,11 @@ class ChecksBeforeWork:
             asked = _read(catalog)
             if "params:data" in inputs:
                 grid.require_effect(given.get("data", {}), asked.grid, asked.data)
+            source = get_source(asked.data.source)
             if "params:cache_folder" in inputs:
-                get_source(asked.data.source).check_found(asked.data)
+                source.check_found(asked.data)
+            if "params:training" in inputs:
+                source.recipe(asked.data)  # otherwise settings would silently be others
             if "params:runs" in inputs:
                 _check_runs(given, asked)
         except ValueError as error:
