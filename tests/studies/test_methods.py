@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation import ihvp_figures, meta_figures
 from weighmatch.evaluation.meta_tables import summarise_runs
 from weighmatch.implicit import Method
