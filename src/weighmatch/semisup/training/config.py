@@ -17,7 +17,7 @@ from torch import Tensor
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.training.code import code_digest
+from weighmatch.semisup.training.code import training_code
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ class RunConfig:
     training: TrainingConfig
     schedule: Schedule = "online"
     rounds: int = 1
-    code: str = field(default_factory=code_digest)
+    code: str = field(default_factory=training_code)
 
     def __post_init__(self) -> None:
         arm = get_arm(self.arm)
