@@ -1,7 +1,7 @@
 """The influence of unlabelled images on the loss on labelled ones.
 
 The influence of image i is s_i = ⟨∇_θ m_i CE_i, v⟩ with v ≈ (C + δI)⁻¹ ∇_θ L_outer: what one more
-unit of weight on it takes off the outer loss (docs/method.md; design, equation of dL_outer/dφ).
+unit of weight on it takes off the outer loss (docs/method.md, The hypergradient).
 """
 
 from collections.abc import Callable
