@@ -10,6 +10,7 @@ from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS
 from kedro.validation.exceptions import ParameterValidationError
 
+from weighmatch.data.source import UnusableDataError
 from weighmatch.hooks import GROUPS, RefusedError
 
 
@@ -25,7 +26,7 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except RefusedError as error:
+    except (RefusedError, UnusableDataError) as error:
         raise click.ClickException(str(error)) from error
 
 
