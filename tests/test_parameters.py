@@ -49,7 +49,7 @@ def test_base_repeats_no_default(name):
 
 
 def test_base_has_every_group():
-    assert set(read("base")) == {*KINDS, "run_folder"}
+    assert set(read("base")) == {*KINDS, "run_folder", "record_folder"}
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS)

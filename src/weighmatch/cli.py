@@ -7,9 +7,11 @@ from typing import Any
 import click
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS
+from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 
 from weighmatch.hooks import RefusedError
+from weighmatch.io.files import UnfitFileError
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -24,8 +26,12 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except RefusedError as error:
+    except (RefusedError, UnfitFileError) as error:
         raise click.ClickException(str(error)) from error
+    except DatasetError as error:
+        if isinstance(error.__cause__, UnfitFileError):
+            raise click.ClickException(str(error.__cause__)) from error
+        raise
 
 
 def _in_a_sentence(message: str) -> str:

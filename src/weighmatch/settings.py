@@ -7,6 +7,7 @@ from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
 from weighmatch.hooks import ChecksBeforeWork
+from weighmatch.keeping import KeepsFilesWhole
 
 
 class ExperimentLoader(OmegaConfigLoader):
@@ -33,7 +34,7 @@ class ExperimentLoader(OmegaConfigLoader):
         return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
 
 
-HOOKS = (ChecksBeforeWork(),)
+HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS: dict[str, Any] = {

@@ -6,6 +6,7 @@ from kedro.io import DatasetError
 from matplotlib.figure import Figure
 
 from weighmatch.io import CheckpointDataset, FigureDataset, NpzDataset, Partitions
+from weighmatch.io.files import UnfitFileError
 from weighmatch.semisup import make_schedule
 
 
@@ -107,5 +108,5 @@ def test_partitions_make_and_load_one_file_at_a_time_where_asked(tmp_path):
     loaders = dataset.load()
     (tmp_path / "p" / "run_0.npz").unlink()
     assert loaders["run_2"]()["x"] == 2
-    with pytest.raises(DatasetError):
+    with pytest.raises(UnfitFileError, match=r"run_0.npz is missing"):
         loaders["run_0"]()
