@@ -15,21 +15,22 @@ from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
+from weighmatch.studies.config import StudyConfig
+from weighmatch.studies.meta_config import MetaLearningConfig
 
 Catalog = CatalogProtocol[Any, Any]
 Given = Mapping[str, Any]
 
-# The groups of conf/base/parameters_*.yml, and the folder that the catalog asks for.
-GROUPS = (
-    "data",
-    "grid",
-    "training",
-    "runs",
-    "ihvp_analysis",
-    "meta_learning_analysis",
-    "run_folder",
-    "data_folder",
-)
+# The groups of parameters, each with the dataclass that holds its defaults.
+GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "grid": grid.GridConfig,
+    "training": TrainingConfig,
+    "runs": RunsConfig,
+    "ihvp_analysis": StudyConfig,
+    "meta_learning_analysis": MetaLearningConfig,
+}
+KNOWN = (*GROUPS, "run_folder", "data_folder")
 # What makes a run one of a part of the pipelines, as one that goes on after an error.
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
@@ -52,9 +53,7 @@ class ChecksBeforeWork:
     """Refuses to start work that could not be finished, or that was not asked for."""
 
     @hook_impl
-    def before_pipeline_run(
-        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: Catalog
-    ) -> None:
+    def before_pipeline_run(self, run_params: Given, pipeline: Pipeline, catalog: Catalog) -> None:
         """Check runtime parameters, parameters that depend on one another, and folders.
 
         Raises:
@@ -84,11 +83,11 @@ class ChecksBeforeWork:
 
 
 def _check_groups(given: Given) -> None:
-    unknown = sorted(set(given) - set(GROUPS))
+    unknown = sorted(set(given) - set(KNOWN))
     if unknown:
         raise RefusedError(
             f"there is no parameter {', '.join(unknown)}; --params takes names such as data.ratio, "
-            f"from the groups {', '.join(GROUPS)}"
+            f"from the groups {', '.join(KNOWN)}"
         )
 
 

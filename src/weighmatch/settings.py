@@ -1,5 +1,6 @@
 """Project settings: https://docs.kedro.org/en/stable/kedro_project_setup/settings.html."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ class ExperimentLoader(OmegaConfigLoader):
             parameters["grid"].pop("settings", None)
         return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
 
+
+# kedro-viz 12.5 uses a class of FastAPI that warns of itself wherever it is used.
+warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")
 
 HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader

@@ -5,7 +5,7 @@ import pytest
 from kedro.io import DatasetError
 from matplotlib.figure import Figure
 
-from weighmatch.io import CheckpointDataset, FigureDataset, NpzDataset, Partitions
+from weighmatch.io import CheckpointDataset, FigureDataset, FigureFolder, NpzDataset, Partitions
 from weighmatch.io.files import UnfitFileError
 from weighmatch.semisup import make_schedule
 
@@ -92,6 +92,10 @@ def test_figures_are_png_and_repeat(tmp_path):
     assert first.load().startswith(b"\x89PNG")
     assert first.load() == second.load()
     assert len(first.preview()) > 100
+    folder = FigureFolder(str(tmp_path / "folder"))
+    folder.save({"a": figure})
+    assert folder.preview() == first.preview()
+    assert folder.load() == {"a": first.load(), "b": second.load()}
 
 
 def test_partitions_make_and_load_one_file_at_a_time_where_asked(tmp_path):

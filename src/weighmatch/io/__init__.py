@@ -2,7 +2,7 @@
 
 from weighmatch.io.arrays import NpzDataset
 from weighmatch.io.checkpoint import CheckpointDataset
-from weighmatch.io.images import FigureDataset
+from weighmatch.io.images import FigureDataset, FigureFolder
 from weighmatch.io.partitions import Partitions
 
-__all__ = ["CheckpointDataset", "FigureDataset", "NpzDataset", "Partitions"]
+__all__ = ["CheckpointDataset", "FigureDataset", "FigureFolder", "NpzDataset", "Partitions"]

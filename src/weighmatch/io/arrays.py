@@ -25,7 +25,7 @@ class NpzDataset(AbstractDataset[Arrays, Arrays]):
     mapped into memory: processes then share one copy, and a pool need not fit into memory.
     """
 
-    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, filepath: str, metadata: object = None) -> None:
         self._filepath = Path(filepath)
         self.metadata = metadata
 
@@ -35,15 +35,14 @@ class NpzDataset(AbstractDataset[Arrays, Arrays]):
             return {name: mapped[name] if name in mapped else file[name] for name in file.files}
 
     def save(self, data: Arrays) -> None:
-        arrays: dict[str, Any] = dict(data)
-        large = sum(np.asarray(array).nbytes for array in arrays.values()) > LARGE
+        large = sum(np.asarray(array).nbytes for array in data.values()) > LARGE
         save: Any = np.savez if large else np.savez_compressed
-        write_atomically(self._filepath, lambda file: save(file, **arrays))
+        write_atomically(self._filepath, lambda file: save(file, **data))
 
     def _exists(self) -> bool:
         return self._filepath.exists()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"filepath": str(self._filepath)}
 
     def preview(self) -> JSONPreview:

@@ -17,8 +17,10 @@ log = logging.getLogger(__name__)
 # Lies in the folder: the SHA-256 of each file, and the names of those that are being written.
 LIST = "files.json"
 
+Parts = dict[str, Any]
 
-class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
+
+class Partitions(AbstractDataset[Parts, Parts]):
     """A dictionary whose values lie in files `<path>/<key><suffix>` of a given dataset type.
 
     Unlike kedro-datasets' PartitionedDataset it may be empty where that is said (an arm that is
@@ -44,7 +46,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         suffix: str,
         lazy: bool = False,
         may_be_empty: bool = False,
-        metadata: dict[str, Any] | None = None,
+        metadata: object = None,
     ) -> None:
         self._path, self._suffix, self._lazy = Path(path), suffix, lazy
         self._may_be_empty = may_be_empty
@@ -52,7 +54,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         self._kind, _ = parse_dataset_definition({"type": dataset, "filepath": ""})
         self.metadata = metadata
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Parts:
         try:
             files = self.files()
         except UnfitFileError as error:
@@ -82,7 +84,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
             raise UnfitFileError(f"{self._path} is empty")
         return files
 
-    def save(self, data: dict[str, Any]) -> None:
+    def save(self, data: Parts) -> None:
         names = {f"{key}{self._suffix}": key for key in data}
         try:
             before, unfinished = self._read_list()
@@ -123,19 +125,22 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
             raise UnfitFileError(f"{error}; run the pipeline that makes it") from error
         return self._member(name).load()
 
+    def _names(self) -> list[str]:
+        """Names of the files that were saved."""
+        return sorted(self._read_list()[0]) if self._exists() else []
+
     def _member(self, name: str) -> Any:
         return self._kind(filepath=str(self._path / name))
 
     def _exists(self) -> bool:
         return (self._path / LIST).exists()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"path": str(self._path), "dataset": self._kind.__name__}
 
     def preview(self) -> JSONPreview:
         """The names of the files and what is in the first, for kedro-viz."""
-        files, _ = self._read_list()
-        names = sorted(files)
+        names = self._names()
         first = json.loads(self._member(names[0]).preview()) if names else {}
         keys = [name.removesuffix(self._suffix) for name in names]
         return JSONPreview(json.dumps({"files": keys, "first": first}))

@@ -1,7 +1,5 @@
 """Nodes of `evaluation`."""
 
-from typing import Any
-
 import pandas as pd
 
 from weighmatch.evaluation import judging, report, tables
@@ -16,7 +14,7 @@ def judge_runs(
     predictions: Predictions,
     ood_truth: Truth,
     test_labels: Truth,
-    manifest: dict[str, Any],
+    manifest: report.Row,
 ) -> pd.DataFrame:
     """One row a run.
 
@@ -52,7 +50,7 @@ def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
 
 
 def summarise(
-    arm_table: pd.DataFrame, comparison: pd.DataFrame, manifest: dict[str, Any]
-) -> dict[str, Any]:
+    arm_table: pd.DataFrame, comparison: pd.DataFrame, manifest: report.Row
+) -> report.Row:
     """Setting, verdict and numbers of each arm; the setting is that of the data on disk."""
     return report.summarise(arm_table, comparison, manifest)

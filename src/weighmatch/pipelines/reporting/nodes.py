@@ -1,7 +1,5 @@
 """Nodes of `reporting`."""
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -55,10 +53,10 @@ def draw_gallery(
 
 
 def write_report(
-    metrics: dict[str, Any],
+    metrics: report.Row,
     table: pd.DataFrame,
     study: pd.DataFrame,
-    manifest: dict[str, Any],
+    manifest: report.Row,
     ihvp_figures: dict[str, bytes],
     **drawn: bytes,
 ) -> str:

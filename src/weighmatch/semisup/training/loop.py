@@ -28,7 +28,7 @@ from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
 from weighmatch.semisup.parts.networks import build_classifier
 from weighmatch.semisup.parts.running import DistributionAlignment
-from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.training.batches import Batch, Batches
@@ -83,9 +83,6 @@ class Run:
         start: parameters of the classifier to begin with; None: the seed's.
         until: the step that a checkpoint may not be beyond; None: the last.
         earlier: another folder to look for a checkpoint of this very run in.
-
-    Raises:
-        DamagedFileError: if `directory` holds a damaged checkpoint.
     """
 
     def __init__(
@@ -233,12 +230,10 @@ class Run:
     def _go_back(self) -> None:
         """Return to the last checkpoint, or the start, with half of the learning rate."""
         halvings, seconds = self.halvings + 1, self.seconds
-        if self.saved is None:
-            self._restore(self._initial)
-        else:
-            state = read_state(self.directory / CHECKPOINT)
-            assert state is not None
-            self._restore(state)
+        state = None
+        if self.saved is not None:
+            state = read_if_whole(self.directory / CHECKPOINT, "the run goes back further")
+        self._restore(self._initial if state is None else state)
         self.halvings, self.seconds = halvings, seconds
 
     def _train_step(self, batch: Batch) -> Entry:
@@ -315,18 +310,16 @@ class Run:
         The confidence is that of the averaged classifier, without alignment: every arm's the same.
         """
         pool = self.batches.pool
-        found = []
+        scores, confidence = (torch.ones(len(pool), device=self.device) for _ in range(2))
+        labels = torch.zeros(len(pool), dtype=torch.long, device=self.device)
         with torch.no_grad():
             for part in torch.arange(len(pool), device=self.device).split(1024):
                 images = self.batches.arranged(pool[part].float() / 255)
-                confidence, labels = self.average(images).softmax(dim=1).max(dim=1)
-                scores = torch.ones_like(confidence)
+                confidence[part], labels[part] = self.average(images).softmax(dim=1).max(dim=1)
                 if self._weighs():
                     logits = self._logits(images)
                     pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
-                    scores = self.weighting.scores(images, pseudo, part)
-                found.append((scores, confidence, labels))
-        scores, confidence, labels = (torch.cat(column) for column in zip(*found, strict=True))
+                    scores[part] = self.weighting.scores(images, pseudo, part)
         self.snapshots.append((self.step, mean_one(scores).cpu(), confidence.cpu()))
         self.pool_labels = labels.cpu()
 
@@ -386,7 +379,7 @@ class Run:
             earlier: where to look for one if the run's own folder has none.
         """
         for folder in (self.directory, earlier):
-            state = read_state(folder / CHECKPOINT)
+            state = read_if_whole(folder / CHECKPOINT, "what it held is trained again")
             if state is None or state["fingerprint"] != self.fingerprint:
                 continue
             if state["step"] <= until:

@@ -31,6 +31,8 @@ from weighmatch.semisup.weightings.meter import Measured
 # Augmented copies whose features are kept: at most COPIES_PER_IMAGE of a labelled image and
 # MAX_LABELLED_COPIES of all of them together (but one of each), and POOL_VIEWS of a pool image.
 COPIES_PER_IMAGE, MAX_LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
+# Images whose features are held at a time while a pool is ranked.
+HEAD_BATCH = 8192
 # Images of a large pool that the head is fitted on and whose influence is measured; all are ranked.
 MAX_HEAD_IMAGES = 2048
 
@@ -78,12 +80,15 @@ def _rank_by_head(
 ) -> Ranking:
     classifier = on_device(run.classifier, pick_device(config.training.device))
     head, p_clean = fit_head(classifier, measured, data, config)
-    features = _features(classifier, data.pool)
+    pool, found = data.pool, []
     with torch.no_grad():
-        pseudo_classes = run.classifier.head(features).argmax(dim=1)
-        head.standardise(features)
-        scores = torch.sigmoid(head(features))
-        likely = torch.sigmoid(head.members(features).mean(1))
+        for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
+            features = _features(classifier, pool[start : start + HEAD_BATCH])
+            found.append((run.classifier.head(features).argmax(dim=1), head.parts(features)))
+        pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
+        head.standardise(parts)
+        scores = torch.sigmoid(head.combine(parts))
+        likely = torch.sigmoid(parts[:, 0])
     # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
     evidence = Evidence(
         useful=likely > config.training.ranking.keep_above,
