@@ -93,7 +93,7 @@ def test_figures_are_png_and_repeat(tmp_path):
     assert first.load() == second.load()
     assert len(first.preview()) > 100
     folder = FigureFolder(str(tmp_path / "folder"))
-    folder.save({"a": figure})
+    folder.save({"a": figure, "b": figure})
     assert folder.preview() == first.preview()
     assert folder.load() == {"a": first.load(), "b": second.load()}
 

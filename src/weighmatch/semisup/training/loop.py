@@ -141,7 +141,7 @@ class Run:
         )
         self.step, self.seconds = 0, 0.0
         self.updates, self.update_seconds = 0, 0.0
-        self.halvings = 0
+        self.halvings, self.updates_skipped = 0, 0
         count = self.training.snapshots
         self._snapshot_steps = {round((k + 1) * config.steps / count) for k in range(count)}
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
@@ -197,7 +197,8 @@ class Run:
         if not self._is_finite(entries, before):
             self._go_back()
             return self.step - before
-        self.log.add(entries, step=self.step, seconds=round(self.seconds, 3))
+        counted = {"updates_skipped": float(self.updates_skipped)} if self.updates_skipped else {}
+        self.log.add(entries, step=self.step, seconds=round(self.seconds, 3), **counted)
         done = self.step >= self.config.steps
         every = self.training.checkpoint_every
         if done or self.step // every > before // every:
@@ -270,12 +271,27 @@ class Run:
         due = self.step % self.training.weighting.interval == 0
         if self._weighs() and due and bool(torch.isfinite(loss.detach())):
             started = time.perf_counter()
-            entry.update(self.weighting.update(self.classifier))
+            found = self.weighting.try_update(self.classifier)
+            if found is None:
+                self._warn_of_skipped()
+            entry.update(found or {})
             self.updates += 1
             self.update_seconds += time.perf_counter() - started
         if self.step in self._snapshot_steps and self.with_pool:
             self._record_pool()
         return entry
+
+    def _warn_of_skipped(self) -> None:
+        """Count an update that was skipped, and say so the first time."""
+        self.updates_skipped += 1
+        if self.updates_skipped == 1:
+            log.warning(
+                "%s, seed %d: at step %d an update of the weights met numbers that are not finite "
+                "and was skipped; the log counts those that are (updates_skipped)",
+                self.config.arm,
+                self.config.seed,
+                self.step,
+            )
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits by the precision of training, given in single precision."""
@@ -394,7 +410,7 @@ class Run:
 
 CHECKPOINT = "checkpoint.pt"
 # What a checkpoint repeats of a run: numbers, and parts that have a state.
-_NUMBERS = ("step", "seconds", "updates", "update_seconds", "halvings")
+_NUMBERS = ("step", "seconds", "updates", "updates_skipped", "update_seconds", "halvings")
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
 
 
