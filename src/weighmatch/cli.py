@@ -13,6 +13,7 @@ from kedro.validation.exceptions import ParameterValidationError
 
 from weighmatch.hooks import GROUPS, RefusedError
 from weighmatch.io.files import UnfitFileError
+from weighmatch.workers import WorkerError
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -27,7 +28,7 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except (RefusedError, UnfitFileError) as error:
+    except (RefusedError, UnfitFileError, FloatingPointError, WorkerError) as error:
         raise click.ClickException(str(error)) from error
     except DatasetError as error:
         if isinstance(error.__cause__, UnfitFileError):
