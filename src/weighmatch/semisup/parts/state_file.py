@@ -4,6 +4,7 @@ torch does not check what it reads: a flipped bit would give other weights witho
 """
 
 import hashlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 # Nested dictionaries of tensors, numbers and strings: what a checkpoint holds of an object.
 State = dict[str, Any]
@@ -51,6 +54,20 @@ def read_state(path: Path) -> State | None:
     if not whole:
         raise _damaged(path)
     return state
+
+
+def read_if_whole(path: Path, otherwise: str) -> dict[str, Any] | None:
+    """What `read_state` gives; None, and a warning, where the file is damaged.
+
+    Args:
+        path: the file.
+        otherwise: what happens then, such as "it is made again".
+    """
+    try:
+        return read_state(path)
+    except DamagedFileError:
+        log.warning("%s is damaged or was not written by this program; %s", path, otherwise)
+        return None
 
 
 def _separate(value: Any) -> Any:

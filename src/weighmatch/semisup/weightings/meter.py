@@ -4,6 +4,7 @@ The influence of image i is s_i = ⟨∇_θ m_i CE_i, v⟩ with v ≈ (C + δI)�
 unit of weight on it takes off the outer loss (docs/method.md, The hypergradient).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
 # Updates between two Lanczos runs for λ_max, and the products of one.
 PROBE_EVERY, PROBE_PRODUCTS = 10, 6
+NOT_FINITE = "a gradient, the curvature or an influence is not finite; lower training.learning_rate"
 
 
 class Views(NamedTuple):
@@ -147,10 +149,14 @@ class InfluenceMeter:
         return self.context.training.influence
 
     def measure(self, classifier: Classifier) -> dict[str, float]:
-        """Measure one batch of the pool at `classifier`; returns what is worth logging."""
+        """Measure one batch of the pool at `classifier`; returns what is worth logging.
+
+        Raises:
+            FloatingPointError: if a gradient, the curvature or an influence is not finite.
+        """
         views = self.draw_views(classifier)
         solution = self.solve(classifier, views)
-        influence = self.influence(classifier, views, solution.value)
+        influence = require_finite(self.influence(classifier, views, solution.value))
         self.measured.remember(views.indices, influence, self.config.memory)
         self.updates += 1
         return {
@@ -166,6 +172,9 @@ class InfluenceMeter:
             classifier: at the end of training.
             trained: indices of the pool images that it was trained on, for the curvature.
             images: indices of those to measure.
+
+        Raises:
+            FloatingPointError: if a gradient, the curvature or an influence is not finite.
         """
         size = self.config.curvature_batch
         drawn = trained[self.context.streams.draw(len(trained), size, "influence batch")]
@@ -175,7 +184,7 @@ class InfluenceMeter:
             # Images that do not reach τ yet are ranked as well.
             whole = replace(views.pseudo, mask=torch.ones_like(views.pseudo.mask))
             views = views._replace(pseudo=whole)
-            influence = self.influence(classifier, views, solution.value)
+            influence = require_finite(self.influence(classifier, views, solution.value))
             self.measured.remember(views.indices, influence, self.config.memory)
 
     def draw_views(self, classifier: Classifier) -> Views:
@@ -207,9 +216,13 @@ class InfluenceMeter:
         return torch.cat([g.reshape(-1) for g in gradient])
 
     def solve(self, classifier: Classifier, views: Views) -> Solution:
-        """V ≈ (C + δI)⁻¹ ∇_θ L_outer at the classifier's parameters."""
+        """V ≈ (C + δI)⁻¹ ∇_θ L_outer at the classifier's parameters.
+
+        Raises:
+            FloatingPointError: if the gradient or the curvature is not finite.
+        """
         context = self.context
-        rhs = self.outer_gradient(classifier)
+        rhs = require_finite(self.outer_gradient(classifier))
         params = parameters_of(classifier)
         n = min(self.config.curvature_batch, len(views.strong))
         noise = context.streams["augmentation for the outer loss"]
@@ -226,8 +239,14 @@ class InfluenceMeter:
         )
         if self.updates % PROBE_EVERY == 0:
             _, self.largest_eigenvalue = extreme_eigenvalues(curvature, products=PROBE_PRODUCTS)
+        if not math.isfinite(self.largest_eigenvalue):
+            raise FloatingPointError(NOT_FINITE)
         state = {"largest_eigenvalue": self.largest_eigenvalue}
-        return self._method().solve(curvature, rhs, state)
+        solution = self._method().solve(curvature, rhs, state)
+        # A method that meets such a product gives its best iterate, which may be none.
+        if solution.status == "diverged" and not bool(solution.value.any()):
+            raise FloatingPointError(NOT_FINITE)
+        return solution
 
     def _method(self) -> Method:
         config = self.config
@@ -274,6 +293,17 @@ class InfluenceMeter:
         names = vars(self.measured)
         measured = Measured(**{name: state[name] for name in names})
         self.measured = measured.to(self.context.pool.device)
+
+
+def require_finite(value: Tensor) -> Tensor:
+    """The tensor.
+
+    Raises:
+        FloatingPointError: if it holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise FloatingPointError(NOT_FINITE)
+    return value
 
 
 def head_gradient_norm(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:
