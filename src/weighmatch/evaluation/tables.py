@@ -80,11 +80,12 @@ def of_series(table: pd.DataFrame, series: Series) -> pd.DataFrame:
     return table[(table["arm"] == series[0]) & (table["schedule"] == series[1])]
 
 
-def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
+def arm_table(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
     """One row an arm and schedule in each cell, also against FixMatch over paired seeds.
 
     Args:
         scores: from `judge_runs`.
+        overlap: see `statistics.paired_difference`.
 
     Returns:
         The columns of `SERIES`, `seeds`, `accuracy` with its 95 % t interval `accuracy_low`,
@@ -96,18 +97,18 @@ def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for series, mine in scores.groupby(list(SERIES), sort=False, dropna=False):
         accuracy = mine["accuracy"].dropna()
-        low, high = mean_interval(accuracy.to_numpy())
+        low, high = mean_interval(accuracy.to_numpy(), overlap)
         row = {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
         means = mine[list(MEANS)].astype(float).mean()
         rows.append({**dict(zip(SERIES, series, strict=True)), "seeds": len(mine), **row, **means})
     own = pd.DataFrame(rows)
     own[["accuracy_low", "accuracy_high"]] = own[["accuracy_low", "accuracy_high"]].astype(float)
-    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH])
+    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH], overlap)
     table = own.merge(others.drop(columns=["against", "seeds"]), how="left", on=list(SERIES))
     return _with_holm(table, CELL)
 
 
-def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
+def compare_arms(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
     """Paired differences of accuracy between arms within each cell.
 
     Every arm is compared with each rival, a rival with the rivals before it, and learned weights
@@ -116,6 +117,7 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
 
     Args:
         scores: from `judge_runs`.
+        overlap: see `statistics.paired_difference`.
 
     Returns:
         The columns of `SERIES`, `against`, `difference` (points) with its 95 % t interval
@@ -125,11 +127,13 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
         NaN where not defined.
     """
     families = [column for column in (*SERIES, "against") if column != "ratio"]
-    return _with_holm(_pairs(scores, _rivals), families)
+    return _with_holm(_pairs(scores, _rivals, overlap), families)
 
 
 def _pairs(
-    scores: pd.DataFrame, rivals: Callable[[Arm, Collection[str]], Sequence[Arm]]
+    scores: pd.DataFrame,
+    rivals: Callable[[Arm, Collection[str]], Sequence[Arm]],
+    overlap: float,
 ) -> pd.DataFrame:
     """One row a pair in a cell: every arm beside those that `rivals` names for it."""
     rows = []
@@ -144,7 +148,7 @@ def _pairs(
                     continue
                 plain = other.pool == "whole" and not other.weighs
                 goal = arms.get(CEILING) if plain and name != ORACLE.name else None
-                if numbers := _compare(accuracy, baseline, goal):
+                if numbers := _compare(accuracy, baseline, goal, overlap):
                     names = dict(zip(SERIES, (*values, name, schedule), strict=True))
                     rows.append({**names, "against": other.name, **numbers})
     table = pd.DataFrame(rows, columns=[*SERIES, "against", *NUMBERS, "seeds"])
@@ -169,13 +173,17 @@ def _rivals(arm: Arm, there: Collection[str]) -> list[Arm]:
 
 
 def _compare(
-    accuracy: "pd.Series[float]", baseline: "pd.Series[float]", goal: "pd.Series[float] | None"
+    accuracy: "pd.Series[float]",
+    baseline: "pd.Series[float]",
+    goal: "pd.Series[float] | None",
+    overlap: float,
 ) -> dict[str, float | None]:
     """The numbers of one comparison over the seeds that all have; none without such a seed."""
     pairs = pd.concat([accuracy, baseline], axis=1, join="inner").to_numpy()
     if not len(pairs):
         return {}
-    row = dict(zip(DIFFERENCE, astuple(paired_difference(pairs[:, 0] - pairs[:, 1])), strict=True))
+    difference = paired_difference(pairs[:, 0] - pairs[:, 1], overlap)
+    row = dict(zip(DIFFERENCE, astuple(difference), strict=True))
     if goal is not None:
         triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
         if len(triples):
