@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from weighmatch.arms import FIXMATCH, SUPERVISED, get_arm
-from weighmatch.evaluation.chosen import EVERYTHING, HeldOut, choose_run
+from weighmatch.evaluation.chosen import EVERYTHING, HeldOut
 from weighmatch.evaluation.judging import CELL
 from weighmatch.evaluation.ranking import copies_of
 from weighmatch.evaluation.statistics import (
@@ -63,12 +63,16 @@ def fold_overlap(manifest: Mapping[str, Any]) -> float:
 
 
 def judge_pile(
-    run_scores: pd.DataFrame, manifest: Mapping[str, Any], lists: Lists
+    run_scores: pd.DataFrame,
+    run: Mapping[Any, Any],
+    manifest: Mapping[str, Any],
+    lists: Lists,
 ) -> dict[str, Any]:
     """What `metrics.json` holds under `pile`.
 
     Args:
         run_scores: from `judge_runs`.
+        run: the run whose ranking is handed out.
         manifest: `cells`, with the counts of each set of splits.
         lists: tables about single files.
 
@@ -78,7 +82,6 @@ def judge_pile(
         `test_images_needed`, how many would settle the first, or None; and `advice`, the three
         things that would help most.
     """
-    run = choose_run(run_scores)
     tested = run_scores[run_scores["setting"] != EVERYTHING]
     tested = tested if len(tested) else run_scores
     scores = tested.merge(tested[list(CELL)].head(1))

@@ -183,7 +183,7 @@ def render_report(
     cells = by_cell(table)
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
     return environment.from_string(template).render(
-        metrics=metrics,
+        metrics={"pile": None, **metrics},
         cells=[(title, rows.sort_values("accuracy").to_dict("records")) for title, rows in cells],
         labels=label_series(table),
         learned_arm=LEARNED.name,

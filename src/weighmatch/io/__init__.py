@@ -2,7 +2,8 @@
 
 from weighmatch.io.arrays import NpzDataset
 from weighmatch.io.checkpoint import CheckpointDataset
+from weighmatch.io.folder import FolderDataset
 from weighmatch.io.images import FigureDataset
 from weighmatch.io.partitions import Partitions
 
-__all__ = ["CheckpointDataset", "FigureDataset", "NpzDataset", "Partitions"]
+__all__ = ["CheckpointDataset", "FigureDataset", "FolderDataset", "NpzDataset", "Partitions"]

@@ -4,7 +4,8 @@ from typing import Any
 
 import pandas as pd
 
-from weighmatch.evaluation import judging, report, tables
+from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
+from weighmatch.evaluation.chosen import choose_run, files_of, held_out
 from weighmatch.evaluation.judging import Arrays, Predictions
 from weighmatch.semisup.config import TrainingConfig
 
@@ -46,13 +47,54 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
     return judging.collect_influences(runs, predictions)
 
 
-def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row an arm, and a row a pair of arms, in each cell over paired seeds."""
-    return tables.arm_table(run_scores), tables.compare_arms(run_scores)
+def compare_arms(
+    run_scores: pd.DataFrame, manifest: dict[str, Any]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
+    overlap = pile.fold_overlap(manifest)
+    return tables.arm_table(run_scores, overlap), tables.compare_arms(run_scores, overlap)
+
+
+def rank_files(
+    ranked_pool: Arrays,
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Truth,
+    image_files: pd.DataFrame,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The ranking of the pool, twice; the images to label next; and the labels to check."""
+    key = choose_run(runs)["key"]
+    pool, labelled = (files_of(image_files, key, split) for split in ("pool", "labelled"))
+    held = held_out(runs, predictions, test_labels, image_files)
+    table = ranking.ranking_table(ranked_pool, pool, ranking.fit_temperature(held))
+    check = lists.labels_to_check(ranked_pool, labelled, held)
+    return table, table, lists.label_next(ranked_pool, pool), check
+
+
+def judge_pile(
+    run_scores: pd.DataFrame,
+    manifest: dict[str, Any],
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Truth,
+    image_files: pd.DataFrame,
+    rejected_files: pd.DataFrame,
+    **tables: pd.DataFrame,
+) -> dict[str, Any]:
+    """Whether the pile helped, how much of it is useful, and what would help most."""
+    run = choose_run(runs)
+    names = next(cell["classes"] for cell in manifest["cells"] if cell["key"] == run["key"])
+    held = held_out(runs, predictions, test_labels, image_files)
+    mine = image_files[image_files["key"] == run["key"]]
+    found = pile.Lists(files=mine, rejected=rejected_files, class_names=names, held=held, **tables)
+    return pile.judge_pile(run_scores, run, manifest, found)
 
 
 def summarise(
-    arm_table: pd.DataFrame, comparison: pd.DataFrame, manifest: dict[str, Any]
+    arm_table: pd.DataFrame,
+    comparison: pd.DataFrame,
+    manifest: dict[str, Any],
+    pile: dict[str, Any],
 ) -> dict[str, Any]:
-    """Setting, verdict and numbers of each arm; the setting is that of the data on disk."""
-    return report.summarise(arm_table, comparison, manifest)
+    """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
+    return {**report.summarise(arm_table, comparison, manifest), "pile": pile}

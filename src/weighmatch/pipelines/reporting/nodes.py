@@ -5,7 +5,8 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
-from weighmatch.evaluation import figures, gallery, report
+from weighmatch.evaluation import figures, gallery, gallery_page, report
+from weighmatch.evaluation.chosen import choose_run, paths_of
 from weighmatch.evaluation.judging import Arrays, Predictions
 
 
@@ -52,6 +53,19 @@ def draw_gallery(
 ) -> Figure:
     """Held-out images that one run weighs up and down most."""
     return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
+
+
+def write_gallery(
+    ranking: pd.DataFrame,
+    runs: pd.DataFrame,
+    image_files: pd.DataFrame,
+    training_sets: dict[str, Arrays],
+) -> str:
+    """A page with the images of the pool that rank highest and lowest."""
+    key = choose_run(runs)["key"]
+    images = training_sets[key]["unlabelled_images"]
+    place = {path: k for k, path in enumerate(paths_of(image_files, key, "pool"))}
+    return gallery_page.render_gallery(ranking, lambda row: images[place[ranking["path"][row]]])
 
 
 def write_report(

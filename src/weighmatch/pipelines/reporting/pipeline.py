@@ -40,8 +40,14 @@ def create_pipeline() -> Pipeline:
         "report",
         name="write_report",
     )
+    page = Node(
+        nodes.write_gallery,
+        ["ranking", "runs", "image_files", "training_sets"],
+        "gallery_page",
+        name="write_gallery",
+    )
     return Pipeline(
-        [*drawings, report],
+        [*drawings, page, report],
         namespace="experiment.reporting",
         prefix_datasets_with_namespace=False,
     )
