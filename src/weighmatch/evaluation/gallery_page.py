@@ -39,20 +39,16 @@ class Section:
 
 
 def choose_sections(ranking: pd.DataFrame) -> list[Section]:
-    """The lists of the page, from the columns `score`, `kept` and `predicted_class`."""
-    sections = _both_ends(ranking, np.arange(len(ranking)), OVERALL, "")
+    """The lists of the page, from a table whose first row is the most useful image."""
+    sections = _both_ends(np.arange(len(ranking)), OVERALL, "")
     counts = ranking["predicted_class"].value_counts()
     for name in sorted(counts.index[:MAX_CLASSES]):
         members = np.flatnonzero((ranking["predicted_class"] == name).to_numpy())
-        sections += _both_ends(ranking, members, OF_A_CLASS, f"{name}: ")
+        sections += _both_ends(members, OF_A_CLASS, f"{name}: ")
     return sections
 
 
-def _both_ends(
-    ranking: pd.DataFrame, members: NDArray[np.intp], count: int, prefix: str
-) -> list[Section]:
-    scores = ranking["score"].to_numpy()[members]
-    order = members[np.argsort(-scores, kind="stable")]
+def _both_ends(order: NDArray[np.intp], count: int, prefix: str) -> list[Section]:
     count = min(count, -(-len(order) // 2))
     titles = ("weighed up most", "weighed down most")
     parts = (order[:count], order[::-1][: min(count, len(order) - count)])
@@ -104,7 +100,7 @@ def _summarise(ranking: pd.DataFrame, total: int | None) -> str:
         return f"{total:,} images were ranked; the highest and the lowest are shown."
     kept = int(ranking["kept"].sum())
     share = 100 * kept / max(len(ranking), 1)
-    return f"{kept:,} of {len(ranking):,} images were kept as useful ({share:.0f} %)."
+    return f"{kept:,} of {len(ranking):,} images were kept as useful ({share:.0f}\u202f%)."
 
 
 def _reasons(words: Iterable[str]) -> Sequence[str]:
@@ -112,9 +108,9 @@ def _reasons(words: Iterable[str]) -> Sequence[str]:
 
 
 def _card(row: Any, image: Images) -> dict[str, Any]:
-    sure = f"confidence {row['confidence']:.2f}"
-    if row["probability"] == row["probability"]:
-        sure = f"probability {row['probability']:.2f}, {sure}"
+    known = row["probability"] == row["probability"]
+    sure = f"{'probability' if known else 'confidence'} "
+    sure += f"{row['probability'] if known else row['confidence']:.2f}"
     height, width = image.shape[1:]
     return {
         "path": row["path"],

@@ -4,7 +4,8 @@ A run is a row of the table `runs`: its name `run`, the `key` of its splits, the
 `predictions` holds by the name of a run what loads its arrays, those that there are of
 `test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores` and `heldout_weights`
 (n,); of the pool `pool_weights`, `pool_kept`, `pool_labels`, `pool_influence`,
-`pool_influence_variance` and `pool_evidence` (N,); and `history_step` (S,), `history_weights`, `history_confidence` (S, N).
+`pool_influence_variance` and `pool_evidence` (N,); and `history_step` (S,), `history_weights`,
+`history_confidence` (S, N).
 `truth` holds by key `pool_…` and `heldout_…`: `sources` (codes of `OOD_KINDS`), `classes` (−1: OOD)
 and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would need more than there is
 becomes NaN, or has no row.

@@ -101,7 +101,7 @@ def judge_pile(
     }
     primary = found.get(PRIMARY.name)
     needed = None
-    if primary is not None and not _told(primary):
+    if primary is not None and not _told(primary) and manifest["cells"][0]["source"] == "folder":
         half = max(abs(primary.mean), SMALLEST_DIFFERENCE) / 100
         needed = images_to_tell(means[run["arm"]], means[PRIMARY.name], half)
     useful = _useful(scores, run, lists.ranking)
@@ -111,7 +111,7 @@ def judge_pile(
         "secondary": _described(found.get(SECONDARY.name), SECONDARY.name, overlap),
         "useful": useful,
         "test_images_needed": needed,
-        "advice": _advise(lists, needed if overlap else None),
+        "advice": _advise(lists, needed),
     }
 
 

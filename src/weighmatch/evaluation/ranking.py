@@ -21,8 +21,9 @@ COLUMNS = (
     *("path", "score", "weight", "kept", "predicted_class", "probability", "confidence"),
     *("near_duplicate_of", "why_low"),
 )
-# A temperature outside of these would be one of a few images that are all right or all wrong.
-TEMPERATURES = (0.25, 10.0)
+# Temperatures that are looked at, and the spread of log T before any label is seen: a few images
+# that are all right would make any classifier look too unsure.
+TEMPERATURES, PRIOR_SPREAD = (0.1, 10.0), 0.3
 # An image is told to be low in something if this share of the images kept is higher.
 LOW = 0.95
 # A classifier that is as sure as that is not called unsure.
@@ -30,16 +31,18 @@ SURE = 0.9
 
 
 def fit_temperature(held: HeldOut | None) -> float | None:
-    """The temperature that makes held-out labels likeliest (Guo et al., 2017); None: none known.
+    """The temperature that suits held-out labels best (Guo et al., 2017); None: none known.
 
-    Probabilities are softmax(log p / T). T has one number to fit, so that few labels will do.
+    Probabilities become softmax(log p / T). log T has a normal prior around 0, which a few labels
+    do not outweigh.
     """
     if held is None or not len(held.labels):
         return None
 
     def loss(log_temperature: float) -> float:
         calibrated = calibrate(held.probabilities, float(np.exp(log_temperature)))
-        return negative_log_likelihood(calibrated, held.labels)
+        loss = len(held.labels) * negative_log_likelihood(calibrated, held.labels)
+        return loss + 0.5 * (log_temperature / PRIOR_SPREAD) ** 2
 
     low, high = np.log(TEMPERATURES)
     found = minimize_scalar(loss, bounds=(low, high), method="bounded")
