@@ -7,7 +7,7 @@ import hashlib
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -97,10 +97,14 @@ class Decoded:
 # --- which files there are -------------------------------------------------------------------
 
 
-def list_images(root: str | Path) -> Listing:
+def list_images(root: str | Path, folders: Collection[str] | None = None) -> Listing:
     """List the files below a folder at any depth, without opening one.
 
     Symbolic links are followed where they lead to something within the folder.
+
+    Args:
+        root: the folder.
+        folders: of the folders right below the root, those to look into; None: all.
 
     Raises:
         ValueError: if the folder does not exist or cannot be listed; it says which.
@@ -111,7 +115,7 @@ def list_images(root: str | Path) -> Listing:
         raise ValueError(f"the folder {root} {what}; give the folder that holds the images")
     paths: list[str] = []
     rejected: list[Rejected] = []
-    _walk(top, top, "", (top,), paths, rejected)
+    _walk(top, top, "", (top,), folders, paths, rejected)
     return Listing(top, tuple(sorted(paths)), tuple(sorted(rejected, key=lambda r: r.path)))
 
 
@@ -120,6 +124,7 @@ def _walk(
     folder: Path,
     prefix: str,
     above: tuple[Path, ...],
+    folders: Collection[str] | None,
     paths: list[str],
     rejected: list[Rejected],
 ) -> None:
@@ -156,7 +161,13 @@ def _walk(
             rejected.append(Rejected(name, reason))
             continue
         if stat.S_ISDIR(mode):
-            _walk(top, place, f"{name}/", (*above, place), paths, rejected)
+            if folders is not None and name not in folders:
+                known = ", ".join(sorted(folders))
+                rejected.append(
+                    Rejected(name, f"a folder beside {known}, which is not looked into")
+                )
+            else:
+                _walk(top, place, f"{name}/", (*above, place), None, paths, rejected)
         elif not stat.S_ISREG(mode):
             rejected.append(Rejected(name, "not a regular file"))
         elif entry.name.lower() in LEFT_BEHIND:
@@ -228,6 +239,11 @@ def _read_bytes(path: Path) -> bytes:
 
 def _cannot_be_read(error: Exception) -> str:
     return f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+
+
+def is_of_the_moment(reason: str) -> bool:
+    """Whether another try may find the same file good: it was no matter of what is in it."""
+    return reason.startswith(("it cannot be read", "it is too large for the memory"))
 
 
 def _why(content: bytes, error: Exception) -> str:
