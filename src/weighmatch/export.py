@@ -59,7 +59,12 @@ def _enclosed(function: Any) -> dict[str, Any]:
     }
 
 
-def export_run(run: TrainedRun, folder: Path, facts: Mapping[str, object] | None = None) -> None:
+def export_run(
+    run: TrainedRun,
+    folder: Path,
+    facts: Mapping[str, object] | None = None,
+    preparation: Mapping[str, str] | None = None,
+) -> None:
     """Write a run as model.pt2, model.onnx, run.pt, classes.json and model_card.md.
 
     Without the extra `export` there is no ONNX file, and the log says so.
@@ -68,6 +73,7 @@ def export_run(run: TrainedRun, folder: Path, facts: Mapping[str, object] | None
         run: the run.
         folder: made if missing.
         facts: lines of the card's table, such as the number of labels, by name.
+        preparation: how files became images: `fit` and `background` of `data.files.decode`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run.save(folder / RUN)
@@ -94,6 +100,7 @@ def export_run(run: TrainedRun, folder: Path, facts: Mapping[str, object] | None
         "width": run.image_shape[2],
         "input": f"{INPUT}: uint8 (n, channels, height, width), RGB or grey levels 0 to 255",
         "normalisation": "within the graph: x / 255 − 0.5",
+        "preparation": dict(preparation or {}),
         "outputs": list(OUTPUTS),
         "cut": run.pool.cut,
     }

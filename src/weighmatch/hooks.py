@@ -14,6 +14,7 @@ from weighmatch.arms import get_arm
 from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
+from weighmatch.data.rank_config import RankConfig
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 
 Catalog = CatalogProtocol[Any, Any]
@@ -25,6 +26,7 @@ GROUPS = (
     "grid",
     "training",
     "runs",
+    "rank",
     "ihvp_analysis",
     "meta_learning_analysis",
     "run_folder",
@@ -71,6 +73,8 @@ class ChecksBeforeWork:
                 grid.require_effect(given.get("data", {}), asked.grid, asked.data)
             if "params:runs" in inputs:
                 _check_runs(given, asked)
+            if "params:rank" in inputs:
+                require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()
         except ValueError as error:
             raise RefusedError(str(error)) from error
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}

@@ -40,6 +40,7 @@ class Lists:
         rejected: the table `rejected_files`.
         class_names: the classes, in the order of their labels.
         held: what was held out.
+        temperature: from `fit_temperature`.
     """
 
     ranking: pd.DataFrame
@@ -49,6 +50,7 @@ class Lists:
     rejected: pd.DataFrame
     class_names: Sequence[str]
     held: HeldOut | None
+    temperature: float | None
 
 
 def fold_overlap(manifest: Mapping[str, Any]) -> float:
@@ -79,8 +81,8 @@ def judge_pile(
     Returns:
         `verdict`, a sentence or two with the interval; `primary` and `secondary`, the comparisons
         behind it, or None; `useful`, how much of the pile is kept, with a `sentence`;
-        `test_images_needed`, how many would settle the first, or None; and `advice`, the three
-        things that would help most.
+        `test_images_needed`, how many would settle the first, or None; `temperature`; and
+        `advice`, the three things that would help most.
     """
     tested = run_scores[run_scores["setting"] != EVERYTHING]
     tested = tested if len(tested) else run_scores
@@ -111,6 +113,7 @@ def judge_pile(
         "secondary": _described(found.get(SECONDARY.name), SECONDARY.name, overlap),
         "useful": useful,
         "test_images_needed": needed,
+        "temperature": lists.temperature,
         "advice": _advise(lists, needed),
     }
 

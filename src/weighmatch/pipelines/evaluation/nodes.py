@@ -86,7 +86,14 @@ def judge_pile(
     names = next(cell["classes"] for cell in manifest["cells"] if cell["key"] == run["key"])
     held = held_out(runs, predictions, test_labels, image_files)
     mine = image_files[image_files["key"] == run["key"]]
-    found = pile.Lists(files=mine, rejected=rejected_files, class_names=names, held=held, **tables)
+    found = pile.Lists(
+        files=mine,
+        rejected=rejected_files,
+        class_names=names,
+        held=held,
+        temperature=ranking.fit_temperature(held),
+        **tables,
+    )
     return pile.judge_pile(run_scores, run, manifest, found)
 
 

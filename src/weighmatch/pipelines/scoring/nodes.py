@@ -127,4 +127,6 @@ def export_model(
     load = {**checkpoints, **oracle_checkpoints}[run["run"]]
     (cell,) = (cell for cell in manifest["cells"] if cell["key"] == run["key"])
     facts = {"images": f"{cell['labelled']:,} labelled and {cell['pool']['images']:,} unlabelled"}
-    return lambda folder: export_run(load(), folder, {**facts, "source": cell["source"]})
+    given = manifest["parameters"]
+    preparation = {name: given[name] for name in ("fit", "background") if name in given}
+    return lambda folder: export_run(load(), folder, facts, preparation)
