@@ -20,6 +20,7 @@ import torch
 from benchmarks.peers import (
     METHODS,
     SOLVERS,
+    Answer,
     MethodName,
     Problem,
     Solver,
@@ -45,7 +46,7 @@ from benchmarks.workers import (
     time_weight_gradients,
     weight_gradient_errors,
 )
-from weighmatch.implicit import ConjugateGradient, Method, Neumann, Nystrom
+from weighmatch.implicit import ConjugateGradient, Hessian, Method, Neumann, Nystrom
 
 OURS = "weighmatch"
 OURS_BY_DEFAULT = "weighmatch, default allocator"
@@ -73,6 +74,17 @@ def accuracy(problem: Problem, solvers: dict[str, Solver], budgets: Sequence[int
     table = markdown(["method", "package", *(f"k = {k}" for k in budgets)], rows)
     claim = "At equal products ours is at least as accurate as the best peer"
     return [*table, "", verdict(claim, behind)]
+
+
+def last_iterate(problem: Problem, method: MethodName, products: int) -> Answer:
+    """Ours, handing back the last iterate as the peers do, where its residual is above 1 too."""
+    if method != "CG":
+        return ours(problem, method, products)
+    solver = ConjugateGradient(
+        damping=problem.damping, max_products=products, rtol=0.0, shorten=False
+    )
+    solution = solver.solve(Hessian(problem.loss, problem.params), problem.rhs)
+    return Answer(solution.value, solution.products)
 
 
 def less_accurate(errors: dict[str, list[float]], budgets: Sequence[int]) -> list[str]:
@@ -272,7 +284,7 @@ def tables(
     field = contestants(solvers, keep_memory_everywhere)  # they start meanwhile
     workers = list(dict.fromkeys(contestant.worker for contestant in field))
     for problem in (quadratic(), small_mlp()):
-        lines = accuracy(problem, usable(problem, solvers), budgets)
+        lines = accuracy(problem, {**usable(problem, solvers), OURS: last_iterate}, budgets)
         show(f"Relative error at k products: {problem.name}", lines)
     allocator = "kept in all processes" if keep_memory_everywhere else "as each sets it"
     weight_rows = []

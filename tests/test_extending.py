@@ -1,7 +1,9 @@
 """What takes one class, function or row to add: each is added here and run through the graph."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +21,47 @@ from weighmatch.semisup.parts import networks
 from weighmatch.semisup.weightings import Weighting
 
 pytestmark = pytest.mark.integration
+
+METHOD = """
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from weighmatch.implicit.method import Iterate, Method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SteepestDescent(Method):
+    approximate: ClassVar[bool] = True
+
+    def _iterate(self, op, unit, state):
+        value, residual = torch.zeros_like(unit), unit
+        for _ in range(10):
+            product = op @ residual + self.damping * residual
+            length, bend = float(residual @ residual), float(residual @ product)
+            if length < 1e-20:
+                break
+            if not bend > 0:
+                return Iterate(value, status="negative_curvature")
+            value, residual = value + length / bend * residual, residual - length / bend * product
+        return Iterate(value)
+"""
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """The folder of the study of IHVPs with a method that is added: one class."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "own.py").write_text(METHOD)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        importlib.import_module("own")
+        try:
+            run_project(folder, names=["ihvp_analysis"])
+        finally:
+            Method.registry.pop("SteepestDescent")
+    return folder
 
 
 @pytest.fixture
@@ -84,16 +127,23 @@ def stripes():
     sources.unregister("stripes")
 
 
+def run_graph(folder, study, parameters):
+    """The whole graph, with the study of IHVPs that the report needs already there."""
+    shutil.copytree(study, folder, dirs_exist_ok=True)
+    names = ["data_preparation", "training", "scoring", "evaluation", "reporting"]
+    run_project(folder, names=names, params=parameters)
+
+
 def read(folder, layer, name):
     return pd.read_parquet(folder / layer / "test" / f"{name}.parquet")
 
 
-def test_an_arm_and_a_network_go_through_the_whole_graph(tmp_path, brightness, two_layers):
+def test_an_arm_and_a_network_go_through_the_whole_graph(tmp_path, study, brightness, two_layers):
     parameters = {
         "runs": {"arms": "fixmatch+brightness"},
         "training": {"network": "two_layers"},
     }
-    run_project(tmp_path, params=parameters)
+    run_graph(tmp_path, study, parameters)
     metrics = json.loads((tmp_path / "08_reporting/test/metrics.json").read_text())
     assert set(metrics["arms"]) == {"fixmatch", "brightness"}
     assert metrics["arms"]["brightness"]["accuracy"] > 100 / 6
@@ -102,12 +152,12 @@ def test_an_arm_and_a_network_go_through_the_whole_graph(tmp_path, brightness, t
     assert "weights = brightness" in (tmp_path / "08_reporting/test/report.html").read_text()
 
 
-def test_a_source_without_truth_and_test_set_goes_through_the_whole_graph(tmp_path, stripes):
+def test_a_source_without_truth_and_test_set_goes_through_the_whole_graph(tmp_path, study, stripes):
     parameters = {
         "data": {"source": "stripes", "seeds": [0]},
         "runs": {"arms": "fixmatch+learned+oracle"},
     }
-    run_project(tmp_path, params=parameters)
+    run_graph(tmp_path, study, parameters)
     runs = read(tmp_path, "07_model_output", "runs")
     # Nobody can clean the pool for the oracle.
     assert set(runs["arm"]) == {"fixmatch", "learned"}
@@ -118,29 +168,21 @@ def test_a_source_without_truth_and_test_set_goes_through_the_whole_graph(tmp_pa
     assert "no accuracy" in (tmp_path / "08_reporting/test/report.html").read_text()
 
 
-METHOD = """
-from dataclasses import dataclass
-from typing import ClassVar
-
-from weighmatch.implicit.method import Iterate, Method
-
-
-@dataclass(frozen=True, kw_only=True)
-class Halved(Method):
-    approximate: ClassVar[bool] = True
-
-    def _iterate(self, op, unit, state):
-        return Iterate(unit / 2)
-"""
-
-
-def test_an_ihvp_method_meets_the_library_s_properties_and_shows_up_in_the_study(
-    tmp_path, monkeypatch
-):
-    (tmp_path / "halved.py").write_text(METHOD)
+def test_an_ihvp_method_meets_the_properties_of_the_library_and_is_in_the_study(study):
     # The library's own tests, with the method imported before they are collected.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "halved", "-k", "Halved"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(study), *sys.path])}
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "0",
+        "-p",
+        "own",
+        "-k",
+        "SteepestDescent",
+    ]
     done = subprocess.run(
         [*command, "tests/implicit/test_methods.py"],
         cwd=ROOT,
@@ -150,14 +192,7 @@ def test_an_ihvp_method_meets_the_library_s_properties_and_shows_up_in_the_study
     )
     assert done.returncode == 0, done.stdout
     assert int(done.stdout.splitlines()[-1].split()[0]) >= 5
-    monkeypatch.syspath_prepend(tmp_path)
-    try:
-        import halved  # noqa: F401
-
-        run_project(tmp_path / "data", names=["ihvp_analysis"])
-        study = read(tmp_path / "data", "07_model_output", "ihvp_comparison")
-        mine = study[study["method"] == "halved"]
-        assert len(mine) > 0
-        assert mine["status"].notna().all()
-    finally:
-        Method.registry.pop("Halved", None)
+    rows = read(study, "07_model_output", "ihvp_comparison")
+    mine = rows[rows["method"] == "steepest_descent"]
+    assert len(mine) > 0
+    assert mine["status"].notna().all()

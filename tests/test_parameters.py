@@ -6,21 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.project import ROOT
-from weighmatch.data.config import DataConfig
-from weighmatch.data.grid import GridConfig, make_cells
-from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.data.grid import make_cells
+from weighmatch.hooks import GROUPS
 from weighmatch.settings import CONFIG_LOADER_ARGS, ExperimentLoader
-from weighmatch.studies.config import StudyConfig
-from weighmatch.studies.meta_config import MetaLearningConfig
 
-KINDS = {
-    "data": DataConfig,
-    "grid": GridConfig,
-    "training": TrainingConfig,
-    "runs": RunsConfig,
-    "ihvp_analysis": StudyConfig,
-    "meta_learning_analysis": MetaLearningConfig,
-}
 ENVIRONMENTS = sorted(
     str(path.parent.relative_to(ROOT / "conf")) for path in ROOT.glob("conf/**/globals.yml")
 )
@@ -40,22 +29,22 @@ def repeated(given, group):
             yield name
 
 
-@pytest.mark.parametrize("name", sorted(KINDS))
+@pytest.mark.parametrize("name", sorted(GROUPS))
 def test_base_repeats_no_default(name):
     given = read("base")[name]
     required = {"seeds": [0]} if name == "data" else {}
     open_ones = {key: value for key, value in given.items() if key not in required}
-    assert not list(repeated(open_ones, KINDS[name](**required)))
+    assert not list(repeated(open_ones, GROUPS[name](**required)))
 
 
 def test_base_has_every_group():
-    assert set(read("base")) == {*KINDS, "run_folder"}
+    assert set(read("base")) == {*GROUPS, "run_folder", "cache_folder"}
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS)
 def test_environments_are_complete_and_have_jobs_of_their_own(env):
     parameters = read(env)
-    groups = {name: kind(**parameters[name]) for name, kind in KINDS.items()}
+    groups = {name: kind(**parameters[name]) for name, kind in GROUPS.items()}
     assert make_cells(groups["grid"], groups["data"])
     assert {path.name for path in (ROOT / "conf").iterdir() if any(path.rglob("*"))} == {
         *("base", "local", "test", "gpu", "experiments")

@@ -13,6 +13,7 @@ from weighmatch.settings import ExperimentLoader
 
 pytestmark = pytest.mark.integration
 
+UP_TO_METRICS = ["data_preparation", "training", "scoring", "evaluation"]
 ARMS = {"supervised", "fixmatch", "fixmatch_matched", "max_prob", "pu", "learned", "oracle"}
 TRUTH = {"draw_samples", "remove_intruders", "judge_runs", "trace_weights", "draw_gallery"}
 
@@ -47,7 +48,7 @@ def run_benchmark(folder):
     run_project(
         folder,
         env="experiments/benchmark",
-        names=["data_preparation", "training", "scoring", "evaluation"],
+        names=UP_TO_METRICS,
         params={
             "data": {**glyphs, "test_size": 36},
             "grid": {"ratios": [0.5]},
@@ -164,8 +165,7 @@ def test_glyphs_go_through_the_whole_graph(tmp_path):
         "data": {"source": "glyphs", "ood_source": "unseen+patches"},
         "runs": {"arms": "fixmatch+learned"},
     }
-    names = ["data_preparation", "training", "scoring", "evaluation"]
-    run_project(tmp_path, names=names, params=parameters)
+    run_project(tmp_path, names=UP_TO_METRICS, params=parameters)
     assert set(metrics_of(tmp_path)["arms"]) == {"fixmatch", "learned"}
     key = "unseen+patches-r0.75-seed_0000"
     truth = np.load(tmp_path / "05_model_input" / "test" / "ood_truth" / f"{key}.npz")
@@ -174,7 +174,7 @@ def test_glyphs_go_through_the_whole_graph(tmp_path):
 
 def test_one_arm_and_another_ratio(tmp_path):
     params = {"runs": {"arms": "learned"}, "data": {"ratio": 0.5, "seeds": [5]}}
-    run_project(tmp_path, params=params)
+    run_project(tmp_path, names=UP_TO_METRICS, params=params)
     metrics = metrics_of(tmp_path)
     assert set(metrics["arms"]) == {"learned"}
     assert metrics["setting"]["ratio"] == 0.5
@@ -228,8 +228,9 @@ def test_the_benchmark_compares_what_it_must(benchmark):
 def test_the_benchmark_resumes_run_by_run_to_the_same_rows(benchmark, monkeypatch):
     before = table(benchmark, "run_scores", "benchmark")
     folder = benchmark / "06_models" / "benchmark" / "runs"
-    (state,) = folder.glob("learned*seed_0001-*/round_5/checkpoint.pt")
-    state.unlink()
+    (run,) = folder.glob("learned-*seed_0001-*")
+    for state in ("run.pt", "round_5/checkpoint.pt"):
+        (run / state).unlink()
     trained = watch_training(monkeypatch)
     run_benchmark(benchmark)
     # A round is FixMatch on what the one before has chosen.

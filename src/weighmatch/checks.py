@@ -59,14 +59,14 @@ def require_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
 
 
 def require_images(name: str, images: Any) -> "NDArray[np.uint8]":
-    """The images (n, C, H, W) uint8, side by side in memory.
+    """The images (n, C, H, W) uint8, side by side in memory; a memory map stays one.
 
     Raises:
         ValueError: unless they are that, n at least 1 and C 1 or 3.
     """
     import numpy as np
 
-    found = np.asarray(images)
+    found = images if isinstance(images, np.memmap) else np.asarray(images)
     if found.dtype != np.uint8 or found.ndim != 4 or found.shape[1] not in (1, 3):
         raise ValueError(
             f"{name} must be uint8 (grey levels 0 to 255) of shape (n, channels, height, width) "
@@ -75,7 +75,7 @@ def require_images(name: str, images: Any) -> "NDArray[np.uint8]":
         )
     if not len(found):
         raise ValueError(f"{name} must have at least one image")
-    return np.ascontiguousarray(found)
+    return found if found.flags.c_contiguous else np.ascontiguousarray(found)
 
 
 def require_seeds(name: str, seeds: Any) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import logging
 import re
+from dataclasses import fields
 from typing import Any
 
 import click
@@ -9,7 +10,8 @@ from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS
 from kedro.validation.exceptions import ParameterValidationError
 
-from weighmatch.hooks import RefusedError
+from weighmatch.data.source import UnusableDataError
+from weighmatch.hooks import GROUPS, RefusedError
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -24,7 +26,7 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except RefusedError as error:
+    except (RefusedError, UnusableDataError) as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -37,17 +39,18 @@ def _in_a_sentence(message: str) -> str:
 
 def _without_prefix(problem: str) -> str:
     match = re.match(r"Parameter '(\w+)': (?:Failed .*? for parameter '\w+': )?(.*)", problem)
-    if match is None:
+    if match is None or match[1] not in GROUPS:
         return problem
     group, text = match.groups()
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
+    known = [member.name for member in fields(GROUPS[group])]
     if unknown is not None:
-        return f"{group} has no parameter {unknown[1]!r}; conf/base lists those that there are"
+        return f"{group} has no parameter {unknown[1]!r}; it has {', '.join(known)}"
     if text.startswith("Expected dict for dataclass"):
-        return f"{group} is a group of parameters, such as conf/base shows; set one of its members"
-    missing = re.search(r"missing \d+ required positional arguments?: (.*)", text)
+        return f"{group} is a group of parameters; set one of them, such as {group}.{known[0]}"
+    missing = re.search(r"missing \d+ required positional arguments?: '(\w+)'", text)
     if missing is not None:
-        return f"{group} lacks {missing[1]}; conf/base shows how to set it"
+        return f"{group} lacks {missing[1]}; set {group}.{missing[1]}"
     return str(text)
 
 

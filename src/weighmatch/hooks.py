@@ -15,23 +15,25 @@ from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
+from weighmatch.data.source import get_source
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
+from weighmatch.studies.config import StudyConfig
+from weighmatch.studies.meta_config import MetaLearningConfig
 
 Catalog = CatalogProtocol[Any, Any]
 Given = Mapping[str, Any]
 
-# The groups of conf/base/parameters_*.yml, and the folder that the catalog asks for.
-GROUPS = (
-    "data",
-    "grid",
-    "training",
-    "runs",
-    "rank",
-    "ihvp_analysis",
-    "meta_learning_analysis",
-    "run_folder",
-    "data_folder",
-)
+# The groups of parameters, each with the dataclass that holds its defaults.
+GROUPS: dict[str, type] = {
+    "data": DataConfig,
+    "grid": grid.GridConfig,
+    "training": TrainingConfig,
+    "runs": RunsConfig,
+    "rank": RankConfig,
+    "ihvp_analysis": StudyConfig,
+    "meta_learning_analysis": MetaLearningConfig,
+}
+KNOWN = (*GROUPS, "run_folder", "cache_folder", "data_folder")
 # What makes a run one of a part of the pipelines, as one that goes on after an error.
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
@@ -54,9 +56,7 @@ class ChecksBeforeWork:
     """Refuses to start work that could not be finished, or that was not asked for."""
 
     @hook_impl
-    def before_pipeline_run(
-        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: Catalog
-    ) -> None:
+    def before_pipeline_run(self, run_params: Given, pipeline: Pipeline, catalog: Catalog) -> None:
         """Check runtime parameters, parameters that depend on one another, and folders.
 
         Raises:
@@ -71,6 +71,8 @@ class ChecksBeforeWork:
             asked = _read(catalog)
             if "params:data" in inputs:
                 grid.require_effect(given.get("data", {}), asked.grid, asked.data)
+            if "params:cache_folder" in inputs:
+                get_source(asked.data.source).check_found(asked.data)
             if "params:runs" in inputs:
                 _check_runs(given, asked)
             if "params:rank" in inputs:
@@ -78,21 +80,21 @@ class ChecksBeforeWork:
         except ValueError as error:
             raise RefusedError(str(error)) from error
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}
-        if "params:run_folder" in inputs:
+        for name in {"params:run_folder", "params:cache_folder"} & inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
-            folder = Path(run_params["project_path"]) / str(catalog.load("params:run_folder"))
-            catalog["params:run_folder"] = str(folder)
+            folder = Path(run_params["project_path"]) / str(catalog.load(name))
+            catalog[name] = str(folder)
             folders.add(folder)
         for folder in sorted(folder for folder in folders if folder is not None):
             _check_writable(folder)
 
 
 def _check_groups(given: Given) -> None:
-    unknown = sorted(set(given) - set(GROUPS))
+    unknown = sorted(set(given) - set(KNOWN))
     if unknown:
         raise RefusedError(
             f"there is no parameter {', '.join(unknown)}; --params takes names such as data.ratio, "
-            f"from the groups {', '.join(GROUPS)}"
+            f"from the groups {', '.join(KNOWN)}"
         )
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from weighmatch.evaluation.chosen import choose_run, held_out
+from weighmatch.evaluation.chosen import choose_run, held_out, paths_of
 
 from .pools import files
 
@@ -49,3 +49,10 @@ def test_nothing_is_held_out_without_a_test_set():
     runs = folder_runs()
     found = dict.fromkeys(runs["run"], dict)
     assert held_out(runs, found, {}, files(2)) is None
+
+
+def test_a_place_has_its_original_and_not_its_copies():
+    rows = files(4)
+    rows["index"] = [1, 1, 0, -1]
+    rows["duplicate_of"] = ["c.png", "", "", "x.png"]
+    assert paths_of(rows, "k", "pool") == ["pool/002.png", "pool/001.png"]

@@ -36,6 +36,7 @@ def lists(kept=30, total=50, check=0, rejected=0, copies=0, left=""):
     rows.loc[: copies - 1, "duplicate_of"] = "a.png"
     mine = pd.concat([rows, files(6, "labelled", labels=["cat"] * 4 + ["dog"] * 2)])
     ranking = pd.DataFrame({"path": rows["path"], "kept": np.arange(total) < kept})
+    ranking["near_duplicate_of"] = ""
     one = {"path": "labelled/000.png", "label": "cat", "suggested": "dog"}
     return Lists(
         ranking=ranking,

@@ -59,27 +59,40 @@ def test_a_few_labels_do_not_calibrate_and_none_give_none():
 
 def test_low_images_have_a_reason_and_kept_ones_none():
     found = pool()
-    copies = [""] * 49 + ["pool/000.png"]
     found["influence"][40] = -1.0
-    words = explain(found, copies)
+    words = explain(found)
     assert words[:30] == [""] * 30
     assert all("unlike the labelled images" in text for text in words[30:])
     assert all("the classifier is unsure" in text for text in words[30:])
     assert "raise the loss" in words[40]
-    assert "a copy of another file" in words[49]
     everything = {**found, "kept": np.ones(50, bool)}
-    assert explain(everything, copies) == [""] * 50
+    assert explain(everything) == [""] * 50
 
 
 def test_an_image_that_nothing_speaks_against_is_told_that_others_rank_higher():
     found = pool()
     found["kept"][0], found["scores"][0] = False, 1.0
-    assert explain(found, [""] * 50)[0].endswith("enough images of its class rank higher")
+    assert explain(found)[0].endswith("enough images of its class rank higher")
 
 
-def test_copies_are_named_exact_ones_first():
-    both = {"duplicate_of": ["a.png", "", ""], "near_duplicate_of": ["", "b.png", ""]}
-    found = pool(useful=2, foreign=1)
-    table = ranking_table(found, files(3, **both), None)
-    named = table.set_index("path")["near_duplicate_of"]
-    assert named.to_dict() == {"pool/000.png": "a.png", "pool/001.png": "b.png", "pool/002.png": ""}
+def test_copies_have_a_row_with_the_score_of_their_original_and_no_weight():
+    rows = files(5)
+    rows["index"] = [0, 1, 0, 0, -1]
+    rows["duplicate_of"] = ["", "", "pool/000.png", "", "labelled/cat.png"]
+    rows["near_duplicate_of"] = ["", "", "", "pool/000.png", ""]
+    table = ranking_table(pool(useful=2, foreign=0), rows, None).set_index("path")
+    assert table["near_duplicate_of"].to_dict() == {
+        "pool/000.png": "",
+        "pool/001.png": "",
+        "pool/002.png": "pool/000.png",
+        "pool/003.png": "pool/000.png",
+        "pool/004.png": "labelled/cat.png",
+    }
+    copies = table[table["near_duplicate_of"] != ""]
+    assert not copies["kept"].any()
+    assert (copies["weight"] == 0).all()
+    assert set(copies["why_low"]) == {"a copy of another file"}
+    assert table["score"]["pool/002.png"] == table["score"]["pool/000.png"]
+    assert np.isnan(table["score"]["pool/004.png"])
+    assert table["predicted_class"]["pool/004.png"] == ""
+    assert table.index[-1] == "pool/004.png"

@@ -195,7 +195,7 @@ def finite_difference_product(loss, params, vector, step=1e-5):
         found = torch.autograd.grad(
             loss(leaves), list(leaves.values()), allow_unused=True, materialize_grads=True
         )
-        return torch.cat([g.flatten() for g in found])
+        return torch.cat([g.to_dense().flatten() for g in found])
 
     there = gradient(unflatten(step * vector, params))
     return (there - gradient(unflatten(-step * vector, params))) / (2 * step)

@@ -2,11 +2,11 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from kedro.io import DatasetError
 from matplotlib.figure import Figure
 
-from weighmatch.io import CheckpointDataset, FigureDataset, NpzDataset, Partitions
+from weighmatch.io import CheckpointDataset, FigureDataset, FigureFolder, NpzDataset, Partitions
+from weighmatch.semisup import make_schedule
 
 
 def test_arrays_come_back(tmp_path):
@@ -20,19 +20,48 @@ def test_arrays_come_back(tmp_path):
     assert json.loads(dataset.preview()) == {"x": "uint8 [2, 3]", "y": "float64 [1]"}
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+@pytest.fixture
+def trained(training_set, run_config, tmp_path):
+    """A run of a few steps."""
+    config = run_config("fixmatch", steps=4)
+    return make_schedule(config).fit(training_set, tmp_path / "training")
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path, trained, monkeypatch):
     dataset = CheckpointDataset(str(tmp_path / "c.pt"))
-    dataset.save({"x": torch.ones(2)})
+    dataset.save(trained)
+    monkeypatch.setattr(trained, "classifier", None)
     with pytest.raises(DatasetError):
-        dataset.save({"x": lambda: None})
-    assert torch.equal(dataset.load()["x"], torch.ones(2))
+        dataset.save(trained)
+    assert dataset.load().config.arm == "fixmatch"
 
 
-def test_equal_checkpoints_have_equal_bytes(tmp_path):
+def test_a_trained_run_comes_back_as_it_was(tmp_path, trained, training_set):
+    dataset = CheckpointDataset(str(tmp_path / "deep" / "a.pt"))
+    assert not dataset.exists()
+    dataset.save(trained)
+    assert dataset.exists()
+    images = training_set.unlabelled_images
+    before, after = trained.score(images), dataset.load().score(images)
+    for name in ("probabilities", "scores", "weights"):
+        assert (getattr(before, name) == getattr(after, name)).all()
+    assert json.loads(dataset.preview())["seed"] == 0
+
+
+def test_a_damaged_run_is_refused(tmp_path, trained):
+    path = tmp_path / "a.pt"
+    CheckpointDataset(str(path)).save(trained)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=r"a\.pt"):
+        CheckpointDataset(str(path)).load()
+
+
+def test_equal_runs_have_equal_bytes(tmp_path, trained):
     for name in ("a.pt", "b.pt"):
-        CheckpointDataset(str(tmp_path / name)).save({"config": {"seed": 1}, "x": torch.ones(2)})
+        CheckpointDataset(str(tmp_path / name)).save(trained)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
-    assert json.loads(CheckpointDataset(str(tmp_path / "a.pt")).preview()) == {"seed": 1}
 
 
 def test_partitions_hold_what_was_saved_last_and_may_be_empty(tmp_path):
@@ -62,6 +91,9 @@ def test_figures_are_png_and_repeat(tmp_path):
     assert first.load().startswith(b"\x89PNG")
     assert first.load() == second.load()
     assert len(first.preview()) > 100
+    folder = FigureFolder(str(tmp_path))
+    assert folder.preview() == first.preview()
+    assert folder.load() == {"a": first.load(), "b": second.load()}
 
 
 def test_partitions_make_and_load_one_file_at_a_time_where_asked(tmp_path):

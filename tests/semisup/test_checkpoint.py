@@ -89,7 +89,7 @@ def test_a_run_that_was_saved_is_the_same_to_the_bit(
     arm, schedule, training_set, run_config, tmp_path
 ):
     data = replace(training_set, class_names=("left", "middle", "right"))
-    config = run_config(arm, steps=24, schedule=schedule, rounds=2)
+    config = run_config(arm, steps=12, schedule=schedule, rounds=2)
     run = make_schedule(config).fit(data, tmp_path / "folder")
     run.save(tmp_path / "made" / "run.pt")
     loaded = TrainedRun.load(tmp_path / "made" / "run.pt")

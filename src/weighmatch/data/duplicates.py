@@ -40,7 +40,8 @@ class Copies:
     def original(self) -> Labels:
         """The position of the one that counts in its place: its own where it is no copy, (n,)."""
         own = np.arange(len(self.exact))
-        return np.where(self.exact >= 0, self.exact, np.where(self.near >= 0, self.near, own))
+        first = np.where(self.exact >= 0, self.exact, own)
+        return np.where(self.near[first] >= 0, self.near[first], first)
 
 
 def find_copies(
@@ -74,10 +75,6 @@ def find_copies(
     for early, late in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
         if near[early] < 0 and near[late] < 0:
             near[late] = early
-    # What is an exact copy of a near copy is a copy of the same original.
-    for position in np.flatnonzero(exact >= 0):
-        if near[exact[position]] >= 0:
-            near[position] = near[exact[position]]
     return Copies(exact, near)
 
 

@@ -4,10 +4,12 @@ Nothing is ever written below the folder. A file that cannot be used gets a plai
 """
 
 import hashlib
+import math
 import os
 import stat
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -35,6 +37,10 @@ MAX_PIXELS = 178_956_970
 # most some 50 times, decompression bombs about 1,000 times.
 BOMB_PIXELS, BOMB_RATIO = 2**25, 200
 MAX_BYTES = 2**30
+# The side of decoded images where nothing is asked for and the files are larger; and the files
+# that are looked at to find out.
+SIDE, LOOKED_AT = 32, 64
+GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 # Files that one process decodes before it says so.
 FILES_AT_ONCE = 64
 # From how many files on several processes start, which takes them seconds.
@@ -287,9 +293,7 @@ def _upright(content: bytes, shape: Shape, background: str) -> "Image":
     """The whole image, upright, opaque, in grey ("L") or colour ("RGB")."""
     from PIL import Image
 
-    Image.init()
-    known = [name for name in FORMATS if name in Image.OPEN]
-    with Image.open(BytesIO(content), formats=known) as image:
+    with Image.open(BytesIO(content), formats=_known()) as image:
         pixels = image.width * image.height
         if pixels > MAX_PIXELS or (pixels > BOMB_PIXELS and pixels > BOMB_RATIO * len(content)):
             raise RejectedFileError(
@@ -314,6 +318,14 @@ def _upright(content: bytes, shape: Shape, background: str) -> "Image":
         8: Image.Transpose.ROTATE_90,
     }.get(orientation)
     return found if turn is None else found.transpose(turn)
+
+
+def _known() -> list[str]:
+    """The formats that this Pillow can read."""
+    from PIL import Image
+
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
 
 def _opaque(image: "Image", background: str) -> "Image":
@@ -366,6 +378,37 @@ def _perceptual_hash(image: "Image") -> int:
     from imagehash import phash
 
     return int(str(phash(image)), 16)
+
+
+@dataclass(frozen=True)
+class Look:
+    """What the images of a folder look like, from a look at some of them.
+
+    Attributes:
+        side: the side to decode them at: that of small images, and `SIDE` for others.
+        channels: 3 if one of them has colours, otherwise 1.
+    """
+
+    side: int
+    channels: int
+
+
+def look_at(listing: Listing) -> Look:
+    """Look at the heads of up to `LOOKED_AT` files, spread over the folder."""
+    from PIL import Image
+
+    count = len(listing.paths)
+    chosen = sorted({k * count // LOOKED_AT for k in range(LOOKED_AT)}) if count else []
+    sides, colours = [], False
+    for position in chosen:
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(listing.root / listing.paths[position], formats=_known()) as image:
+                sides.append(min(image.size))
+                colours |= image.mode not in GREY_MODES
+    middle = sorted(sides)[len(sides) // 2] if sides else SIDE
+    # A multiple of 4, as networks halve the side twice.
+    return Look(min(SIDE, max(8, 4 * math.ceil(middle / 4))), 3 if colours or not sides else 1)
 
 
 # --- many files ------------------------------------------------------------------------------

@@ -90,11 +90,16 @@ def held_out(
 
 
 def files_of(files: pd.DataFrame, key: str, split: str) -> pd.DataFrame:
-    """The rows of `image_files` of one key and split, in the order of its arrays."""
-    mine = files[(files["key"] == key) & (files["split"] == split)]
-    return mine.sort_values("index").reset_index(drop=True)
+    """The file behind each image of one key and split, in the order of its arrays.
+
+    Copies, which have the place of their original, have no row.
+    """
+    mine = files[(files["key"] == key) & (files["split"] == split) & (files["index"] >= 0)]
+    copy = (mine["duplicate_of"] != "") | (mine["near_duplicate_of"] != "")
+    ordered = mine.assign(copy=copy).sort_values(["index", "copy"], kind="stable")
+    return ordered.drop_duplicates("index").drop(columns="copy").reset_index(drop=True)
 
 
 def paths_of(files: pd.DataFrame, key: str, split: str) -> list[str]:
-    """The files of the images of one key and split, in the order of its arrays."""
+    """The file behind each image of one key and split, in the order of its arrays."""
     return [str(path) for path in files_of(files, key, split)["path"]]

@@ -99,8 +99,9 @@ def _summarise(ranking: pd.DataFrame, total: int | None) -> str:
     if total is not None and total > len(ranking):
         return f"{total:,} images were ranked; the highest and the lowest are shown."
     kept = int(ranking["kept"].sum())
-    share = 100 * kept / max(len(ranking), 1)
-    return f"{kept:,} of {len(ranking):,} images were kept as useful ({share:.0f}\u202f%)."
+    images = int((ranking["near_duplicate_of"] == "").sum())
+    share = 100 * kept / max(images, 1)
+    return f"{kept:,} of {images:,} images were kept as useful ({share:.0f}\u202f%)."
 
 
 def _reasons(words: Iterable[str]) -> Sequence[str]:

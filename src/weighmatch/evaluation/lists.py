@@ -8,7 +8,7 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from weighmatch.evaluation.chosen import HeldOut
 from weighmatch.evaluation.judging import Arrays
-from weighmatch.evaluation.ranking import copies_of, name_classes
+from weighmatch.evaluation.ranking import name_classes
 
 Floats = NDArray[np.float64]
 
@@ -27,12 +27,12 @@ def label_next(pool: Arrays, files: pd.DataFrame, count: int = TO_LABEL) -> pd.D
 
     One after the other the image is taken with the largest product of its doubt (1 − confidence)
     and its squared distance in features to what has a label or was taken, as k-means++ starts its
-    centres, without its randomness (Arthur & Vassilvitskii, 2007). Copies and images that are not
-    kept are not asked for.
+    centres, without its randomness (Arthur & Vassilvitskii, 2007). Images that are not kept are
+    not asked for.
 
     Args:
         pool: from `describe_pool`.
-        files: the rows of `image_files` of this pool, in its order.
+        files: the file behind each image, in the order of the pool.
         count: how many images to list.
 
     Returns:
@@ -40,8 +40,7 @@ def label_next(pool: Arrays, files: pd.DataFrame, count: int = TO_LABEL) -> pd.D
     """
     probabilities = pool["probabilities"]
     confidence = probabilities.max(axis=1).astype(np.float64)
-    single = np.array([path == "" for path in copies_of(files)], bool)
-    able = np.flatnonzero(single & pool["kept"].astype(bool))
+    able = np.flatnonzero(pool["kept"])
     features = pool["features"].astype(np.float64)
     taken: list[int] = []
     if len(able):
@@ -83,7 +82,7 @@ def labels_to_check(pool: Arrays, labelled: pd.DataFrame, held: HeldOut | None) 
 
     Args:
         pool: from `describe_pool`, for `labelled_features`, `labels` and `class_names`.
-        labelled: the rows of `image_files` of its labelled images, in their order.
+        labelled: the file behind each of its labelled images, in their order.
         held: what was held out.
 
     Returns:

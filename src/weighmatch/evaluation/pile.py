@@ -201,7 +201,8 @@ def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame)
     """How much of the pile is kept by the chosen run, and by those of its arm on other splits."""
     alike = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
     shares = alike["pool_kept"].dropna().to_numpy()
-    images, kept = len(ranking), int(ranking["kept"].sum())
+    images = int((ranking["near_duplicate_of"] == "").sum())
+    kept = int(ranking["kept"].sum())
     share = kept / max(images, 1)
     low, high = (float(shares.min()), float(shares.max())) if len(shares) else (None, None)
     text = f"{100 * share:.0f} % of the pile looks useful ({kept:,} of {images:,} images)"
@@ -248,7 +249,8 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
             f"Label {_count(len(lists.to_label), 'image')} of label_next.csv: they are useful, "
             "and the classifier is unsure of them."
         )
-    left = int((~lists.ranking["kept"]).sum())
+    ranking = lists.ranking
+    left = int((~ranking["kept"] & (ranking["near_duplicate_of"] == "")).sum())
     if left:
         found.append(f"Look through {_count(left, 'image')} that were left out (gallery.html).")
     return found[:ADVICE]

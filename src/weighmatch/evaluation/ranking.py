@@ -3,8 +3,6 @@
 A pool is held by the arrays of `weighmatch.semisup.ranked_pool.describe_pool`.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -57,11 +55,11 @@ def calibrate(probabilities: Floats, temperature: float) -> Floats:
 
 
 def ranking_table(pool: Arrays, files: pd.DataFrame, temperature: float | None) -> pd.DataFrame:
-    """The pool from the most to the least useful image.
+    """The files of a pool from the most to the least useful.
 
     Args:
         pool: from `describe_pool`.
-        files: the rows of `image_files` of this pool, in its order.
+        files: the rows of `image_files` of this pool, copies among them.
         temperature: from `fit_temperature`.
 
     Returns:
@@ -70,26 +68,33 @@ def ranking_table(pool: Arrays, files: pd.DataFrame, temperature: float | None) 
         `probability` of that class, calibrated on labelled images that were held out (NaN where
         none was); `confidence`, the same as the classifier says it; `near_duplicate_of` (a path or
         ""); and `why_low` ("" for images that are kept).
+
+        A copy is not kept and has weight 0, as training does not use it. It has its original's
+        score; NaN where that is no image of the pool.
     """
     probabilities = pool["probabilities"].astype(np.float64)
-    predicted = probabilities.argmax(axis=1)
-    copies = copies_of(files)
-    likely = np.full(len(predicted), np.nan)
+    likely = np.full(len(probabilities), np.nan)
     if temperature is not None:
         likely = calibrate(probabilities, temperature).max(axis=1)
-    table = pd.DataFrame(
+    by_image = pd.DataFrame(
         {
-            "path": [str(path) for path in files["path"]],
             "score": pool["scores"].astype(np.float64),
             "weight": pool["weights"].astype(np.float64),
             "kept": pool["kept"].astype(bool),
-            "predicted_class": name_classes(pool)[predicted],
+            "predicted_class": name_classes(pool)[probabilities.argmax(axis=1)],
             "probability": likely,
             "confidence": probabilities.max(axis=1),
-            "near_duplicate_of": copies,
-            "why_low": explain(pool, copies),
+            "why_low": explain(pool),
         }
     )
+    table = by_image.reindex(files["index"].to_numpy()).reset_index(drop=True)
+    table["path"] = [str(path) for path in files["path"]]
+    table["near_duplicate_of"] = copies_of(files)
+    copy = table["near_duplicate_of"] != ""
+    table["kept"] = (table["kept"] == True) & ~copy  # noqa: E712 (it may be missing)
+    table.loc[copy, "weight"] = 0.0
+    table.loc[copy, "why_low"] = "a copy of another file"
+    table["predicted_class"] = table["predicted_class"].fillna("")
     order = np.lexsort((-table["confidence"], -table["score"], ~table["kept"]))
     return table.iloc[order][list(COLUMNS)].reset_index(drop=True)
 
@@ -105,7 +110,7 @@ def name_classes(pool: Arrays) -> NDArray[np.str_]:
     return np.array([str(name) or str(k) for k, name in enumerate(pool["class_names"])])
 
 
-def explain(pool: Arrays, copies: Sequence[str]) -> list[str]:
+def explain(pool: Arrays) -> list[str]:
     """In words why each image ranks low; "" for those that are kept.
 
     Likeness to the labelled images and confidence are called low below 95 % of the images kept.
@@ -123,7 +128,6 @@ def explain(pool: Arrays, copies: Sequence[str]) -> list[str]:
         ("unlike the labelled images", likeness < np.quantile(likeness[kept], 1 - LOW)),
         ("the classifier is unsure", confidence < unsure),
         ("training on it would raise the loss on labelled images", harmful),
-        ("a copy of another file", np.array([path != "" for path in copies], bool)),
         ("enough images of its class rank higher", full),
     )
     words = []

@@ -2,11 +2,12 @@
 
 from weighmatch.implicit.chebyshev import Chebyshev
 from weighmatch.implicit.conjugate_gradient import ConjugateGradient
-from weighmatch.implicit.curvature import EmpiricalFisher, GaussNewton, Hessian
+from weighmatch.implicit.curvature import Hessian
 from weighmatch.implicit.diagonal import Diagonal
 from weighmatch.implicit.exact import Exact
 from weighmatch.implicit.finite_difference import darts_gradient, sama_gradient
 from weighmatch.implicit.flat import Parameters, flatten, unflatten
+from weighmatch.implicit.gauss_newton import EmpiricalFisher, GaussNewton
 from weighmatch.implicit.hypergradient import implicit_gradient, weight_gradient
 from weighmatch.implicit.identity import Identity
 from weighmatch.implicit.kfac import KFAC
@@ -15,7 +16,12 @@ from weighmatch.implicit.minres import MinRes
 from weighmatch.implicit.neumann import Neumann
 from weighmatch.implicit.nystrom import Nystrom
 from weighmatch.implicit.operators import Dense, LinearOperator
-from weighmatch.implicit.spectrum import extreme_eigenvalues, lower_bound, spectral_density
+from weighmatch.implicit.spectrum import (
+    asymmetry,
+    extreme_eigenvalues,
+    lower_bound,
+    spectral_density,
+)
 from weighmatch.implicit.unrolled import unrolled_gradient
 from weighmatch.implicit.woodbury import Woodbury
 
@@ -39,6 +45,7 @@ __all__ = [
     "Solution",
     "State",
     "Woodbury",
+    "asymmetry",
     "darts_gradient",
     "extreme_eigenvalues",
     "flatten",

@@ -8,8 +8,9 @@ from typing import Any
 def takes_hyper(outer: Callable[..., Any]) -> bool:
     """Whether an outer loss is `outer(params, hyper)` rather than `outer(params)`.
 
-    A second parameter with a default is for `hyper` if it is called so or the default is None;
-    any other default is something that the caller has bound, as in `lambda p, x=x: …`.
+    A second parameter with a default is for `hyper` only if it is called so: any other default
+    is something that the caller has bound, as in `lambda p, x=x: …`, or may give himself, as in
+    `outer(params, batch=None)`.
     """
     if not _binds(outer, 2):
         return False
@@ -18,7 +19,7 @@ def takes_hyper(outer: Callable[..., Any]) -> bool:
     parameters = list(inspect.signature(outer).parameters.values())
     if len(parameters) < 2 or parameters[1].kind is inspect.Parameter.VAR_POSITIONAL:
         return True
-    return parameters[1].default is None or parameters[1].name == "hyper"
+    return parameters[1].name == "hyper"
 
 
 def _binds(function: Callable[..., Any], count: int) -> bool:

@@ -39,7 +39,8 @@ class Carried:
         """Whether a solve that ended with `residual` shows that the curvature has moved on."""
         if self.residual is None:
             return residual > 1
-        return residual > max(GOOD, WORSE * self.residual)
+        # What is worse than zero, and worse than it was, is of no use to anybody.
+        return residual > min(max(GOOD, WORSE * self.residual), max(1.0, 1.2 * self.residual))
 
 
 def fingerprint(op: LinearOperator, *settings: Any) -> tuple[Any, ...]:

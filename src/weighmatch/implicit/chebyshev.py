@@ -76,7 +76,7 @@ class Chebyshev(_ProbingMethod):
             if not gain <= torch.finfo(unit.dtype).max:
                 return Iterate(best, status="diverged")
             direction.mul_(ratio).add_(residual, alpha=gain)
-        return Iterate(best, scale=ends.largest, recursed=best_norm)
+        return Iterate(best, scale=ends.largest, recursed=best_norm, lowest=ends.lowest)
 
     def _upper(self, op: LinearOperator, ends: Ends) -> float:
         return max(1.01 * ends.largest + self.damping, torch.finfo(op.dtype).tiny)

@@ -31,10 +31,10 @@ class ConjugateGradient(_IterativeMethod):
     """The Krylov method for positive definite C + δI.
 
     It hands back the last iterate, whose error is the smallest, or where its residual is above 1
-    the iterate of the smallest residual. That one it also hands back, with the status
-    "negative_curvature", where a direction of non-positive curvature ends the iteration; it is zero
-    where the first direction is already one, as no multiple of it that descends would lower the
-    residual.
+    the iterate of the smallest residual; with `shorten=False` the last one all the same. Where a
+    direction of non-positive curvature ends the iteration, it hands back the iterate of the
+    smallest residual with the status "negative_curvature". That iterate is zero where the first
+    direction is already one: no multiple of it that descends would lower the residual.
     Near a singular C + δI rounding spoils the recursion: the iterate from before it could is kept,
     and handed back where the check of the residual finds it to be the better one.
 
@@ -54,11 +54,12 @@ class ConjugateGradient(_IterativeMethod):
         carried = state.get(key)
         checked = super()._not_aged(op, unit, state)
         entry = state.get(key)
+        reused = entry is carried
         if not isinstance(entry, Carried):
             return checked
         if entry.residual is None:
             entry.residual = checked.found
-        elif entry is carried and checked.found > max(1.1 * self.rtol, WORSE * entry.residual):
+        elif reused and checked.found > max(1.1 * self.rtol, WORSE * entry.residual):
             del state[key]
         return checked
 
@@ -79,7 +80,7 @@ class ConjugateGradient(_IterativeMethod):
         eps = torch.finfo(unit.dtype).eps
         # Below rounding the recursion's residual says nothing of the true one.
         enough = max(self.rtol, eps)
-        scale = 0.0
+        scale = lowest = 0.0
         # The iterate of the smallest residual; None: the one at hand, as it is almost always.
         best: Tensor | None = None
         smallest, remaining = 1.0, 1.0
@@ -90,9 +91,11 @@ class ConjugateGradient(_IterativeMethod):
         while left > 0:
             image = op @ direction
             left -= 1
-            curvature = float(direction @ image) + self.damping * square
+            undamped = float(direction @ image)
+            curvature = undamped + self.damping * square
             if square > 0:
                 scale = max(scale, abs(curvature) / square)
+                lowest = min(lowest, undamped / square)
             # Within rounding of zero a step would be a leap to anywhere.
             # A preconditioner that is not positive definite has no length to measure in.
             if not (curvature > eps * scale * square and inner > 0):
@@ -124,9 +127,16 @@ class ConjugateGradient(_IterativeMethod):
             square = float(direction @ direction)
         # Of a definite system the last iterate has the smallest error, whatever its residual;
         # where that is worse than zero or the solve went wrong, the smallest residual is better.
-        if best is not None and (status is not None or not remaining <= 1):
+        if best is not None and (status is not None or (self.shorten and not remaining <= 1)):
             value, remaining = best, smallest
-        return Iterate(value, status=status, scale=scale, fallback=trusted, recursed=remaining**0.5)
+        return Iterate(
+            value,
+            status=status,
+            scale=scale,
+            fallback=trusted,
+            recursed=remaining**0.5,
+            lowest=lowest,
+        )
 
     def _preconditioner(
         self, op: LinearOperator, state: State | None

@@ -50,4 +50,5 @@ def solve_symmetric(matrix: Tensor, rhs: Tensor, damping: float, positive: bool 
         # Within rounding of zero nothing is known of the error.
         smallest_eigenvalue=smallest if smallest + damping > rounding else -damping,
         scale=scale,
+        lowest=min(0.0, smallest),
     )

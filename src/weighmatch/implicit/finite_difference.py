@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from weighmatch.implicit.evaluation import (
+    differentiable,
+    reaches,
+    require_dependence,
+    require_scalar,
+)
 from weighmatch.implicit.flat import Parameters, flatten, unflatten
 from weighmatch.implicit.hypergradient import outer_gradients
 
@@ -42,7 +48,8 @@ def darts_gradient(
         A pytree like `hyper`, with the direct dependence of `outer` on it.
 
     Raises:
-        ValueError: if `learning_rate` or `radius` is not positive.
+        ValueError: if `learning_rate` or `radius` is not positive, or a loss is not a scalar that
+            depends on what it is given.
     """
     _require_positive(learning_rate=learning_rate, radius=radius)
     gradient, direct = outer_gradients(outer, params, hyper)
@@ -79,8 +86,8 @@ def sama_gradient(
         A pytree like `hyper`, with the direct dependence of `outer` on it.
 
     Raises:
-        ValueError: if `learning_rate`, `eps` or `radius` is not positive, or a second moment is
-            missing.
+        ValueError: if `learning_rate`, `eps` or `radius` is not positive, a second moment is
+            missing, or a loss is not a scalar that depends on what it is given.
     """
     _require_positive(learning_rate=learning_rate, eps=eps, radius=radius)
     missing = sorted(set(params) - set(second_moment))
@@ -117,14 +124,14 @@ def _difference(
     for sign in (1, -1):
         moved = {name: p.detach() + sign * shift[name] for name, p in params.items()}
         live = [leaf.detach().requires_grad_() for leaf in leaves]
-        sides.append(
-            torch.autograd.grad(
-                inner(moved, tree_unflatten(live, spec)),
-                live,
-                materialize_grads=True,
-                allow_unused=True,
-            )
-        )
+        points = [p.requires_grad_() for p in moved.values()]
+        with differentiable():
+            value = inner(moved, tree_unflatten(live, spec))
+            require_scalar(value, "inner")
+            if not any(reaches(value, points)):
+                require_dependence([], "inner")
+            found = torch.autograd.grad(value, live, materialize_grads=True, allow_unused=True)
+        sides.append(found)
     return tree_unflatten(
         [d - (up - down) / (2 * epsilon) for d, up, down in zip(direct, *sides, strict=True)], spec
     )

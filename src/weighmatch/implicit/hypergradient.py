@@ -1,7 +1,7 @@
 """Hypergradients by the implicit function theorem: dL_outer/dφ = −(∂²L/∂φ∂θ)ᵀ v."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar, overload
 
 import torch
@@ -10,9 +10,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from weighmatch.implicit.calls import takes_hyper
 from weighmatch.implicit.curvature import Hessian
+from weighmatch.implicit.evaluation import (
+    differentiable,
+    evaluate,
+    require_dependence,
+    require_scalar,
+)
 from weighmatch.implicit.flat import Parameters, unflatten
 from weighmatch.implicit.method import Method, Solution, State
 from weighmatch.implicit.operators import LinearOperator
+from weighmatch.implicit.trees import check_hyper, check_vector, leaves_of, parameters
 
 A = TypeVar("A")
 Curvature = Callable[[Callable[[Parameters], Tensor], Parameters], LinearOperator]
@@ -36,7 +43,7 @@ def implicit_gradient(
         inner: `inner(params, hyper) -> scalar`.
         outer: `outer(params) -> scalar` or `outer(params, hyper) -> scalar`; the direct
             dependence on `hyper` is part of the answer. A second argument with a default is
-            given `hyper` if it is called so or the default is None.
+            given `hyper` only if it is called so.
         params: θ, names to tensors.
         hyper: a pytree (dict, list, tuple) of tensors.
         solver: any IHVP method.
@@ -46,50 +53,94 @@ def implicit_gradient(
     Returns:
         The hypergradient, a pytree like `hyper`, and the solution of (C + δI)v = ∇_θ outer.
 
+    Raises:
+        TypeError: if `solver` is no method, `params` no mapping or a leaf of `hyper` no tensor.
+        ValueError: if a loss is not a scalar or does not depend on what it is given, or if
+            `params` or `hyper` hold what there are no gradients in.
+
     Source:
         Lorraine, Vicol & Duvenaud (2020), theorem 1; Pedregosa (2016).
     """
+    if isinstance(solver, type):
+        raise TypeError(f"solver must be a method such as {solver.__name__}(), got its class")
     outer_gradient, direct = outer_gradients(outer, params, hyper)
     leaves, spec = tree_flatten(hyper)
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-
+    theta = leaves_of(params)
     frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
     operator = curvature(lambda p: inner(p, frozen), theta)
     solution = solver.solve(operator, outer_gradient, state)
+    mixed = mixed_gradient(inner, params, hyper, solution.value)
+    total = [d - m for d, m in zip(direct, mixed, strict=True)]
+    return tree_unflatten(total, spec), solution
 
-    inner_gradient = torch.autograd.grad(
-        inner(theta, tree_unflatten(leaves, spec)),
-        list(theta.values()),
-        create_graph=True,
-        materialize_grads=True,
-    )
-    pieces = unflatten(solution.value, theta).values()
-    coupled = [(g, v) for g, v in zip(inner_gradient, pieces, strict=True) if g.requires_grad]
-    mixed = torch.autograd.grad(
+
+def mixed_gradient(
+    inner: Callable[..., Tensor], params: Parameters, hyper: Any, v: Tensor
+) -> list[Tensor]:
+    """(∂²L/∂φ∂θ)ᵀ v for each leaf of `hyper`."""
+    named = leaves_of(params)
+    names = list(named)
+    leaves, spec = tree_flatten(hyper)
+    theta, phi = list(named.values()), _live(leaves)
+
+    def call(points: Sequence[Tensor]) -> Tensor:
+        given = dict(zip(names, points, strict=False))
+        return inner(given, tree_unflatten(list(points[len(names) :]), spec))
+
+    with differentiable():
+        value = evaluate(call, [*theta, *phi], "inner")
+        require_scalar(value, "inner")
+        gradients = torch.autograd.grad(value, theta, create_graph=True, allow_unused=True)
+        require_dependence(gradients, "inner")
+    pieces = unflatten(v, named).values()
+    coupled = [
+        (g, p) for g, p in zip(gradients, pieces, strict=True) if g is not None and g.requires_grad
+    ]
+    if not coupled:  # linear in θ
+        return [torch.zeros_like(leaf) for leaf in phi]
+    found = torch.autograd.grad(
         [g for g, _ in coupled],
-        leaves,
-        [v for _, v in coupled],
+        phi,
+        [p for _, p in coupled],
         materialize_grads=True,
         allow_unused=True,
     )
-    total = [d - m for d, m in zip(direct, mixed, strict=True)]
-    return tree_unflatten(total, spec), solution
+    return list(found)
 
 
 def outer_gradients(
     outer: Callable[..., Tensor], params: Parameters, hyper: Any
 ) -> tuple[Tensor, list[Tensor]]:
     """∇_θ of the outer loss, (P,), and its direct gradient in each leaf of `hyper`."""
+    check_hyper(hyper)
+    named = leaves_of(params)
+    names = list(named)
     leaves, spec = tree_flatten(hyper)
-    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
-    theta = {name: p.detach().requires_grad_() for name, p in params.items()}
-    value = outer(theta, tree_unflatten(leaves, spec)) if takes_hyper(outer) else outer(theta)
-    gradients = torch.autograd.grad(
-        value, [*theta.values(), *leaves], materialize_grads=True, allow_unused=True
-    )
-    gradient = torch.cat([g.reshape(-1) for g in gradients[: len(theta)]])
-    return gradient, list(gradients[len(theta) :])
+    points = [*named.values(), *_live(leaves)]
+    both = takes_hyper(outer)
+
+    def call(points: Sequence[Tensor]) -> Tensor:
+        theta = dict(zip(names, points, strict=False))
+        if not both:
+            return outer(theta)
+        return outer(theta, tree_unflatten(list(points[len(names) :]), spec))
+
+    with differentiable():
+        value = evaluate(call, points, "outer")
+        require_scalar(value, "outer")
+        found: tuple[Tensor | None, ...] = ()
+        if value.requires_grad:
+            found = torch.autograd.grad(value, points, allow_unused=True)
+    require_dependence(found, "outer")
+    gradients = [
+        torch.zeros_like(p) if g is None else g for p, g in zip(points, found, strict=True)
+    ]
+    gradient = torch.cat([g.reshape(-1) for g in gradients[: len(names)]])
+    return gradient, gradients[len(names) :]
+
+
+def _live(leaves: Sequence[Tensor]) -> list[Tensor]:
+    return [leaf.detach().requires_grad_() for leaf in leaves]
 
 
 @overload
@@ -126,12 +177,22 @@ def weight_gradient(
 
     Returns:
         (B,), without a graph; with `has_aux` that and the pytree.
+
+    Raises:
+        TypeError: if `params` is not a mapping or `v` not a tensor.
+        ValueError: if `example_losses` does not depend on `params`, or `v` does not fit them.
     """
-    theta = {name: p.detach() for name, p in params.items()}
-    with torch.no_grad(), warnings.catch_warnings():
+    theta = {name: p.detach() for name, p in parameters(params).items()}
+    direction = unflatten(check_vector(v, theta), theta)
+    with differentiable(grad=False), warnings.catch_warnings():
         # torch's own forward-mode rules call torch.jit.script, which warns of itself.
         warnings.filterwarnings("ignore", message=".*torch.jit.script.*")
-        _, tangent, *aux = torch.func.jvp(
-            example_losses, (theta,), (unflatten(v, theta),), has_aux=has_aux
-        )
+        try:
+            _, tangent, *aux = torch.func.jvp(
+                example_losses, (theta,), (direction,), has_aux=has_aux, strict=True
+            )
+        except RuntimeError as error:
+            if "independent of" in str(error):
+                require_dependence([], "example_losses")
+            raise
     return (-tangent, aux[0]) if has_aux else -tangent

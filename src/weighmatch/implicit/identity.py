@@ -13,7 +13,8 @@ from weighmatch.implicit.operators import LinearOperator
 class Identity(Method):
     """No curvature at all; spends one product, on the check of the residual.
 
-    Its status is "budget" unless C + δI really is the identity.
+    Where v = g is worse than zero, it is shortened by a power of two; `shorten=False` keeps it.
+    The status is "budget" unless C + δI really is the identity.
     """
 
     approximate: ClassVar[bool] = True

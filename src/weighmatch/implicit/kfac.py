@@ -1,27 +1,24 @@
 """Kronecker-factored curvature (Martens & Grosse, 2015; Grosse & Martens, 2016), by curvlinops.
 
-curvlinops takes a module and one of three losses. Here both are made from a `GaussNewton`: a
-module whose layers are the calls of `linear` and `conv2d` seen while the outputs are computed,
-and the squared error of outputs multiplied by a root of H_z, whose Gauss-Newton matrix is the
-same.
+curvlinops takes a module and one of three losses. Here both are made from a `GaussNewton`: the
+module of `weighmatch.implicit.layers`, and the squared error of outputs multiplied by a root of
+H_z, whose Gauss-Newton matrix is the same.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from weighmatch.implicit.carried import carry, find, fingerprint
-from weighmatch.implicit.curvature import GaussNewton
 from weighmatch.implicit.exact import solve_symmetric
-from weighmatch.implicit.flat import Parameters, flatten, unflatten
+from weighmatch.implicit.flat import flatten, unflatten
+from weighmatch.implicit.gauss_newton import GaussNewton
+from weighmatch.implicit.layers import _Layers
 from weighmatch.implicit.method import Iterate, Method, State
 from weighmatch.implicit.operators import LinearOperator
-from weighmatch.implicit.second_order import CONV2D
 
 Apply = Callable[[Tensor], Tensor]
 # Parameters outside of linear and convolution layers form one exact block up to this size.
@@ -34,10 +31,11 @@ class KFAC(Method):
 
     Linear and 2-D convolution layers that are called as `torch.nn.functional.linear` and
     `conv2d` (what `torch.nn` does) on a parameter itself are found by looking at one evaluation
-    of the outputs. All other parameters (norms, scales) are one block of their own, taken
-    exactly from one product each. An operator that is not a `GaussNewton` shows no layers: it is
-    all "rest". Spends one product a class and one a rest parameter. As a preconditioner:
-    `ConjugateGradient(preconditioner=KFAC())`.
+    of the outputs; so is a weight that is used several times in the same way. All other
+    parameters (norms, scales, embeddings, a weight that is used in two ways, a bias that two
+    weights share) are one block of their own, taken exactly from one product each. An operator
+    that is not a `GaussNewton` shows no layers: it is all "rest". Spends one product a class and
+    one a rest parameter. As a preconditioner: `ConjugateGradient(preconditioner=KFAC())`.
 
     Attributes:
         eigenvalue_corrected: EK-FAC (George et al., 2018) instead of K-FAC.
@@ -57,6 +55,12 @@ class KFAC(Method):
     factors: GaussNewton | None = None
 
     def _iterate(self, op: LinearOperator, unit: Tensor, state: State | None) -> Iterate:
+        source = self.factors or op
+        finite = True
+        if isinstance(source, GaussNewton):
+            finite = bool(torch.isfinite(source.output_curvature()).all())
+        if not finite:
+            return Iterate(torch.zeros_like(unit), status="diverged", measured=1.0)
         apply = self._inverse(op, self.damping, state, positive=False)
         return Iterate(apply(unit))
 
@@ -115,8 +119,8 @@ class _Network:
         if count > LARGEST_REST:
             raise ValueError(
                 f"{count} parameters lie outside of the linear and convolution layers that "
-                f"KFAC can see, more than the {LARGEST_REST} it takes as one exact block; "
-                f"build the operator as GaussNewton from a network of torch.nn layers"
+                f"KFAC can see{self._largest_outside()}, more than the {LARGEST_REST} it takes as "
+                f"one exact block; leave them out of params, or take a method that only multiplies"
             )
         block = torch.zeros(count, count, dtype=op.dtype, device=op.device)
         for start in range(0, count, 64):  # (P, count) at once could be gigabytes
@@ -125,6 +129,12 @@ class _Network:
             basis[columns, torch.arange(len(columns), device=op.device)] = 1
             block[:, start : start + 64] = (op @ basis)[self._rest]
         self._block = (block + block.T) / 2
+
+    def _largest_outside(self) -> str:
+        """The name of the largest parameter outside, for the message."""
+        inside = set() if self._module is None else set(self._module.positions)
+        outside = {k: p.numel() for k, p in self._params.items() if k not in inside}
+        return f" (most of them {max(outside, key=outside.__getitem__)!r})" if outside else ""
 
     @staticmethod
     def cost(source: LinearOperator) -> int:
@@ -177,115 +187,12 @@ class _Network:
                 num_per_example_loss_terms=1,
                 num_data=self._module.examples,
             )
+            if not self._corrected:
+                self._kronecker.compute_kronecker_factors()
+                for name, part in self._module.shares.items():
+                    self._kronecker._input_covariances[name].mul_(part)
         # Zero damping would divide by the zero eigenvalues that Kronecker factors often have.
         floor = torch.finfo(self._module.root.dtype).eps
         return KFACInverseLinearOperator(
             self._kronecker, damping=max(damping, floor), use_exact_damping=True
         )
-
-
-class _Layers(nn.Module):
-    """The layers of `source` as modules that hooks can be put on; calls give H_z^½ᵀ z / √2."""
-
-    def __init__(self, source: GaussNewton) -> None:
-        super().__init__()
-        self._source = source
-        recorder = _Recorder(source.params)
-        with recorder, torch.no_grad():
-            outputs = source.network_outputs(source.params)
-        self.examples, self.classes = outputs.shape
-        self._names = recorder.names
-        # Names in the order of `layer_parameters`.
-        self.positions: list[str] = []
-        self.layer_parameters: list[nn.Parameter] = []
-        self.layers = nn.ModuleList(recorder.layers.values())
-        for key, layer in recorder.layers.items():
-            for kind in ("weight", "bias"):
-                name = recorder.names.get((key, kind))
-                if name is not None:
-                    self.positions.append(name)
-                    self.layer_parameters.append(getattr(layer, kind))
-        self._by_weight = dict(recorder.layers)
-        eigenvalues, vectors = torch.linalg.eigh(
-            source.output_curvature().to(torch.promote_types(outputs.dtype, torch.float32))
-        )
-        # The squared error's own Hessian is 2I.
-        scale = (eigenvalues.clamp_min(0) / 2).sqrt().unsqueeze(1)
-        self.root = (vectors * scale).to(outputs.dtype)
-
-    @property
-    def data(self) -> Iterable[tuple[Tensor, Tensor]]:
-        """One batch; the inputs are already in the closure of the operator."""
-        placeholder = torch.zeros(self.examples, 1, dtype=self.root.dtype, device=self.root.device)
-        return [(placeholder, torch.zeros_like(self.root[:, 0]))]
-
-    def forward(self, _: Tensor) -> Tensor:
-        with _Redirect(self._by_weight):
-            outputs = self._source.network_outputs(self._source.params)
-        return torch.einsum("bc,bcd->bd", outputs, self.root)
-
-
-def _call_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {**dict(zip(CONV2D, args, strict=False)), **kwargs}
-
-
-class _Recorder(TorchFunctionMode):
-    """Makes a module for every call of `linear` or `conv2d` on a parameter."""
-
-    def __init__(self, params: Parameters) -> None:
-        super().__init__()
-        self._by_id = {id(p): name for name, p in params.items()}
-        self.layers: dict[int, nn.Module] = {}
-        self.names: dict[tuple[int, str], str] = {}
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.linear, F.conv2d):
-            call = _call_arguments(args, kwargs)
-            weight, bias = call["weight"], call.get("bias")
-            known = id(weight) in self._by_id and (bias is None or id(bias) in self._by_id)
-            if known and call.get("groups", 1) == 1:
-                self._record(call, weight, bias)
-        return func(*args, **kwargs)
-
-    def _record(self, call: dict[str, Any], weight: Tensor, bias: Tensor | None) -> None:
-        if weight.ndim == 2:
-            layer: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-        else:
-            layer = nn.Conv2d(
-                weight.shape[1],
-                weight.shape[0],
-                tuple(weight.shape[2:]),  # type: ignore[arg-type]
-                stride=call.get("stride", 1),
-                padding=call.get("padding", 0),
-                dilation=call.get("dilation", 1),
-                bias=bias is not None,
-            )
-        layer.weight = nn.Parameter(weight.detach())
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.detach())
-            self.names[id(weight), "bias"] = self._by_id[id(bias)]
-        self.layers[id(weight)] = layer
-        self.names[id(weight), "weight"] = self._by_id[id(weight)]
-
-
-class _Redirect(TorchFunctionMode):
-    """Sends calls on a known weight through its module, so that the module's hooks run."""
-
-    def __init__(self, layers: dict[int, nn.Module]) -> None:
-        super().__init__()
-        self._layers = layers
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in (F.linear, F.conv2d):
-            call = _call_arguments(args, kwargs)
-            layer = self._layers.get(id(call["weight"]))
-            if layer is not None:
-                # A mode is off inside of its own handler, so the module's call is not caught.
-                return layer(call["input"])
-        return func(*args, **kwargs)

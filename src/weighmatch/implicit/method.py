@@ -55,6 +55,7 @@ class Iterate:
         fallback: an earlier iterate, from before rounding could have spoilt the recursion; a
             product of the budget is left for it.
         recursed: the norm that a recursion gives for the residual of `value`; None: no recursion.
+        lowest: the most negative ⟨u, C u⟩/‖u‖² that was seen, 0 if none was.
     """
 
     value: Tensor
@@ -64,6 +65,7 @@ class Iterate:
     scale: float = 0.0
     fallback: Tensor | None = None
     recursed: float | None = None
+    lowest: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,10 @@ class Method(ABC):
         carried = state.get(self.carries)
         checked = self._checked(op, unit, state)
         entry = state.get(self.carries)
+        reused = entry is carried
         if not isinstance(entry, Carried):
             return checked
-        if entry is carried and entry.aged(checked.found):
+        if reused and entry.aged(checked.found):
             del state[self.carries]
             checked = self._checked(op, unit, state)
             entry = state.get(self.carries)
@@ -272,8 +275,10 @@ class Method(ABC):
         self, op: LinearOperator, residual: float, value: Tensor, iterate: Iterate, status: Status
     ) -> float | None:
         claimed = op.smallest_eigenvalue
-        if op.positive_semidefinite and status in ("negative_curvature", "diverged"):
-            claimed = None  # what was met refutes it, or nothing vouches for it
+        if op.positive_semidefinite:
+            refuted = iterate.lowest < -1e2 * torch.finfo(value.dtype).eps * iterate.scale
+            if refuted or status in ("negative_curvature", "diverged"):
+                claimed = None
         known = [s for s in (iterate.smallest_eigenvalue, claimed) if s is not None]
         if not known or max(known) + self.damping <= 0:
             return None

@@ -36,7 +36,7 @@ class MinRes(_IterativeMethod):
         cosine, sine = -1.0, 0.0
         subdiagonal, below = 0.0, 0.0
         residual = 1.0
-        scale = 0.0
+        scale = lowest = 0.0
         # In rounded arithmetic ‖A r‖ may stop at the root of eps, and grow again.
         stationary = max(100 * eps, min(self.rtol, eps**0.5))
         # Each step rounds by eps ‖A‖ times its length, which the recursion does not see; in the
@@ -58,6 +58,7 @@ class MinRes(_IterativeMethod):
                 status = "diverged"
                 break
             scale = max(scale, abs(diagonal), next_off_diagonal)
+            lowest = min(lowest, diagonal - self.damping)
             # The column (…, subdiagonal, diagonal, next_off_diagonal) of the tridiagonal matrix,
             # turned by the last rotation.
             above = cosine * subdiagonal + sine * diagonal
@@ -93,4 +94,6 @@ class MinRes(_IterativeMethod):
                 status = "negative_curvature"
                 break
             previous_basis, basis = basis, image / off_diagonal
-        return Iterate(best, status=status, scale=scale, fallback=trusted, recursed=smallest)
+        return Iterate(
+            best, status=status, scale=scale, fallback=trusted, recursed=smallest, lowest=lowest
+        )

@@ -65,10 +65,10 @@ class Neumann(_ProbingMethod):
                 if best is None:
                     best = value.sub_(previous, alpha=step)
                 spent = op.products
-                found = "diverged" if ends is None else self._again(op, residual, ends, state, left)
-                if isinstance(found, str):
-                    return Iterate(best, status=found, measured=best_norm, scale=1 / step)
-                ends, step = found, self._length(op, found)
+                more = "diverged" if ends is None else self._again(op, residual, ends, state, left)
+                if isinstance(more, str):
+                    return Iterate(best, status=more, measured=best_norm, scale=1 / step)
+                ends, step = more, self._length(op, more)
                 left -= op.products - spent
                 value, chained = best.clone(), False
                 continue
@@ -93,7 +93,9 @@ class Neumann(_ProbingMethod):
             if factor > 0 and shorter < best_norm and rounding <= 0.01 * shorter:
                 best = value.add(previous, alpha=factor * step)
                 best_norm = shorter
-        return Iterate(value if best is None else best, measured=best_norm, scale=1 / step)
+        lowest = 0.0 if ends is None else ends.lowest
+        found = value if best is None else best
+        return Iterate(found, measured=best_norm, scale=1 / step, lowest=lowest)
 
     def _length(self, op: LinearOperator, ends: Ends | None) -> float:
         """The step α."""

@@ -75,7 +75,7 @@ class Nystrom(Method):
         indefinite = sketch.negative + self.damping < 0
         scale = float(sketch.eigenvalues[0]) if len(sketch.eigenvalues) else 0.0
         status: Status | None = "negative_curvature" if indefinite else None
-        return Iterate(value, status=status, scale=scale)
+        return Iterate(value, status=status, scale=scale, lowest=sketch.negative)
 
     def _outside(self, op: LinearOperator, unit: Tensor, inside: Tensor, rest: Tensor) -> float:
         """The factor of the part outside of the sketch."""

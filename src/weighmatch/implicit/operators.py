@@ -25,11 +25,16 @@ class LinearOperator(ABC):
         smallest_eigenvalue: a known lower bound on the spectrum, which error bounds rest on:
             0 where positive semi-definite, None where nothing is known. May be set, for example
             to what `lower_bound` of `weighmatch.implicit.spectrum` gives.
+
+    Raises:
+        ValueError: if `dtype` is not a real floating-point type.
     """
 
     positive_semidefinite = False
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if not dtype.is_floating_point:
+            raise ValueError(f"an operator must be real and floating-point, got {dtype}")
         self.shape = (size, size)
         self.dtype = dtype
         self.device = device
@@ -128,12 +133,17 @@ class Dense(LinearOperator):
     """A given symmetric matrix (P, P): for tests, teaching and small problems.
 
     Raises:
-        ValueError: if `matrix` is not square or not symmetric to rounding.
+        ValueError: if `matrix` is not square, real, floating-point, finite and symmetric to
+            rounding.
     """
 
     def __init__(self, matrix: Tensor, *, positive_semidefinite: bool = False) -> None:
         if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
             raise ValueError(f"Dense needs a square matrix, got shape {tuple(matrix.shape)}")
+        if not matrix.is_floating_point():
+            raise ValueError(f"Dense needs a real floating-point matrix, got {matrix.dtype}")
+        if not bool(torch.isfinite(matrix).all()):
+            raise ValueError("Dense needs finite entries: matrix holds NaN or Inf")
         tolerance = 1e3 * torch.finfo(matrix.dtype).eps * float(matrix.abs().max())
         if not bool((matrix - matrix.T).abs().max() <= tolerance):
             raise ValueError("Dense needs a symmetric matrix: give (A + A.T) / 2")

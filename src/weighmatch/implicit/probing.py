@@ -32,6 +32,11 @@ class Ends:
     largest: float
     smallest: float | None = None
 
+    @property
+    def lowest(self) -> float:
+        """The smallest Ritz value if it is negative, or 0."""
+        return min(0.0, self.smallest or 0.0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class _ProbingMethod(_IterativeMethod):

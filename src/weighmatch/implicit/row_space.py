@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from weighmatch.implicit.evaluation import require_dependence
 from weighmatch.implicit.operators import LinearOperator, Restriction
 
 LINEAR = ("input", "weight", "bias")
@@ -90,13 +91,22 @@ class Points:
     found: dict[int, tuple[Tensor, Tensor]]
     besides: tuple[int, ...] = ()
 
-    def gradient(self, value: Tensor, cotangent: Tensor | None = None) -> tuple[Tensor, ...]:
-        """∇⟨value, cotangent⟩ in all points, with its graph; finds what is used besides."""
+    def gradient(
+        self, value: Tensor, cotangent: Tensor | None = None, name: str = "loss"
+    ) -> tuple[Tensor, ...]:
+        """∇⟨value, cotangent⟩ in all points, with its graph; finds what is used besides.
+
+        Raises:
+            ValueError: if the value, called `name`, depends on none of them.
+        """
+        if not value.requires_grad:
+            require_dependence([], name)
         found = tuple(self.found)
         points = [*self._points, *(self.leaves[i] for i in found)]
         gradients = torch.autograd.grad(
             value, points, cotangent, create_graph=True, allow_unused=True
         )
+        require_dependence(gradients, name)
         kept = [
             torch.zeros_like(p) if g is None else g
             for p, g in zip(self._points, gradients, strict=False)

@@ -97,12 +97,15 @@ def lower_bound(
 
     Raises:
         ValueError: if `products` is below 1 or `failure` not inside (0, 1), or if `products`
-            are too few to bound anything (ε would be 1/2 or more).
+            are too few to bound anything (ε would be 1/2 or more), or if a product with `op` is
+            not finite.
     """
     if not 0 < failure < 1:
         raise ValueError(f"failure must be between 0 and 1, got {failure}")
     run = lanczos(op, _gaussian(op, products, seed), products)
     smallest, largest = float(run.eigenvalues[0]), float(run.eigenvalues[-1])
+    if not math.isfinite(smallest + largest):
+        raise ValueError("op gives products that are not finite, so that it has no spectrum")
     rounding = 10 * torch.finfo(op.dtype).eps * max(abs(smallest), abs(largest))
     # An exhausted Krylov space of a random vector holds every eigenvalue.
     if run.products >= op.shape[0] or run.exhausted:
@@ -115,6 +118,26 @@ def lower_bound(
         )
     # Both ends may lie outside of the Ritz interval, each by ε times the true width.
     return smallest - epsilon * (largest - smallest) / (1 - 2 * epsilon) - rounding
+
+
+def asymmetry(op: LinearOperator, *, seed: int = 0) -> float:
+    """How far `op` is from a symmetric matrix, from two products.
+
+    |⟨u, C v⟩ − ⟨v, C u⟩| / (‖u‖ ‖C v‖ + ‖v‖ ‖C u‖) for two Gaussian vectors: of the order of the
+    machine's precision for a symmetric matrix, and of 1/√P and more for one that is not. Every
+    method here takes the operator for symmetric, so that a layer with a wrong second derivative,
+    or noise that is drawn anew in every product, shows here first. NaN where a product is.
+
+    Args:
+        op: the operator.
+        seed: of the vectors.
+    """
+    u, v = _gaussian(op, 1, seed), _gaussian(op, 1, seed + 1)
+    image_u, image_v = op @ u, op @ v
+    difference = abs(float(u @ image_v) - float(v @ image_u))
+    norm = torch.linalg.vector_norm
+    size = float(norm(u) * norm(image_v) + norm(v) * norm(image_u))
+    return 0.0 if size == 0 else difference / size
 
 
 def spectral_density(
@@ -142,8 +165,9 @@ def spectral_density(
         grid, which reaches 5 widths beyond the Ritz values.
 
     Raises:
-        ValueError: if a count is below 1 (`points`: 2), if `width` is not positive, or if the
-            grid is too coarse for it (more than two widths from point to point).
+        ValueError: if a count is below 1 (`points`: 2), if `width` is not positive, if the
+            grid is too coarse for it (more than two widths from point to point), or if a product
+            with `op` is not finite.
 
     Source:
         Lin, Saad & Yang (2016); Ghorbani, Krishnan & Xiao (2019, algorithm 2).
@@ -158,9 +182,11 @@ def spectral_density(
     nodes = torch.cat([run.eigenvalues.double() for run in runs])
     weights = torch.cat([run.weights.double() for run in runs]) / probes
     low, high = float(nodes.min()), float(nodes.max())
+    if not math.isfinite(low + high):
+        raise ValueError("op gives products that are not finite, so that it has no spectrum")
     if width is None:
         width = max(high - low, 1e-3 * max(abs(low), abs(high)), 1e-12) / 100
-    needed = math.ceil((high - low) / (2 * width) + 5) + 1 if math.isfinite(low + high) else 2
+    needed = math.ceil((high - low) / (2 * width) + 5) + 1
     if points < needed:
         raise ValueError(
             f"{points} points are too few for a width of {width:.3g} over a spectrum from "

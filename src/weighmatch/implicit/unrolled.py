@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from weighmatch.implicit.calls import takes_hyper
+from weighmatch.implicit.evaluation import differentiable, require_dependence, require_scalar
+from weighmatch.implicit.trees import check_hyper
 
 
 def unrolled_gradient(
@@ -39,7 +41,9 @@ def unrolled_gradient(
         The gradient, a pytree like `hyper`, the direct dependence of `outer` on it included.
 
     Raises:
-        ValueError: if `steps` is negative, or `truncation` is.
+        TypeError: if a leaf of `hyper` is not a tensor.
+        ValueError: if `steps` is negative, or `truncation` is, or if `outer` is not a scalar that
+            depends on what it is given.
 
     Source:
         Maclaurin, Duvenaud & Adams (2015); Franceschi et al. (2017).
@@ -48,23 +52,32 @@ def unrolled_gradient(
         raise ValueError(f"steps must be at least 0, got {steps}")
     if truncation is not None and truncation < 0:
         raise ValueError(f"truncation must be at least 0, or None for all steps, got {truncation}")
+    check_hyper(hyper)
     leaves, spec = tree_flatten(hyper)
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     live = tree_unflatten(leaves, spec)
     frozen = tree_unflatten([leaf.detach() for leaf in leaves], spec)
     counted = _counts(step)
-    params = _detached(init)
-    first = 0 if truncation is None else max(0, steps - truncation)
-    for t in range(steps):
-        seen = live if t >= first else frozen
-        params = step(params, seen, t) if counted else step(params, seen)
-        if t < first:
-            params = _detached(params)
-    value = outer(params, live) if takes_hyper(outer) else outer(params)
-    if not value.requires_grad:
-        return tree_map(torch.zeros_like, frozen)
-    gradients = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-    return tree_unflatten(list(gradients), spec)
+    with differentiable():
+        params = _detached(init)
+        first = 0 if truncation is None else max(0, steps - truncation)
+        for t in range(steps):
+            seen = live if t >= first else frozen
+            params = step(params, seen, t) if counted else step(params, seen)
+            if t < first:
+                params = _detached(params)
+        value = outer(params, live) if takes_hyper(outer) else outer(params)
+        require_scalar(value, "outer")
+        last = [p for p in tree_flatten(params)[0] if isinstance(p, Tensor) and p.requires_grad]
+        found: tuple[Tensor | None, ...] = ()
+        if value.requires_grad:
+            # The last parameters, too: that costs nothing, and shows whether they matter.
+            found = torch.autograd.grad(value, [*leaves, *last], allow_unused=True)
+    require_dependence(found, "outer")
+    gradients = [
+        torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, found, strict=False)
+    ]
+    return tree_unflatten(gradients, spec)
 
 
 def _detached(params: Any) -> Any:

@@ -39,5 +39,6 @@ class Woodbury(Method):
         return Iterate(
             solved.to(unit.dtype),
             status="negative_curvature" if indefinite or unsolved else "converged",
-            scale=scale,
+            scale=max(scale, -left_out),
+            lowest=left_out,
         )

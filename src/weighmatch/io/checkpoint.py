@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class CheckpointDataset(AbstractDataset["TrainedRun", "TrainedRun"]):
     """A trained run as .pt; a file that was damaged is refused by its checksum."""
 
-    def __init__(self, filepath: str, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, filepath: str, metadata: object = None) -> None:
         self._filepath = Path(filepath)
         self.metadata = metadata
 
@@ -32,7 +32,7 @@ class CheckpointDataset(AbstractDataset["TrainedRun", "TrainedRun"]):
     def _exists(self) -> bool:
         return self._filepath.exists()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"filepath": str(self._filepath)}
 
     def preview(self) -> JSONPreview:

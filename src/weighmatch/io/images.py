@@ -2,12 +2,13 @@
 
 import base64
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import ImagePreview
 
 from weighmatch.io.files import write_atomically
+from weighmatch.io.partitions import Partitions
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,9 +20,7 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
     The PNG carries no date or version, so that the same figure gives the same bytes.
     """
 
-    def __init__(
-        self, filepath: str, dpi: int = 150, metadata: dict[str, Any] | None = None
-    ) -> None:
+    def __init__(self, filepath: str, dpi: int = 150, metadata: object = None) -> None:
         self._filepath, self._dpi = Path(filepath), dpi
         self.metadata = metadata
 
@@ -39,9 +38,21 @@ class FigureDataset(AbstractDataset["Figure", bytes]):
     def _exists(self) -> bool:
         return self._filepath.exists()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"filepath": str(self._filepath)}
 
     def preview(self) -> ImagePreview:
         """The picture, for kedro-viz."""
         return ImagePreview(base64.b64encode(self.load()).decode())
+
+
+class FigureFolder(Partitions):
+    """Figures by name, a PNG each; kedro-viz shows the first."""
+
+    def __init__(self, path: str, metadata: object = None) -> None:
+        super().__init__(path, "weighmatch.io.FigureDataset", ".png", metadata=metadata)
+
+    def preview(self) -> ImagePreview:
+        """The first figure, for kedro-viz."""
+        first: ImagePreview = self._member(self._members()[0].stem).preview()
+        return first

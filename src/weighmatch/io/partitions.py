@@ -8,8 +8,10 @@ from kedro.io import AbstractDataset
 from kedro.io.core import parse_dataset_definition
 from kedro_datasets._typing import JSONPreview
 
+Parts = dict[str, Any]
 
-class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
+
+class Partitions(AbstractDataset[Parts, Parts]):
     """A dictionary whose values lie in files `<path>/<key><suffix>` of a given dataset type.
 
     Unlike kedro-datasets' PartitionedDataset it may be empty where that is said (an arm that is
@@ -33,7 +35,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         suffix: str,
         lazy: bool = False,
         may_be_empty: bool = False,
-        metadata: dict[str, Any] | None = None,
+        metadata: object = None,
     ) -> None:
         self._path, self._suffix, self._lazy = Path(path), suffix, lazy
         self._may_be_empty = may_be_empty
@@ -41,7 +43,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         self._kind, _ = parse_dataset_definition({"type": dataset, "filepath": ""})
         self.metadata = metadata
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> Parts:
         if not self._path.is_dir():
             raise FileNotFoundError(f"{self._path} does not exist; run the pipeline that makes it")
         if not self._members() and not self._may_be_empty:
@@ -49,7 +51,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
         loaders = {path.stem: self._member(path.stem).load for path in self._members()}
         return loaders if self._lazy else {key: load() for key, load in loaders.items()}
 
-    def save(self, data: dict[str, Any]) -> None:
+    def save(self, data: Parts) -> None:
         self._path.mkdir(parents=True, exist_ok=True)
         for key, value in data.items():
             self._member(key).save(value() if callable(value) else value)
@@ -66,7 +68,7 @@ class Partitions(AbstractDataset[dict[str, Any], dict[str, Any]]):
     def _exists(self) -> bool:
         return self._path.is_dir()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"path": str(self._path), "dataset": self._kind.__name__}
 
     def preview(self) -> JSONPreview:

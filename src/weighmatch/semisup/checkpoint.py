@@ -15,7 +15,7 @@ from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier, build_classifier
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
-from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.store import ImageStore, as_tensor
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.weightings import Context, Weighting
@@ -153,11 +153,13 @@ class TrainedRun:
     def classify(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
         """Probabilities of the classes, (n, classes) float32 on the CPU; see `score`."""
         classifier = on_device(self.classifier, device)
+        images = self._checked(images)
+        # Filled rather than put together: small pieces between large ones would split up the heap.
+        found = torch.empty(len(images), self.config.classes)
         with torch.no_grad():
-            parts = torch.from_numpy(self._checked(images)).split(BATCH)
-            return torch.cat(
-                [classifier(part.to(device).float() / 255).softmax(dim=1).cpu() for part in parts]
-            )
+            for batch, rows in zip(as_tensor(images).split(BATCH), found.split(BATCH), strict=True):
+                rows.copy_(classifier(batch.to(device).float() / 255).softmax(dim=1))
+        return found
 
     def score(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Scored:
         """Class probabilities, scores and weights of any images, without augmentation.
@@ -173,15 +175,16 @@ class TrainedRun:
         classifier = on_device(self.classifier, device)
         weighting = self._load_weighting(classifier, device)
         criterion = self._criterion(weighting, device)
-        found = []
+        probabilities = torch.empty(len(images), self.config.classes)
+        scores = torch.empty(len(images), dtype=torch.float64)
         with torch.no_grad():
-            for part in torch.from_numpy(images).split(BATCH):
-                batch = part.to(device).float() / 255
+            for start in range(0, len(images), BATCH):
+                rows = slice(start, start + BATCH)
+                batch = as_tensor(images[rows]).to(device).float() / 255
                 features = classifier.features(batch)
                 logits = classifier.head(features)
-                scored = criterion(batch, features, logits)
-                found.append((logits.softmax(dim=1).cpu(), scored.cpu().double()))
-            probabilities, scores = (torch.cat(column) for column in zip(*found, strict=True))
+                scores[rows] = criterion(batch, features, logits).cpu().double()
+                probabilities[rows] = logits.softmax(dim=1)
             if self.ranker is None:
                 weights = weighting.sized(scores)
             else:

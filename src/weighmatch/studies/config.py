@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from weighmatch.checks import require_choice, require_seeds
-from weighmatch.studies.checking import boolean, check_fields, each, integer, keep, number, workers
+from weighmatch.checks import require_boolean, require_choice, require_seeds
+from weighmatch.studies.checking import check_fields, each, integer, number, workers
 
 NETWORKS = ("softmax", "mlp", "cnn")
 INDEFINITE = "indefinite"
@@ -65,7 +65,7 @@ class StudyConfig:
                 "inner outer steps batch_size largest_dense": integer(1),
                 "batches": integer(0),
                 "workers": workers,
-                "indefinite all_combinations": boolean,
+                "indefinite all_combinations": require_boolean,
                 "label_noise": number(0, 1),
                 "stages": each(number(0, 1)),
                 "l2": each(number(0, 10, above=True)),
@@ -73,7 +73,7 @@ class StudyConfig:
                 "budgets": each(integer(4), in_order=True),
                 "memory_sizes": each(integer(100), in_order=True),
                 "seeds": require_seeds,
-                "networks": each(keep(lambda _, name: parse_network(name))),
+                "networks": each(lambda _, name: parse_network(name)),
             },
         )
         if self.inner + self.outer > 1797:

@@ -3,14 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from weighmatch.checks import require_group, require_seeds
+from weighmatch.checks import require_boolean, require_group, require_seeds
 from weighmatch.studies.checking import (
-    boolean,
     check_fields,
     choice,
     each,
     integer,
-    keep,
     number,
     workers,
 )
@@ -104,7 +102,7 @@ class MetaLearningConfig:
             {
                 "seeds": require_seeds,
                 "problems converged_problems map_problems": each(choice(PROBLEM_NAMES)),
-                "methods core_methods": each(keep(require_method)),
+                "methods core_methods": each(require_method),
                 "sources": each(choice(tuple(DISTURBANCES))),
                 "remedies": each(choice(tuple(REMEDIES))),
                 "outer_images inner_steps widths": each(integer(1)),
@@ -116,7 +114,7 @@ class MetaLearningConfig:
                 "outer hidden outer_steps": integer(1),
                 "forgetting_seeds instability_seeds efficiency_seeds": integer(1),
                 "budget forgetting_steps": integer(4),
-                "exact_everywhere": boolean,
+                "exact_everywhere": require_boolean,
                 "workers": workers,
                 "snapshots": lambda name, value: require_group(name, value, SnapshotConfig),
             },

@@ -67,8 +67,8 @@ class HypergradientMethod:
         rank = max(1, budget - self.reserve)
         given = {**dict(zip(LIMITS, (budget, rank, rank), strict=True)), **more}
         if self.preconditioner:
-            kind_of_sketch: Any = solvers[self.preconditioner]
-            given["preconditioner"] = kind_of_sketch(rank=max(1, budget // 2))
+            sketch: Any = solvers[self.preconditioner]
+            given["preconditioner"] = sketch(rank=max(1, budget // 2))
         taken = {f.name for f in fields(kind)}
         arguments = {name: value for name, value in given.items() if name in taken}
         return kind(damping=damping, **{**arguments, **self.settings})
@@ -83,14 +83,12 @@ def _row(
     return HypergradientMethod(name, label, colour, marker or "o", solver, **more)
 
 
-_FIXED = {"extrapolate": False}
-_PLAIN = {"complement": "damping"}
-_CORRECTED = {"eigenvalue_corrected": True}
 _CG = "ConjugateGradient"
+_PLAIN_SERIES, _EK_FAC = {"extrapolate": False}, {"eigenvalue_corrected": True}
 _ROWS = (
     _row("none", "no outer learning", f"{GREY} x"),
     _row("identity", "identity (no curvature)", f"{GREY} s", "Identity"),
-    _row("neumann", "Neumann series", ORANGE, "Neumann", "budgeted", settings=_FIXED),
+    _row("neumann", "Neumann series", ORANGE, "Neumann", "budgeted", settings=_PLAIN_SERIES),
     _row("neumann_extrapolated", "Neumann, extrapolated", RED, "Neumann", "budgeted untrained"),
     _row("chebyshev", "Chebyshev", GREEN, "Chebyshev", "budgeted"),
     _row("conjugate_gradient", "conjugate gradients", BLUE, _CG, "budgeted"),
@@ -102,7 +100,7 @@ _ROWS = (
         f"{PINK} ^",
         "Nystrom",
         "budgeted untrained minor",
-        settings=_PLAIN,
+        settings={"complement": "damping"},
         reserve=1,
     ),
     _row(
@@ -129,7 +127,7 @@ _ROWS = (
         f"{BLUE} D",
         "KFAC",
         "untrained minor",
-        settings=_CORRECTED,
+        settings=_EK_FAC,
         operator="factors",
     ),
     _row(

@@ -1,5 +1,6 @@
 """The minimum of an inner problem: L-BFGS, and Newton's method for the last digits."""
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,14 +38,45 @@ def minimise(
         iterations: the most iterations of L-BFGS.
         tolerance: largest entry of the gradient at which it stops.
     """
+    found, calls = descend(
+        lambda theta: problem.inner_gradient(theta, hyper),
+        start,
+        tolerance,
+        (iterations, 2 * iterations),
+        history=50,
+    )
+    if not all(bool(torch.isfinite(p).all()) for p in found.values()):
+        return {k: p.detach().clone() for k, p in start.items()}, calls
+    size = sum(p.numel() for p in found.values())
+    if size <= LARGEST_NEWTON and next(iter(found.values())).dtype == torch.float64:
+        found, more = _newton(problem, hyper, found, tolerance)
+        calls += more
+    return found, calls
+
+
+def descend(
+    loss_and_slopes: Callable[[Parameters], tuple[Tensor, Sequence[Tensor]]],
+    start: Parameters,
+    tolerance: float,
+    most: tuple[int, int],
+    history: int,
+) -> tuple[Parameters, int]:
+    """L-BFGS from `start`: where it ends, and the number of gradients that it took.
+
+    Args:
+        loss_and_slopes: gives the loss at θ and its gradient in each parameter.
+        start: where it begins.
+        tolerance: largest entry of the gradient at which it stops.
+        most: the most iterations, and the most gradients.
+        history: number of past gradients that it keeps.
+    """
     calls = 0
     theta = {name: p.detach().clone().requires_grad_() for name, p in start.items()}
-    leaves = list(theta.values())
     optimizer = torch.optim.LBFGS(
-        leaves,
-        max_iter=iterations,
-        max_eval=2 * iterations,
-        history_size=50,
+        theta.values(),
+        max_iter=most[0],
+        max_eval=most[1],
+        history_size=history,
         tolerance_grad=tolerance,
         tolerance_change=0.0,
         line_search_fn="strong_wolfe",
@@ -53,20 +85,13 @@ def minimise(
     def closure() -> float:
         nonlocal calls
         calls += 1
-        loss, slopes = problem.inner_gradient(theta, hyper)
-        for leaf, slope in zip(leaves, slopes, strict=True):
+        loss, slopes = loss_and_slopes(theta)
+        for leaf, slope in zip(theta.values(), slopes, strict=True):
             leaf.grad = slope
         return float(loss)
 
     optimizer.step(closure)
-    found = {name: p.detach() for name, p in theta.items()}
-    if not all(bool(torch.isfinite(p).all()) for p in found.values()):
-        return {k: p.detach().clone() for k, p in start.items()}, calls
-    size = sum(p.numel() for p in leaves)
-    if size <= LARGEST_NEWTON and leaves[0].dtype == torch.float64:
-        found, more = _newton(problem, hyper, found, tolerance)
-        calls += more
-    return found, calls
+    return {name: p.detach() for name, p in theta.items()}, calls
 
 
 def _newton(

@@ -1,11 +1,12 @@
 """Parameters of the study of FixMatch's snapshots (`meta_learning_analysis.snapshots`)."""
 
 from dataclasses import dataclass
+from functools import partial
 
 from weighmatch.checks import require_multiple, require_seeds
 from weighmatch.data.config import DataConfig
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.studies.checking import check_fields, each, integer, keep, number
+from weighmatch.studies.checking import check_fields, each, integer, number
 
 _GROUP = "meta_learning_analysis.snapshots"
 RATIO = 0.75
@@ -55,9 +56,7 @@ class SnapshotConfig:
                 "threshold": number(0, 1, above=True, below=True),
                 "stages": each(number(0, 1, above=True)),
                 "dampings": each(number(0, 1e6, above=True)),
-                "width": keep(
-                    lambda name, v: require_multiple(name, v, 4, "GroupNorm has 4 groups")
-                ),
+                "width": partial(require_multiple, of=4, reason="GroupNorm has 4 groups"),
             },
         )
         try:

@@ -26,6 +26,7 @@ from weighmatch.implicit import (
 )
 from weighmatch.semisup.parts.networks import small_cnn_trunk
 from weighmatch.studies.config import INDEFINITE, StudyConfig, parse_network
+from weighmatch.studies.minimise import descend
 
 CLASSES = 10
 # Stage at the end of Adam's steps, from which L-BFGS goes on.
@@ -179,32 +180,18 @@ class WeighingProblem:
     def _minimise(self, params: Parameters, rounds: int = 7) -> Parameters:
         """L-BFGS until Newton's method converges from where it has come to."""
         weights = torch.ones(len(self.labels), dtype=torch.float64)
+
+        def loss_and_slopes(theta: Parameters) -> tuple[Tensor, tuple[Tensor, ...]]:
+            loss = self.inner(theta, weights)
+            return loss.detach(), torch.autograd.grad(loss, list(theta.values()))
+
         for _ in range(rounds):
-            params = self._newton(self._descend(params, weights), weights)
+            params, _ = descend(loss_and_slopes, params, _MINIMUM_TOLERANCE, (300, 375), 100)
+            params = self._newton(params, weights)
             slope = gradient(lambda theta: self.inner(theta, weights), params)
             if float(slope.abs().max()) <= _MINIMUM_TOLERANCE:
                 break
         return params
-
-    def _descend(self, params: Parameters, weights: Tensor, iterations: int = 300) -> Parameters:
-        theta = {name: p.clone().requires_grad_() for name, p in params.items()}
-        optimizer = torch.optim.LBFGS(
-            theta.values(),
-            max_iter=iterations,
-            history_size=100,
-            tolerance_grad=_MINIMUM_TOLERANCE,
-            tolerance_change=0.0,
-            line_search_fn="strong_wolfe",
-        )
-
-        def closure() -> float:
-            optimizer.zero_grad()
-            loss = self.inner(theta, weights)
-            loss.backward()
-            return float(loss.detach())
-
-        optimizer.step(closure)
-        return {name: p.detach() for name, p in theta.items()}
 
     def _newton(self, params: Parameters, weights: Tensor, steps: int = 30) -> Parameters:
         """The last digits, which L-BFGS takes thousands of iterations for."""

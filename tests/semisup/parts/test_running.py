@@ -53,6 +53,7 @@ def test_alignment_turns_pseudo_labels_to_neglected_classes():
     assert aligned.max() - aligned.min() < 0.6 * (plain.max() - plain.min())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arm", ["fixmatch", "learned"])
 def test_alignment_changes_what_is_trained(arm, training_set, run_config, tmp_path):
     losses = {}
@@ -69,6 +70,7 @@ def test_alignment_changes_what_is_trained(arm, training_set, run_config, tmp_pa
     assert losses[False] != losses[True]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("aligned", [False, True])
 def test_the_realigned_arm_is_fixmatch_with_the_other_alignment(
     aligned, training_set, run_config, tmp_path

@@ -35,6 +35,7 @@ def trained_by(package):
     return sorted(code.imported_files(code.ENTRY))
 
 
+@pytest.mark.integration
 def test_the_digest_is_that_of_the_code_and_not_of_its_place(package, monkeypatch):
     of_copy = digest()
     monkeypatch.undo()
@@ -42,6 +43,7 @@ def test_the_digest_is_that_of_the_code_and_not_of_its_place(package, monkeypatc
     assert len(of_copy) == 16
 
 
+@pytest.mark.integration
 def test_remarks_and_docstrings_change_nothing(package):
     before = digest()
     files = trained_by(package)
@@ -60,6 +62,7 @@ def test_remarks_and_docstrings_change_nothing(package):
     assert digest() == before
 
 
+@pytest.mark.integration
 def test_a_change_of_code_in_any_module_that_training_imports_is_seen(package):
     files = trained_by(package)
     own_code = code._own_code.__wrapped__
@@ -77,6 +80,7 @@ def test_a_change_of_code_in_any_module_that_training_imports_is_seen(package):
     assert len(seen) == len(files) + 1
 
 
+@pytest.mark.integration
 def test_numbers_defaults_and_strings_are_code(package):
     path = package / "semisup" / "config.py"
     before, seen = path.read_text(), {digest()}
@@ -116,6 +120,7 @@ def test_every_weightings_module_is_found(package):
     assert files <= code.imported_files(code.ENTRY)
 
 
+@pytest.mark.integration
 def test_a_new_weightings_module_is_found(package):
     before = digest()
     new = package / "semisup" / "weightings" / "new.py"
@@ -127,6 +132,7 @@ def test_a_new_weightings_module_is_found(package):
     assert len({before, after, digest()}) == 3
 
 
+@pytest.mark.integration
 def test_what_training_never_imports_is_not_seen(package):
     before = digest()
     for room in FOREIGN:
@@ -139,6 +145,7 @@ def test_what_training_never_imports_is_not_seen(package):
     assert digest() == before
 
 
+@pytest.mark.integration
 def test_nothing_that_python_imports_for_training_is_missed():
     """Of what is really loaded, only modules that a package's `__init__` brings along are left."""
     script = (
@@ -152,6 +159,7 @@ def test_nothing_that_python_imports_for_training_is_missed():
     assert modules <= code.imported_files(code.ENTRY)
 
 
+@pytest.mark.integration
 def test_imports_for_types_alone_do_not_count(package):
     before = len(code.imported_files(code.ENTRY))
     path = package / "semisup" / "parts" / "losses.py"

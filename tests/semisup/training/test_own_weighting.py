@@ -81,6 +81,7 @@ def test_it_learns_online_and_scores_any_image(darkness, half_bright, run_config
     np.testing.assert_allclose(scored.weights, scored.scores**7 / np.mean(scored.scores**7))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("schedule", ["two_stages", "rounds"])
 def test_it_ranks_the_pool_between_stages_and_rounds(
     schedule, darkness, half_bright, run_config, tmp_path
@@ -99,6 +100,7 @@ def test_it_ranks_the_pool_between_stages_and_rounds(
     assert scored.weights[:20].min() > scored.weights[20:].max()
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_its_runs_are_saved_and_loaded(schedule, darkness, half_bright, run_config, tmp_path):
     config = run_config("dark", steps=20, schedule=schedule, rounds=2)
@@ -113,6 +115,7 @@ def test_its_runs_are_saved_and_loaded(schedule, darkness, half_bright, run_conf
         TrainedRun.load(tmp_path / "run.pt")
 
 
+@pytest.mark.integration
 def test_it_is_planned_and_trained_as_a_job(darkness, sets, run_config, tmp_path):
     runs = RunsConfig(arms="dark", schedule="online+two_stages+rounds", rounds=2)
     require_effect({"weighting": {"interval": 5}}, ["dark"], runs)

@@ -12,6 +12,8 @@ from weighmatch.semisup.parts.state_file import read_state
 from weighmatch.semisup.training.online import train_online
 from weighmatch.semisup.training.rounds import measure_pool
 
+pytestmark = pytest.mark.integration
+
 # Arms that rank the pool between rounds.
 RANKED_ANEW = [arm.name for arm in all_arms() if arm.weighs and "rounds" in arm.schedules]
 CLEAN = {"contamination_level": 0.0}
@@ -124,7 +126,6 @@ def test_every_round_measures_influence_with_draws_of_its_own(
     assert len(set(seeds)) == 3
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("level", [0.0, 1.0])
 @pytest.mark.parametrize("arm", ["pu", "learned"])
 @pytest.mark.parametrize("killed_at", [10, 25])

@@ -8,10 +8,11 @@ from tests.semisup.helpers import fit_until_killed, parameters, same
 from weighmatch.arms import all_arms
 from weighmatch.semisup import make_schedule
 
+pytestmark = pytest.mark.integration
+
 WEIGHTED = [arm.name for arm in all_arms() if arm.weighs]
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("arm", WEIGHTED)
 def test_every_weighted_arm_has_two_stages(arm, training_set, run_config, tmp_path):
     found = make_schedule(run_config(arm, schedule="two_stages")).fit(training_set, tmp_path)
@@ -37,7 +38,6 @@ def test_the_second_stage_is_fixmatch_on_what_was_kept(training_set, run_config,
     assert same(parameters(alone), parameters(found))
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("arm", ["pu", "learned"])
 @pytest.mark.parametrize("killed_at", [10, 30])
 def test_a_killed_run_resumes_to_the_same_end(arm, killed_at, training_set, run_config, tmp_path):

@@ -66,7 +66,7 @@ def test_both_parts_of_the_head_have_spread_one_on_the_pool():
     pool, labelled = (torch.randn(n, 6, generator=generator) for n in (50, 8))
     head = ConfidenceHead(6, classes=2, seed=0)
     head.fit_distance(head.norm(labelled), torch.arange(8) % 2, head.norm(pool))
-    head.standardise(pool)
+    head.standardise(head.parts(pool))
     with torch.no_grad():
         mlps = head.members(pool).mean(1)
         distance = head.distance(head.norm(pool))

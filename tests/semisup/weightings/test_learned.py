@@ -34,6 +34,7 @@ def test_inductive_weights_have_mean_one_and_survive_a_checkpoint(kind, weights,
     assert torch.equal(restored.weights(images, pseudo_label(draw_logits(16), 0.5)), before)
 
 
+@pytest.mark.integration
 def test_pu_scores_labelled_looks_above_foreign_ones(training_set, make_context):
     noisy = np.random.default_rng(1).integers(0, 256, (40, 1, 8, 8), dtype=np.uint8)
     training_set.unlabelled_images[20:] = noisy[20:]

@@ -41,6 +41,7 @@ class Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arm", arm_names())
 def test_a_plain_step_does_not_wait_for_the_device(arm, training_set, run_config, tmp_path):
     config = run_config(arm, steps=40, distribution_alignment=True)

@@ -1,7 +1,5 @@
 """Nodes of `evaluation`."""
 
-from typing import Any
-
 import pandas as pd
 
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
@@ -17,7 +15,7 @@ def judge_runs(
     predictions: Predictions,
     ood_truth: Truth,
     test_labels: Truth,
-    manifest: dict[str, Any],
+    manifest: report.Row,
 ) -> pd.DataFrame:
     """One row a run.
 
@@ -48,7 +46,7 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
 
 
 def compare_arms(
-    run_scores: pd.DataFrame, manifest: dict[str, Any]
+    run_scores: pd.DataFrame, manifest: report.Row
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
     overlap = pile.fold_overlap(manifest)
@@ -65,22 +63,23 @@ def rank_files(
     """The ranking of the pool, twice; the images to label next; and the labels to check."""
     key = choose_run(runs)["key"]
     pool, labelled = (files_of(image_files, key, split) for split in ("pool", "labelled"))
+    every = image_files[(image_files["key"] == key) & (image_files["split"] == "pool")]
     held = held_out(runs, predictions, test_labels, image_files)
-    table = ranking.ranking_table(ranked_pool, pool, ranking.fit_temperature(held))
+    table = ranking.ranking_table(ranked_pool, every, ranking.fit_temperature(held))
     check = lists.labels_to_check(ranked_pool, labelled, held)
     return table, table, lists.label_next(ranked_pool, pool), check
 
 
 def judge_pile(
     run_scores: pd.DataFrame,
-    manifest: dict[str, Any],
+    manifest: report.Row,
     runs: pd.DataFrame,
     predictions: Predictions,
     test_labels: Truth,
     image_files: pd.DataFrame,
     rejected_files: pd.DataFrame,
     **tables: pd.DataFrame,
-) -> dict[str, Any]:
+) -> report.Row:
     """Whether the pile helped, how much of it is useful, and what would help most."""
     run = choose_run(runs)
     names = next(cell["classes"] for cell in manifest["cells"] if cell["key"] == run["key"])
@@ -100,8 +99,8 @@ def judge_pile(
 def summarise(
     arm_table: pd.DataFrame,
     comparison: pd.DataFrame,
-    manifest: dict[str, Any],
-    pile: dict[str, Any],
-) -> dict[str, Any]:
+    manifest: report.Row,
+    pile_verdict: report.Row,
+) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    return {**report.summarise(arm_table, comparison, manifest), "pile": pile}
+    return {**report.summarise(arm_table, comparison, manifest), "pile": pile_verdict}

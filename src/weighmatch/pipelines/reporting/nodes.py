@@ -1,7 +1,5 @@
 """Nodes of `reporting`."""
 
-from typing import Any
-
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -65,14 +63,15 @@ def write_gallery(
     key = choose_run(runs)["key"]
     images = training_sets[key]["unlabelled_images"]
     place = {path: k for k, path in enumerate(paths_of(image_files, key, "pool"))}
-    return gallery_page.render_gallery(ranking, lambda row: images[place[ranking["path"][row]]])
+    shown = ranking[ranking["near_duplicate_of"] == ""].reset_index(drop=True)
+    return gallery_page.render_gallery(shown, lambda row: images[place[shown["path"][row]]])
 
 
 def write_report(
-    metrics: dict[str, Any],
+    metrics: report.Row,
     table: pd.DataFrame,
     study: pd.DataFrame,
-    manifest: dict[str, Any],
+    manifest: report.Row,
     ihvp_figures: dict[str, bytes],
     **drawn: bytes,
 ) -> str:

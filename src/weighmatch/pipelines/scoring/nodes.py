@@ -1,6 +1,6 @@
 """Nodes of `scoring`: nothing here knows a test label or which image is OOD."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ def collect_runs(
     oracle_checkpoints: Runs,
     trained_runs: pd.DataFrame,
     oracle_runs: pd.DataFrame,
-    manifest: dict[str, Any],
+    manifest: Mapping[str, Any],
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row a run, with its cell of the grid and what training measured; and all lines of its log.
 

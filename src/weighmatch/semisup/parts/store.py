@@ -1,6 +1,7 @@
 """Where images lie while a run draws batches from them."""
 
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +18,12 @@ class ImageStore:
     They lie on the device if they fit; else in the host's memory, and every batch goes over by
     way of pinned memory, without the host waiting for it.
 
+    Args:
+        images: uint8 (M, C, H, W), which may be a memory map.
+        device: where batches are given out.
+        memory: where the images lie, see `TrainingConfig.pool_memory`.
+        rows: the N images to give out, (N,); None: all of them.
+
     Attributes:
         device: where batches are given out.
         resident: whether the images lie there.
@@ -27,15 +34,18 @@ class ImageStore:
         images: NDArray[np.uint8],
         device: torch.device,
         memory: Literal["auto", "device", "host"] = "auto",
+        rows: NDArray[np.int64] | None = None,
     ) -> None:
         self.device = device
-        self.shape = torch.Size(images.shape)
+        count = len(images) if rows is None else len(rows)
+        self.shape = torch.Size((count, *images.shape[1:]))
         resident = memory == "device" or device.type == "cpu"
         if memory == "auto" and not resident:
             resident = fits(images.nbytes, torch.cuda.mem_get_info(device)[0])
         self.resident = resident
-        host = torch.from_numpy(images)
+        host = as_tensor(images)
         self._images = host.to(device) if resident else host
+        self._rows = None if rows is None else as_tensor(rows).to(self._images.device)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -43,10 +53,19 @@ class ImageStore:
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Images at `indices` (n,), which may lie anywhere: (n, C, H, W) on the device."""
         indices = indices.to(self._images.device, non_blocking=self.resident)
+        if self._rows is not None:
+            indices = self._rows.index_select(0, indices)
         batch = self._images.index_select(0, indices)
         if self.resident:
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """The array as a tensor that shares its memory and is only read, also of a read-only file."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable.*")
+        return torch.from_numpy(array)
 
 
 def fits(size: int, free: int) -> bool:

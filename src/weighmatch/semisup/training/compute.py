@@ -53,14 +53,14 @@ class Sizes:
     def of(cls, data: TrainingSet, classes: int, training: TrainingConfig) -> "Sizes":
         """The sizes of a run on `data`."""
         shape = data.unlabelled_images.shape
-        return cls(tuple(data.labels.tolist()), shape[0], shape[1:], classes, training)
+        return cls(tuple(data.labels.tolist()), data.pool_size, shape[1:], classes, training)
 
     def blank(self) -> TrainingSet:
-        """Data of these sizes that show nothing."""
+        """Data of these sizes that show nothing, the pool no larger than is ever measured."""
         return TrainingSet(
             np.zeros((len(self.labels), *self.image), np.uint8),
             np.array(self.labels),
-            np.zeros((self.pool, *self.image), np.uint8),
+            np.zeros((min(self.pool, MAX_HEAD_IMAGES), *self.image), np.uint8),
         )
 
 
@@ -143,8 +143,9 @@ def _measuring_flops(arm: Arm, sizes: Sizes) -> float:
     if not Weighting.kind(arm.weighting).measures_rounds:
         return 0.0
     config, run = _untrained(arm, sizes)
-    kept = torch.ones(sizes.pool, dtype=torch.bool)
-    return _count(lambda: measure_pool(run, sizes.blank(), kept, None, config, 0))
+    data = sizes.blank()
+    kept = torch.ones(data.pool_size, dtype=torch.bool)
+    return _count(lambda: measure_pool(run, data, kept, None, config, 0))
 
 
 @functools.lru_cache

@@ -3,8 +3,11 @@
 import functools
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+import mmap
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -26,6 +29,10 @@ class TrainingSet:
         labels: (n,) int64, 0 to classes − 1.
         unlabelled_images: (N, C, H, W) uint8, N at least 1.
         class_names: a name for each class, in the order of the labels; () where there are none.
+        rows: the images of `unlabelled_images` that are the pool, (n,); None: all of them.
+
+    A pool that is a memory map is shared by all processes: it travels to them as the name of its
+    file.
 
     Raises:
         ValueError: if they are not that; labels of another integer type are converted.
@@ -35,6 +42,7 @@ class TrainingSet:
     labels: NDArray[np.int64]
     unlabelled_images: NDArray[np.uint8]
     class_names: tuple[str, ...] = ()
+    rows: NDArray[np.int64] | None = None
 
     def __post_init__(self) -> None:
         for name in ("labelled_images", "unlabelled_images"):
@@ -63,8 +71,65 @@ class TrainingSet:
 
     @functools.cached_property
     def pool_fingerprint(self) -> str:
-        """Identifies the unlabelled images."""
+        """Identifies the pool."""
+        if self.rows is None:
+            return self.images_fingerprint
+        return f"{self.images_fingerprint}-{array_fingerprint(self.rows)}"
+
+    @functools.cached_property
+    def images_fingerprint(self) -> str:
+        """Identifies all unlabelled images, hashed once however many parts are selected."""
         return array_fingerprint(self.unlabelled_images)
+
+    @property
+    def pool(self) -> NDArray[np.uint8]:
+        """The images of the pool, (n, C, H, W): a copy only where it is a part of them."""
+        return self.unlabelled_images if self.rows is None else self.unlabelled_images[self.rows]
+
+    @property
+    def pool_size(self) -> int:
+        """Number of images in the pool."""
+        return len(self.unlabelled_images) if self.rows is None else len(self.rows)
+
+    def select(self, kept: NDArray[np.bool_]) -> "TrainingSet":
+        """The same with a part of the pool, without a copy of its images.
+
+        Args:
+            kept: which images of the pool, (N,).
+        """
+        rows = np.arange(len(self.unlabelled_images)) if self.rows is None else self.rows
+        chosen = replace(self, rows=rows[kept])
+        chosen.__dict__["images_fingerprint"] = self.images_fingerprint
+        return chosen
+
+    def mapped(self, folder: Path) -> "TrainingSet":
+        """The same with the unlabelled images in a file of `folder`, mapped into memory."""
+        path = folder / f"{self.images_fingerprint}.npy"
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+            with partial.open("wb") as file:
+                np.save(file, self.unlabelled_images)
+            os.replace(partial, path)
+        images = np.load(path, mmap_mode="r")
+        chosen = replace(self, unlabelled_images=images)
+        chosen.__dict__["images_fingerprint"] = self.images_fingerprint
+        return chosen
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        images = self.unlabelled_images
+        if _is_mapped(images):
+            place = (str(images.filename), images.dtype, images.offset, images.shape)
+            state["unlabelled_images"] = place
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(state["unlabelled_images"], tuple):
+            name, dtype, offset, shape = state["unlabelled_images"]
+            images = np.memmap(name, dtype, "r", offset, shape)
+            self.__dict__["unlabelled_images"] = images
 
     @property
     def classes(self) -> int:
@@ -162,10 +227,30 @@ def fingerprint(
 
 
 def array_fingerprint(array: NDArray[Any]) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of an array's type, shape and content."""
+    """The first 16 hexadecimal digits of the SHA-256 of an array's type, shape and content.
+
+    A mapped file is read piece by piece, so that its pages do not count as this process's memory.
+    """
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).data)
+    if _is_mapped(array):
+        with open(str(array.filename), "rb") as file:
+            file.seek(array.offset)
+            left = array.nbytes
+            while left:
+                piece = file.read(min(left, 2**20))
+                if not piece:
+                    raise ValueError(f"{array.filename} is shorter than its array; make it again")
+                digest.update(piece)
+                left -= len(piece)
+    else:
+        digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
+
+
+def _is_mapped(array: Any) -> TypeGuard["np.memmap[Any, Any]"]:
+    """Whether an array is a whole memory map of a file, in C order, and no part of another."""
+    whole = isinstance(array, np.memmap) and isinstance(array.base, mmap.mmap)
+    return whole and bool(array.filename) and array.flags.c_contiguous
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,11 +1,13 @@
 """Many runs: planned from arms, seeds and schedules, trained several at a time, read one by one."""
 
 import logging
+import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from numpy.typing import NDArray
 
 from weighmatch.arms import Arm, get_arm
@@ -17,6 +19,9 @@ from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.workers import default_workers, one_thread, run_all
 
 log = logging.getLogger(__name__)
+
+# Bytes from which a pool is shared by processes rather than sent to each of them.
+LARGE = 2**24
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -109,6 +114,8 @@ def finish_jobs(
         return
     if workers == "auto":
         workers = default_workers(pick_device(jobs[0].config.training.device).type)
+    if min(workers, len(jobs)) > 1:
+        jobs = [_shared(job, folder) for job in jobs]
     log.info("training %d runs, %d at a time", len(jobs), min(workers, len(jobs)))
     before, after = others
     # The longest first, so that no core waits at the end.
@@ -118,6 +125,16 @@ def finish_jobs(
     title = f"training {len(jobs)} runs"
     for _ in run_all(_train, calls, workers, title=title, total=total, unit="step", done=before):
         pass
+    shutil.rmtree(folder / "pools", ignore_errors=True)
+
+
+def _shared(job: Job, folder: Path) -> Job:
+    """The job with a large pool in a file, which all processes map instead of holding a copy."""
+    if job.data.unlabelled_images.nbytes < LARGE or isinstance(
+        job.data.unlabelled_images, np.memmap
+    ):
+        return job
+    return replace(job, data=job.data.mapped(folder / "pools"))
 
 
 def read_job(job: Job, folder: Path) -> TrainedRun:

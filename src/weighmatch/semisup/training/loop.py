@@ -118,7 +118,7 @@ class Run:
                 )
             outer = (labelled[~kept], labels[~kept])
             labelled, labels = labelled[kept], labels[kept]
-        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory)
+        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory, data.rows)
         augmentation = Augmentation(self.training.augmentation)
         self.with_pool = config.row.pool != "none"
         self.batches = Batches(
@@ -315,18 +315,16 @@ class Run:
         The confidence is that of the averaged classifier, without alignment: every arm's the same.
         """
         pool = self.batches.pool
-        found = []
+        scores, confidence = (torch.ones(len(pool), device=self.device) for _ in range(2))
+        labels = torch.zeros(len(pool), dtype=torch.long, device=self.device)
         with torch.no_grad():
             for part in torch.arange(len(pool), device=self.device).split(1024):
                 images = self.batches.arranged(pool[part].float() / 255)
-                confidence, labels = self.average(images).softmax(dim=1).max(dim=1)
-                scores = torch.ones_like(confidence)
+                confidence[part], labels[part] = self.average(images).softmax(dim=1).max(dim=1)
                 if self._weighs():
                     logits = self._logits(images)
                     pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
-                    scores = self.weighting.scores(images, pseudo, part)
-                found.append((scores, confidence, labels))
-        scores, confidence, labels = (torch.cat(column) for column in zip(*found, strict=True))
+                    scores[part] = self.weighting.scores(images, pseudo, part)
         self.snapshots.append((self.step, mean_one(scores).cpu(), confidence.cpu()))
         self.pool_labels = labels.cpu()
 

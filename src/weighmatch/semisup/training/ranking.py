@@ -19,6 +19,7 @@ from weighmatch.semisup.config import RankingConfig
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.store import as_tensor
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
 from weighmatch.semisup.training.decision import Evidence, clean_chance, decide, decide_by_cut
@@ -30,6 +31,8 @@ from weighmatch.semisup.weightings.meter import Measured
 # Augmented copies whose features are kept: at most COPIES_PER_IMAGE of a labelled image and
 # MAX_LABELLED_COPIES of all of them together (but one of each), and POOL_VIEWS of a pool image.
 COPIES_PER_IMAGE, MAX_LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
+# Images whose features are held at a time while a pool is ranked.
+HEAD_BATCH = 8192
 # Images of a large pool that the head is fitted on and whose influence is measured; all are ranked.
 MAX_HEAD_IMAGES = 2048
 
@@ -65,7 +68,7 @@ def rank_pool(
     kind = Weighting.kind(config.row.weighting)
     if kind.ranks_by_head:
         return _rank_by_head(run, measured if kind.measures_rounds else None, data, config)
-    found = run.score(data.unlabelled_images, pick_device(config.training.device))
+    found = run.score(data.pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
     classes = torch.from_numpy(found.probabilities.argmax(axis=1))
     decision = decide_by_cut(scores, classes, config.classes, cut)
@@ -77,12 +80,15 @@ def _rank_by_head(
 ) -> Ranking:
     classifier = on_device(run.classifier, pick_device(config.training.device))
     head, p_clean = fit_head(classifier, measured, data, config)
-    features = _features(classifier, data.unlabelled_images)
+    pool, found = data.pool, []
     with torch.no_grad():
-        pseudo_classes = run.classifier.head(features).argmax(dim=1)
-        head.standardise(features)
-        scores = torch.sigmoid(head(features))
-        likely = torch.sigmoid(head.members(features).mean(1))
+        for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
+            features = _features(classifier, pool[start : start + HEAD_BATCH])
+            found.append((run.classifier.head(features).argmax(dim=1), head.parts(features)))
+        pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
+        head.standardise(parts)
+        scores = torch.sigmoid(head.combine(parts))
+        likely = torch.sigmoid(parts[:, 0])
     # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
     evidence = Evidence(
         useful=likely > config.training.ranking.keep_above,
@@ -127,7 +133,7 @@ def record_kept(
     snapshots = []
     for step, run, kept in stages:
         device = pick_device(run.config.training.device)
-        confidence, labels = run.classify(data.unlabelled_images, device).max(dim=1)
+        confidence, labels = run.classify(data.pool, device).max(dim=1)
         snapshots.append((step, mean_one(kept.float()), confidence))
     return History.of(snapshots), labels
 
@@ -153,8 +159,8 @@ def fit_head(
     """
     augmentation = Augmentation(config.training.augmentation)
     noise = Streams(config.seed)["augmentation for the head"]
-    chosen = pool_sample(len(data.unlabelled_images), config.seed)
-    pool = torch.from_numpy(data.unlabelled_images)[chosen]
+    chosen = pool_sample(data.pool_size, config.seed)
+    pool = as_tensor(data.pool)[chosen]
     influence = None if measured is None else measured.to("cpu").standardised()[chosen]
     image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
     copies = torch.from_numpy(data.labelled_images)[image]
@@ -242,7 +248,7 @@ def pool_sample(size: int, seed: int) -> Tensor:
 
 def _features(classifier: Classifier, images: NDArray[np.uint8]) -> Tensor:
     """Features of images as they are, (n, width), on the CPU."""
-    return _in_batches(classifier, torch.from_numpy(images), lambda batch: batch.float() / 255)
+    return _in_batches(classifier, as_tensor(images), lambda batch: batch.float() / 255)
 
 
 def _augmented_features(

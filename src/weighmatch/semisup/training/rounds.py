@@ -80,7 +80,7 @@ def train_in_rounds(
         trained on, and confidences at its end. Times and the log are those of all rounds.
     """
     ranks = config.row.weighs
-    so_far = _Progress(torch.ones(len(data.unlabelled_images), dtype=torch.bool), whole=ranks)
+    so_far = _Progress(torch.ones(data.pool_size, dtype=torch.bool), whole=ranks)
     done = 0
     for number in range(config.rounds):
         end = (number + 1) * config.steps // config.rounds
@@ -119,7 +119,9 @@ def _train_round(
 ) -> None:
     """One round, from step `done` to `end`; adds to `so_far`."""
     before = so_far.trained
-    fixmatch = replace(config, arm="fixmatch", schedule="online", rounds=1)
+    # The history of rounds is recorded apart: a snapshot at the end of a round is one too many.
+    training = replace(config.training, snapshots=1)
+    fixmatch = replace(config, arm="fixmatch", schedule="online", rounds=1, training=training)
     place = folder / f"round_{number}"
     if so_far.whole:
         spent, offset = before.seconds if before is not None else 0.0, 0
@@ -129,7 +131,7 @@ def _train_round(
         )
     else:
         spent, offset = 0.0, done
-        chosen = replace(data, unlabelled_images=data.unlabelled_images[so_far.kept.numpy()])
+        chosen = data.select(so_far.kept.numpy())
         start = None if before is None else before.classifier.state_dict()
         own = replace(fixmatch, seed=_seed(config, number), steps=end - done)
         trained = train_online(own, chosen, place, progress, start)
@@ -236,7 +238,7 @@ def measure_pool(
         labelled,
         labels,
         (labelled, labels),
-        ImageStore(data.unlabelled_images, device, training.pool_memory),
+        ImageStore(data.unlabelled_images, device, training.pool_memory, data.rows),
         config.classes,
         Augmentation(training.augmentation),
         training,
@@ -247,6 +249,6 @@ def measure_pool(
     )
     if before is not None:
         meter.measured = copy.deepcopy(before).to(device)
-    images = pool_sample(len(data.unlabelled_images), config.seed)
+    images = pool_sample(data.pool_size, config.seed)
     meter.measure_many(classifier, kept.nonzero().squeeze(1), images)
     return meter.measured.to("cpu")

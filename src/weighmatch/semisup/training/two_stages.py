@@ -37,7 +37,7 @@ def train_in_two_stages(
         replace(online, steps=config.first_steps), data, folder / "first_stage", progress
     )
     ranking = _rank(first, data, config, folder)
-    kept = replace(data, unlabelled_images=data.unlabelled_images[ranking.kept.numpy()])
+    kept = data.select(ranking.kept.numpy())
     second = train_online(replace(online, arm="fixmatch"), kept, folder / "second_stage", progress)
     history, labels = record_kept([(config.steps, second, ranking.kept)], data)
     later = [{**line, "step": line["step"] + config.first_steps} for line in second.log]

@@ -156,18 +156,21 @@ class ConfidenceHead(nn.Module):
         labelled = Moments.of(features, labels, len(self.distance.constant))
         self.distance.fit(labelled, Moments.of(pool))
 
-    def standardise(self, pool: Tensor) -> None:
-        """Give both parts mean 0 and spread 1 on features of the pool, (N, width)."""
-        parts = self._parts(pool)
+    def standardise(self, parts: Tensor) -> None:
+        """Give both parts mean 0 and spread 1, given those of the pool's images, (N, 2)."""
         self.location = parts.mean(0)
         self.scale = parts.std(0, correction=0).clamp(min=1e-6)
 
-    def _parts(self, features: Tensor) -> Tensor:
-        """What MLPs and distance say, (n, 2)."""
+    def parts(self, features: Tensor) -> Tensor:
+        """What MLPs and distance say of features (n, width): (n, 2)."""
         normalised = self.norm(features)
         return torch.stack([self.members_of(normalised).mean(1), self.distance(normalised)], dim=1)
 
     def forward(self, features: Tensor) -> Tensor:
-        mlps, distance = ((self._parts(features) - self.location) / self.scale).unbind(1)
+        return self.combine(self.parts(features))
+
+    def combine(self, parts: Tensor) -> Tensor:
+        """The raw score from both parts, (n, 2) -> (n,)."""
+        mlps, distance = ((parts - self.location) / self.scale).unbind(1)
         scores: Tensor = mlps + DISTANCE_WEIGHT * distance
         return scores

@@ -122,17 +122,17 @@ class Hypergradients:
             past = inner.history[-training.budget :]
             found = _unroll(problem, past, hyper, rate)
             return Estimate(found, outer + COST_OF_AN_UNROLLED_STEP * len(past) * share)
-        if training.method == "darts":
-            found = darts_gradient(loss, problem.outer, params, hyper, learning_rate=rate)
-            return Estimate(found, outer + 2 * share)
-        if training.method == "sama":
-            # What SAMA (Choe et al., 2023) takes from an inner optimiser Adam. For plain descent,
-            # as here, its own adaptation is the identity, and it is "darts" but for scale.
-            unbiased = 1 - SECOND_MOMENT_DECAY**inner.taken
-            moment = {k: m / unbiased for k, m in inner.moment.items()}
-            found = sama_gradient(
-                loss, problem.outer, params, hyper, learning_rate=rate, second_moment=moment
-            )
+        if training.method in ("darts", "sama"):
+            bilevel = (loss, problem.outer, params, hyper)
+            if training.method == "darts":
+                found = darts_gradient(*bilevel, learning_rate=rate)
+            else:
+                # What SAMA (Choe et al., 2023) takes from an inner optimiser Adam. For plain
+                # descent, as here, its own adaptation is the identity, and it is "darts" but for
+                # scale.
+                unbiased = 1 - SECOND_MOMENT_DECAY**inner.taken
+                moment = {k: m / unbiased for k, m in inner.moment.items()}
+                found = sama_gradient(*bilevel, learning_rate=rate, second_moment=moment)
             return Estimate(found, outer + 2 * share)
 
         operator = self._operator(params, hyper, others)

@@ -52,13 +52,11 @@ def train(
         A row an outer step and one for the end: `outer_step`, `cost` (inner gradients spent
         so far), `inner_loss`, `outer_loss`, `outer_accuracy`, `test_accuracy`,
         `inner_gradient` (norm), `residual`, `status`, `rejected` (whether what the last update
-        led to was taken back; the row is then of where it went back to), `diverged`, and, where
-        it was diagnosed, the columns of `diagnose`, `batch_cosine` (cosine of the hypergradients
-        of two independent mini-batches at this point, of half of the examples where training is
-        on all; NaN for unrolled differentiation, whose mini-batches are past), `step_sharpness`
-        (α·λ_max of inner descent) and, with `retrain` and at the end too, `retrained_accuracy`
-        (of θ*(φ) from the initial parameters, on test images). A diverged run ends early; its
-        last row has no other numbers.
+        led to was taken back; the row then says where it went back to), `diverged`, and, where
+        it was diagnosed, the columns of `diagnose`, `batch_cosine`, `step_sharpness` (α·λ_max of
+        inner descent) and, with `retrain` and at the end too, `retrained_accuracy` (of θ*(φ) from
+        the initial parameters, on test images). A diverged run ends early; its last row has no
+        other numbers.
     """
     learner = _Learner(problem, training, seed, reference or problem)
     rows: list[dict[str, Any]] = []
@@ -139,9 +137,8 @@ class _Learner:
         for _ in range(training.inner_steps):
             rows = self.hypergradients.draw(self.generator)
             history.append((params, rows))
-            slopes = dict(
-                zip(params, problem.inner_gradient(params, self.hyper, rows)[1], strict=True)
-            )
+            _, found = problem.inner_gradient(params, self.hyper, rows)
+            slopes = dict(zip(params, found, strict=True))
             if training.method == "sama":
                 moment = {
                     k: SECOND_MOMENT_DECAY * moment[k] + (1 - SECOND_MOMENT_DECAY) * s.square()
