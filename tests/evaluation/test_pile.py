@@ -110,8 +110,8 @@ def test_what_30_labels_cannot_tell_is_said_with_the_test_folder_that_would():
     found = judged(supervised=[60, 80, 50, 70, 60], learned=[80, 70, 60, 60, 80])
     assert "Whether the pile helped cannot be told from 30 labels" in found["verdict"]
     needed = found["test_images_needed"]
-    assert needed == images_to_tell(0.7, 0.64, 0.06)
-    assert "would settle a difference of 6.0 points" in found["verdict"]
+    assert needed == images_to_tell(0.7, 0.64, 0.03)
+    assert "would tell it to ± 3.0 points" in found["verdict"]
     assert any("in a test folder" in advice for advice in found["advice"])
     assert not found["primary"]["told"]
 

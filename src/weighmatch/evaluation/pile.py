@@ -23,8 +23,8 @@ from weighmatch.evaluation.statistics import (
 from weighmatch.evaluation.tables import accuracies
 
 PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
-# Differences of fewer points are not worth a larger test set.
-SMALLEST_DIFFERENCE = 2.0
+# A test folder is to tell a difference to so many points at the best and at the worst.
+FINEST, COARSEST = 1.0, 10.0
 ADVICE = 3
 
 
@@ -104,7 +104,7 @@ def judge_pile(
     primary = found.get(PRIMARY.name)
     needed = None
     if primary is not None and not _told(primary) and manifest["cells"][0]["source"] == "folder":
-        half = max(abs(primary.mean), SMALLEST_DIFFERENCE) / 100
+        half = half_width(primary) / 100
         needed = images_to_tell(means[run["arm"]], means[PRIMARY.name], half)
     useful = _useful(scores, run, lists.ranking)
     return {
@@ -122,6 +122,11 @@ def _told(difference: PairedDifference) -> bool:
     """Whether the interval leaves out 0; one without a width says nothing."""
     low, high = difference.low, difference.high
     return low is not None and high is not None and low < high and not low <= 0 <= high
+
+
+def half_width(difference: PairedDifference) -> float:
+    """To how many points a difference must be known to be told from 0: to half of itself."""
+    return min(max(abs(difference.mean) / 2, FINEST), COARSEST)
 
 
 def _described(
@@ -174,11 +179,9 @@ def _verdict(
     if overlap:
         text += "Intervals allow for overlapping folds (Nadeau & Bengio, 2003). "
     if needed is not None:
-        half = max(abs(primary.mean), SMALLEST_DIFFERENCE)
-        text += (
-            f"A test folder of about {_rounded(needed)} images would settle a difference of "
-            f"{half:.1f} points."
-        )
+        half = half_width(primary)
+        size = f"A test folder of about {_rounded(needed)} images"
+        text += f"{size} would tell it to ± {half:.1f} points."
     return text.strip()
 
 
