@@ -10,7 +10,7 @@ from PIL import Image
 from weighmatch.data.contamination import load_photographs, natural_patches
 from weighmatch.data.sources.glyphs import CHARACTERS, GlyphConfig, render
 
-LETTERS, DIGITS = "ABCD", "0123456789"
+LETTERS, DIGITS = "EKMX", "0123456789"
 SIDE = 16
 ORIENTATIONS = {3: 180, 6: 90, 8: 270}  # EXIF tag: degrees by which the stored image was turned
 
@@ -123,5 +123,7 @@ def _add_copies(made):
         place.parent.mkdir(exist_ok=True)
         shutil.copy(made.root / original, place)
         made.copies[path] = original
-    shutil.copy(made.root / f"labelled/{LETTERS[0]}/0.png", made.root / "unlabelled/copies/labelled.png")
+    shutil.copy(
+        made.root / f"labelled/{LETTERS[0]}/0.png", made.root / "unlabelled/copies/labelled.png"
+    )
     made.copies["unlabelled/copies/labelled.png"] = f"labelled/{LETTERS[0]}/0.png"

@@ -51,8 +51,10 @@ def lists(kept=30, total=50, check=0, rejected=0, copies=0, left=""):
 
 
 def judged(described=None, given=None, **accuracy):
+    described = described or manifest()
     runs = scores(**accuracy).assign(setting="folder", source="folder", pool_kept=0.6)
-    found = judge_pile(runs, choose_run(runs), described or manifest(), given or lists())
+    runs = runs.assign(overlap=fold_overlap(described))
+    found = judge_pile(runs, choose_run(runs), described, given or lists())
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     return found
 

@@ -20,7 +20,7 @@ from weighmatch.evaluation.statistics import (
     images_to_tell,
     paired_difference,
 )
-from weighmatch.evaluation.tables import accuracies
+from weighmatch.evaluation.tables import accuracies, overlap_of
 
 PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
 # A test folder is to tell a difference to so many points at the best and at the worst.
@@ -84,11 +84,9 @@ def judge_pile(
         `test_images_needed`, how many would settle the first, or None; `temperature`; and
         `advice`, the three things that would help most.
     """
-    tested = run_scores[run_scores["setting"] != EVERYTHING]
-    tested = tested if len(tested) else run_scores
-    scores = tested.merge(tested[list(CELL)].head(1))
+    scores = run_scores.merge(run_scores[list(CELL)].head(1))
     mine = accuracies(scores).get((run["arm"], run["schedule"]))
-    overlap = fold_overlap(manifest)
+    overlap = overlap_of(scores)
     found: dict[str, PairedDifference] = {}
     for other in (PRIMARY, SECONDARY):
         theirs = accuracies(scores).get((other.name, "online"))

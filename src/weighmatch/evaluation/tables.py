@@ -80,12 +80,11 @@ def of_series(table: pd.DataFrame, series: Series) -> pd.DataFrame:
     return table[(table["arm"] == series[0]) & (table["schedule"] == series[1])]
 
 
-def arm_table(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
+def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
     """One row an arm and schedule in each cell, also against FixMatch over paired seeds.
 
     Args:
         scores: from `judge_runs`.
-        overlap: see `statistics.paired_difference`.
 
     Returns:
         The columns of `SERIES`, `seeds`, `accuracy` with its 95 % t interval `accuracy_low`,
@@ -97,18 +96,18 @@ def arm_table(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
     rows = []
     for series, mine in scores.groupby(list(SERIES), sort=False, dropna=False):
         accuracy = mine["accuracy"].dropna()
-        low, high = mean_interval(accuracy.to_numpy(), overlap)
+        low, high = mean_interval(accuracy.to_numpy(), overlap_of(scores))
         row = {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
         means = mine[list(MEANS)].astype(float).mean()
         rows.append({**dict(zip(SERIES, series, strict=True)), "seeds": len(mine), **row, **means})
     own = pd.DataFrame(rows)
     own[["accuracy_low", "accuracy_high"]] = own[["accuracy_low", "accuracy_high"]].astype(float)
-    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH], overlap)
+    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH])
     table = own.merge(others.drop(columns=["against", "seeds"]), how="left", on=list(SERIES))
     return _with_holm(table, CELL)
 
 
-def compare_arms(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
+def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
     """Paired differences of accuracy between arms within each cell.
 
     Every arm is compared with each rival, a rival with the rivals before it, and learned weights
@@ -117,7 +116,6 @@ def compare_arms(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
 
     Args:
         scores: from `judge_runs`.
-        overlap: see `statistics.paired_difference`.
 
     Returns:
         The columns of `SERIES`, `against`, `difference` (points) with its 95 % t interval
@@ -127,13 +125,12 @@ def compare_arms(scores: pd.DataFrame, overlap: float = 0.0) -> pd.DataFrame:
         NaN where not defined.
     """
     families = [column for column in (*SERIES, "against") if column != "ratio"]
-    return _with_holm(_pairs(scores, _rivals, overlap), families)
+    return _with_holm(_pairs(scores, _rivals), families)
 
 
 def _pairs(
     scores: pd.DataFrame,
     rivals: Callable[[Arm, Collection[str]], Sequence[Arm]],
-    overlap: float,
 ) -> pd.DataFrame:
     """One row a pair in a cell: every arm beside those that `rivals` names for it."""
     rows = []
@@ -148,11 +145,16 @@ def _pairs(
                     continue
                 plain = other.pool == "whole" and not other.weighs
                 goal = arms.get(CEILING) if plain and name != ORACLE.name else None
-                if numbers := _compare(accuracy, baseline, goal, overlap):
+                if numbers := _compare(accuracy, baseline, goal, overlap_of(scores)):
                     names = dict(zip(SERIES, (*values, name, schedule), strict=True))
                     rows.append({**names, "against": other.name, **numbers})
     table = pd.DataFrame(rows, columns=[*SERIES, "against", *NUMBERS, "seeds"])
     return table.astype(dict.fromkeys(NUMBERS, float))
+
+
+def overlap_of(scores: pd.DataFrame) -> float:
+    """How far training sets overlap, see `statistics.paired_difference`; 0 without the column."""
+    return float(scores["overlap"].iloc[0]) if "overlap" in scores and len(scores) else 0.0
 
 
 def accuracies(cell: pd.DataFrame) -> Accuracies:

@@ -3,7 +3,7 @@
 import pandas as pd
 
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
-from weighmatch.evaluation.chosen import choose_run, files_of, held_out
+from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
 from weighmatch.evaluation.judging import Arrays, Predictions
 from weighmatch.semisup.config import TrainingConfig
 
@@ -17,13 +17,15 @@ def judge_runs(
     test_labels: Truth,
     manifest: report.Row,
 ) -> pd.DataFrame:
-    """One row a run.
+    """One row a run that has something to be judged by, and how far their training sets overlap.
 
     Raises:
         ValueError: if a run was trained on other data than the manifest describes.
     """
     judging.require_same_data(runs, manifest)
-    return judging.judge_runs(runs, predictions, ood_truth, test_labels)
+    judged = runs[runs["setting"] != EVERYTHING]
+    scores = judging.judge_runs(judged, predictions, ood_truth, test_labels)
+    return scores.assign(overlap=pile.fold_overlap(manifest))
 
 
 def bin_confidences(
@@ -45,12 +47,9 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
     return judging.collect_influences(runs, predictions)
 
 
-def compare_arms(
-    run_scores: pd.DataFrame, manifest: report.Row
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
-    overlap = pile.fold_overlap(manifest)
-    return tables.arm_table(run_scores, overlap), tables.compare_arms(run_scores, overlap)
+    return tables.arm_table(run_scores), tables.compare_arms(run_scores)
 
 
 def rank_files(

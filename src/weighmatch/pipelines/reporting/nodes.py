@@ -48,9 +48,16 @@ def draw_gallery(
     predictions: Predictions,
     ood_truth: dict[str, Arrays],
     evaluation_images: dict[str, Arrays],
+    ranked_pool: Arrays,
+    training_sets: dict[str, Arrays],
 ) -> Figure:
-    """Held-out images that one run weighs up and down most."""
-    return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
+    """Held-out images that one run weighs up and down most, or else images of its pool."""
+    run = choose_run(runs)
+    if "heldout_images" in evaluation_images.get(run["key"], {}):
+        return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
+    found = {f"heldout_{name}": ranked_pool[name] for name in ("scores", "weights")}
+    images = {"heldout_images": training_sets[run["key"]]["unlabelled_images"]}
+    return gallery.draw_gallery(runs, {run["run"]: lambda: found}, {}, {run["key"]: images})
 
 
 def write_gallery(

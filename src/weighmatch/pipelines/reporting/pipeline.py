@@ -16,7 +16,13 @@ DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
     "calibration": (nodes.draw_calibration, ["calibration"]),
     "compute": (nodes.draw_compute, ["run_scores"]),
     "gap": (nodes.draw_gap, ["comparison"]),
-    "gallery": (nodes.draw_gallery, ["runs", "predictions", "ood_truth", "evaluation_images"]),
+    "gallery": (
+        nodes.draw_gallery,
+        [
+            *("runs", "predictions", "ood_truth", "evaluation_images"),
+            *("ranked_pool", "training_sets"),
+        ],
+    ),
 }
 
 
