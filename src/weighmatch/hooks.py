@@ -14,6 +14,7 @@ from weighmatch.arms import get_arm
 from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
+from weighmatch.data.rank_config import RankConfig
 from weighmatch.data.source import get_source
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.studies.config import StudyConfig
@@ -28,6 +29,7 @@ GROUPS: dict[str, type] = {
     "grid": grid.GridConfig,
     "training": TrainingConfig,
     "runs": RunsConfig,
+    "rank": RankConfig,
     "ihvp_analysis": StudyConfig,
     "meta_learning_analysis": MetaLearningConfig,
 }
@@ -76,6 +78,8 @@ class ChecksBeforeWork:
                 source.recipe(asked.data)  # otherwise settings would silently be others
             if "params:runs" in inputs:
                 _check_runs(given, asked)
+            if "params:rank" in inputs:
+                require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()
         except ValueError as error:
             raise RefusedError(str(error)) from error
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}

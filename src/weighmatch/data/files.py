@@ -115,14 +115,25 @@ def list_images(root: str | Path, folders: Collection[str] | None = None) -> Lis
     Raises:
         ValueError: if the folder does not exist or cannot be listed; it says which.
     """
+    found = list(walk_images(root, folders))
+    paths = sorted(path for path in found if isinstance(path, str))
+    rejected = sorted((r for r in found if isinstance(r, Rejected)), key=lambda r: r.path)
+    return Listing(Path(root).resolve(), tuple(paths), tuple(rejected))
+
+
+def walk_images(
+    root: str | Path, folders: Collection[str] | None = None
+) -> Iterator[str | Rejected]:
+    """What `list_images` lists, in any order, one by one: of a million files none is kept.
+
+    Yields:
+        The path of a file that may be an image, or what is none and why.
+    """
     top = Path(root).resolve()
     if not top.is_dir():
         what = "is not a folder" if top.exists() else "does not exist"
         raise ValueError(f"the folder {root} {what}; give the folder that holds the images")
-    paths: list[str] = []
-    rejected: list[Rejected] = []
-    _walk(top, top, "", (top,), folders, paths, rejected)
-    return Listing(top, tuple(sorted(paths)), tuple(sorted(rejected, key=lambda r: r.path)))
+    yield from _walk(top, top, "", (top,), folders)
 
 
 def _walk(
@@ -131,55 +142,51 @@ def _walk(
     prefix: str,
     above: tuple[Path, ...],
     folders: Collection[str] | None,
-    paths: list[str],
-    rejected: list[Rejected],
-) -> None:
+) -> Iterator[str | Rejected]:
     try:
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entries = os.scandir(folder)
     except OSError as error:
         if folder == top:
             raise ValueError(
                 f"the folder {folder} cannot be listed ({error.strerror}); give yourself the right "
                 "to read it"
             ) from error
-        rejected.append(Rejected(prefix.rstrip("/"), _cannot_be_read(error)))
+        yield Rejected(prefix.rstrip("/"), _cannot_be_read(error))
         return
     for entry in entries:
         name = prefix + entry.name
         shown = name.encode("utf-8", "backslashreplace").decode()
         if shown != name:
-            rejected.append(Rejected(shown, "its name is not valid UTF-8; rename it"))
+            yield Rejected(shown, "its name is not valid UTF-8; rename it")
             continue
         try:
             place = Path(entry.path)
             if entry.is_symlink():
                 place = place.resolve(strict=True)
                 if not place.is_relative_to(top):
-                    rejected.append(Rejected(name, "a symbolic link that leads out of the folder"))
+                    yield Rejected(name, "a symbolic link that leads out of the folder")
                     continue
                 if place in above:
-                    rejected.append(Rejected(name, "a symbolic link to a folder that holds it"))
+                    yield Rejected(name, "a symbolic link to a folder that holds it")
                     continue
             mode = place.stat().st_mode
         except (OSError, RuntimeError) as error:
             lost = entry.is_symlink() and not isinstance(error, PermissionError)
             reason = "a symbolic link that leads nowhere" if lost else _cannot_be_read(error)
-            rejected.append(Rejected(name, reason))
+            yield Rejected(name, reason)
             continue
         if stat.S_ISDIR(mode):
             if folders is not None and name not in folders:
                 known = ", ".join(sorted(folders))
-                rejected.append(
-                    Rejected(name, f"a folder beside {known}, which is not looked into")
-                )
+                yield Rejected(name, f"a folder beside {known}, which is not looked into")
             else:
-                _walk(top, place, f"{name}/", (*above, place), None, paths, rejected)
+                yield from _walk(top, place, f"{name}/", (*above, place), None)
         elif not stat.S_ISREG(mode):
-            rejected.append(Rejected(name, "not a regular file"))
+            yield Rejected(name, "not a regular file")
         elif entry.name.lower() in LEFT_BEHIND:
-            rejected.append(Rejected(name, "a file of the operating system, not an image"))
+            yield Rejected(name, "a file of the operating system, not an image")
         else:
-            paths.append(name)
+            yield name
 
 
 # --- what is in one file ---------------------------------------------------------------------

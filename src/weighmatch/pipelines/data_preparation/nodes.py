@@ -83,6 +83,7 @@ def draw_splits(
         described[-1] |= source.describe(raw_images, cell.data)
         rejected |= dict.fromkeys(source.rejected(raw_images, cell.data))
         files.append(pd.DataFrame({"key": key, **vars(splits.name_files())}))
+    _level_labels(described)
     manifest = {
         "parameters": data.parameters(),
         "recipe": source.recipe(data),
@@ -136,6 +137,16 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
         "test": 0 if splits.test_images is None else len(splits.test_images),
         "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
     }
+
+
+def _level_labels(cells: list[dict[str, object]]) -> None:
+    """Give the folds of one setting one number of labels, the smallest, so that they are paired."""
+    fewest: dict[tuple[object, ...], Any] = {}
+    places = [tuple(cell[name] for name in ("setting", "regime", "ratio")) for cell in cells]
+    for place, cell in zip(places, cells, strict=True):
+        fewest[place] = min(fewest.get(place, cell["labels_per_class"]), cell["labels_per_class"])
+    for place, cell in zip(places, cells, strict=True):
+        cell["labels_per_class"] = fewest[place]
 
 
 def _count(images: Unlabelled | None, data: DataConfig) -> dict[str, object]:
