@@ -15,7 +15,7 @@ FLOORS = {
     "workers": set(),
     "arms": {"checks"},
     "implicit": {"checks"},
-    "data": {"checks"},
+    "data": {"checks", "workers"},
     "semisup": {"checks", "arms", "code", "workers", "implicit"},
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.

@@ -39,7 +39,7 @@ def assert_one_sentence(result, message):
         ("data.ratio=1.5", "data.ratio must be a number at least 0 and below 1, got 1.5"),
         ("data.labels_per_class=400", "only 177 images; lower it"),
         ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from mix, unseen"),
-        ("data.source=moon", "data.source 'moon' is unknown; choose from digits, glyphs"),
+        ("data.source=moon", "data.source 'moon' is unknown; choose from digits, folder"),
         ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
         ("data.seeds=10", "got 10; Kedro's --params carries no lists: set it in a file in conf"),
         ("data.rato=0.5", "data has no parameter rato"),

@@ -11,6 +11,7 @@ from kedro.framework.cli.utils import CONTEXT_SETTINGS
 from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 
+from weighmatch.data.source import UnusableDataError
 from weighmatch.hooks import GROUPS, RefusedError
 from weighmatch.io.files import UnfitFileError
 from weighmatch.workers import WorkerError
@@ -28,7 +29,13 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except (RefusedError, UnfitFileError, FloatingPointError, WorkerError) as error:
+    except (
+        RefusedError,
+        UnusableDataError,
+        UnfitFileError,
+        FloatingPointError,
+        WorkerError,
+    ) as error:
         raise click.ClickException(str(error)) from error
     except DatasetError as error:
         if isinstance(error.__cause__, UnfitFileError):

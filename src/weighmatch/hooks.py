@@ -14,6 +14,8 @@ from weighmatch.arms import get_arm
 from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
+from weighmatch.data.rank_config import RankConfig
+from weighmatch.data.source import get_source
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.meta_config import MetaLearningConfig
@@ -27,10 +29,11 @@ GROUPS: dict[str, type] = {
     "grid": grid.GridConfig,
     "training": TrainingConfig,
     "runs": RunsConfig,
+    "rank": RankConfig,
     "ihvp_analysis": StudyConfig,
     "meta_learning_analysis": MetaLearningConfig,
 }
-KNOWN = (*GROUPS, "run_folder", "data_folder")
+KNOWN = (*GROUPS, "run_folder", "cache_folder", "data_folder")
 # What makes a run one of a part of the pipelines, as one that goes on after an error.
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
@@ -68,15 +71,19 @@ class ChecksBeforeWork:
             asked = _read(catalog)
             if "params:data" in inputs:
                 grid.require_effect(given.get("data", {}), asked.grid, asked.data)
+            if "params:cache_folder" in inputs:
+                get_source(asked.data.source).check_found(asked.data)
             if "params:runs" in inputs:
                 _check_runs(given, asked)
+            if "params:rank" in inputs:
+                require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()
         except ValueError as error:
             raise RefusedError(str(error)) from error
         folders = {_folder_of(catalog, name) for name in pipeline.all_outputs()}
-        if "params:run_folder" in inputs:
+        for name in {"params:run_folder", "params:cache_folder"} & inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
-            folder = Path(run_params["project_path"]) / str(catalog.load("params:run_folder"))
-            catalog["params:run_folder"] = str(folder)
+            folder = Path(run_params["project_path"]) / str(catalog.load(name))
+            catalog[name] = str(folder)
             folders.add(folder)
         for folder in sorted(folder for folder in folders if folder is not None):
             _check_writable(folder)

@@ -7,6 +7,8 @@ from typing import Any
 from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
+from weighmatch.data.config import DataConfig, merge_groups
+from weighmatch.data.source import get_source
 from weighmatch.hooks import ChecksBeforeWork
 from weighmatch.keeping import KeepsFilesWhole
 
@@ -21,8 +23,13 @@ class ExperimentLoader(OmegaConfigLoader):
 
     def __getitem__(self, key: str) -> dict[str, Any]:
         """The merged configuration of a kind, such as "parameters"."""
-        other = self["globals"].get("extends") if key == "parameters" else None
-        if other is None or key in self.data:
+        if key != "parameters" or key in self.data:
+            return super().__getitem__(key)
+        return _with_recipe(self._read_parameters())
+
+    def _read_parameters(self) -> dict[str, Any]:
+        key, other = "parameters", self["globals"].get("extends")
+        if other is None:
             return super().__getitem__(key)
         loader = OmegaConfigLoader(
             self.conf_source, env=other, runtime_params=self.runtime_params, **CONFIG_LOADER_ARGS
@@ -37,6 +44,17 @@ class ExperimentLoader(OmegaConfigLoader):
 
 # kedro-viz 12.5 uses a class of FastAPI that warns of itself wherever it is used.
 warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")
+
+
+def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
+    """The parameters laid over what the source of images recommends."""
+    try:
+        data = DataConfig(**parameters.get("data", {}))
+        recipe = get_source(data.source).recipe(data)
+    except (TypeError, ValueError):  # the checks of the parameters will say what is wrong
+        return parameters
+    return {**parameters, **merge_groups(recipe, {k: parameters.get(k) or {} for k in recipe})}
+
 
 HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader

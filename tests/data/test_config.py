@@ -29,9 +29,9 @@ from weighmatch.data.splits import proportional
         ({"seen_classes": [0]}, "data.seen_classes"),
         ({"seen_classes": [0, 11]}, "data.seen_classes"),
         ({"pool_size": 900}, "unseen classes"),
-        ({"size": 900, "shape": 2}, "data has no parameter shape, size; it has glyphs, "),
+        ({"sides": 9, "shape": 2}, "data has no parameter shape, sides; it has background, "),
         ({"glyphs": {"size": 4}}, "data.glyphs.size"),
-        ({"source": "moon"}, "data.source 'moon' is unknown; choose from digits, glyphs"),
+        ({"source": "moon"}, "data.source 'moon' is unknown; choose from digits, folder"),
         ({"regime": "added", "ratio": 0.9}, "lower data.ratio"),
         ({"ratio": 0.0, "pool_size": 800}, "lower data.labels_per_class, data.pool_size"),
     ],
@@ -54,7 +54,7 @@ def test_regimes_hold_what_they_say():
 
 def test_a_mix_has_equal_parts():
     counts = DataConfig(seeds=[0], ood_source="mix").ood_counts(100)
-    assert counts == {"unseen": 34, "patches": 33, "noise": 33}
+    assert counts == {"unseen": 34, "patches": 33, "noise": 33, "foreign": 0}
 
 
 def test_parameters_of_other_sources_are_checked_but_not_kept():

@@ -53,7 +53,8 @@ def found():
 
 
 def test_every_file_of_the_package_is_registered():
-    assert [source.name for source in all_sources()] == ["digits", "glyphs"]
+    names = {source.name for source in all_sources()}
+    assert names == {"digits", "folder", "glyphs", "stl10", "torchvision"}
     # A start of the project imports every source, so none of them may import what is slow.
     slow = ("torch", "sklearn", "matplotlib", "PIL", "pandas")
     code = f"import sys, weighmatch.data.sources; sys.exit(any(m in sys.modules for m in {slow}))"
@@ -71,7 +72,7 @@ def test_a_source_of_a_test_is_found_by_its_name_and_taken_out_again(found):
     with pytest.raises(TypeError, match="of the source found, not digits"):
         get_source("digits").class_names(config)
     unregister("found")
-    with pytest.raises(ValueError, match="'found' is unknown; choose from digits, glyphs"):
+    with pytest.raises(ValueError, match="'found' is unknown; choose from digits, folder"):
         DataConfig(seeds=[1], source="found")
 
 
@@ -79,7 +80,11 @@ def test_a_source_of_a_test_is_found_by_its_name_and_taken_out_again(found):
 def test_a_source_without_truth_and_test_set_is_drawn(tmp_path):
     data = DataConfig(seeds=[1, 2], source="found")
     raw = nodes.load_images(GridConfig(), data)
-    training, evaluation, truth, labels, manifest = nodes.draw_splits(raw, GridConfig(), data)
+    training, evaluation, truth, labels, manifest, files, rejected = nodes.draw_splits(
+        raw, GridConfig(), data
+    )
+    assert rejected.empty
+    assert files.groupby(["key", "split"]).size().tolist() == [2, 7, 2, 7]
     assert list(training) == ["found-seed_0001", "found-seed_0002"]
     assert evaluation == {key: {} for key in training}
     assert (truth, labels) == ({}, {})
@@ -119,10 +124,16 @@ def test_no_file_tells_training_what_it_may_not_see(source):
     data = DataConfig(seeds=[3], source=source, ood_source="mix", **small)
     grid = GridConfig(ratios=[0.5, 0.25])
     raw = nodes.load_images(grid, data)
-    training, evaluation, truth, labels, manifest = nodes.draw_splits(raw, grid, data)
+    training, evaluation, truth, labels, manifest, files, _ = nodes.draw_splits(raw, grid, data)
     first, second = manifest["cells"]
     key = first["key"]
     assert (key, second["key"]) == ("mix-r0.5-seed_0003", "mix-r0.25-seed_0003")
+    pool = files[(files["key"] == key) & (files["split"] == "pool")]
+    assert pool["path"].tolist() == [f"pool/{k:06d}" for k in range(40)]
+    assert pool["index"].tolist() == list(range(40))
+    tested = files[(files["key"] == key) & (files["split"] == "test")]["label"]
+    names = np.array(first["classes"])
+    np.testing.assert_array_equal(tested, names[labels[key]["labels"]])
     seen = {"labelled_images", "labels", "unlabelled_images", "class_names"}
     assert set(training[key]) == seen
     assert set(evaluation[key]) == {"test_images", "heldout_images"}

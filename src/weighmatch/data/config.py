@@ -166,16 +166,16 @@ class DataConfig(SharedDataConfig):
         for name in foreign_names(self.source):
             if name in changes:
                 raise ValueError(f"data.{name} has no effect with data.source {self.source}")
-        merged = _merged(self.parameters(), changes)
+        merged = merge_groups(self.parameters(), changes)
         return DataConfig(**{str(name): value for name, value in merged.items()})
 
 
-def _merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def merge_groups(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
     """Both, groups within groups too; the second wins."""
     both = {**first, **second}
     for name, value in second.items():
         if isinstance(value, Mapping) and isinstance(first.get(name), Mapping):
-            both[name] = _merged(first[name], value)
+            both[name] = merge_groups(first[name], value)
     return both
 
 

@@ -76,10 +76,12 @@ class Cell:
     Attributes:
         setting: the name of the setting.
         data: what the cell's splits are drawn from, with all its seeds.
+        part: what a set of splits that is no seed's is called, or "".
     """
 
     setting: str
     data: DataConfig
+    part: str = ""
 
     @property
     def contaminated(self) -> bool:
@@ -90,7 +92,8 @@ class Cell:
         """The name of the files of a seed, such as near+far-r0.75-seed_0010."""
         regime = "" if self.data.regime == REGIMES[0] else f"_{self.data.regime}"
         place = f"{regime}-r{self.data.ratio:g}" if self.contaminated else ""
-        return f"{_slug(self.setting)}{place}-{seed_key(seed)}"
+        part = f"-{self.part}" if self.part else ""
+        return f"{_slug(self.setting)}{place}{part}-{seed_key(seed)}"
 
 
 def make_cells(grid: GridConfig, data: DataConfig) -> list[Cell]:
@@ -150,6 +153,9 @@ def require_effect(given: Mapping[str, Any], grid: GridConfig, data: DataConfig)
         reasons["regime"] = "grid.regimes sets it"
     if not get_source(data.source).contaminates:
         reasons |= dict.fromkeys(CONTAMINATION, f"the pool of {data.source} is as it is found")
+    reasons |= dict.fromkeys(
+        get_source(data.source).without_effect, f"{data.source} has its images as they are found"
+    )
     changed = [set(_leaves(changes)) for changes in grid.settings.values()]
     reasons |= dict.fromkeys(
         set.intersection(*changed) if changed else (), "every setting of grid.settings sets it"

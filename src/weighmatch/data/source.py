@@ -4,9 +4,11 @@ A new source is one new file in `weighmatch/data/sources`. It imports at its top
 no time, as every start of the project imports it; heavier libraries it imports where it loads.
 """
 
+import hashlib
 import importlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from weighmatch.checks import require_choice
@@ -15,8 +17,25 @@ from weighmatch.data.splits import Arrays, Splits
 
 if TYPE_CHECKING:
     from weighmatch.data.config import DataConfig
+    from weighmatch.data.files import Rejected
 
+# What a job trains on images whose truth is known.
+DEFAULT_ARMS = (
+    "supervised",
+    "fixmatch",
+    "fixmatch_matched",
+    "max_prob",
+    "pu",
+    "learned",
+    "oracle",
+)
+# Parameters by group, such as {"training": {"steps": 2000}}.
+Recipe = dict[str, dict[str, Any]]
 Own = TypeVar("Own")
+
+
+class UnusableDataError(ValueError):
+    """A source has too little to go on with: one sentence that names the cure."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +54,8 @@ class Source(ABC, Generic[Own]):
             pool is as it is found, and the parameters of contamination have no effect.
         ood_kinds: the kinds of OOD that the source can mix into the pool, names of `OOD_KINDS`.
         has_domains: whether the source can draw the share `data.shifted` from a shifted domain.
+        without_effect: the shared parameters that have no effect on this source, beside those of
+            contamination where it does not contaminate.
     """
 
     name: ClassVar[str]
@@ -42,6 +63,7 @@ class Source(ABC, Generic[Own]):
     contaminates: ClassVar[bool] = True
     ood_kinds: ClassVar[tuple[str, ...]] = MIXED
     has_domains: ClassVar[bool] = False
+    without_effect: ClassVar[tuple[str, ...]] = ()
 
     def own(self, config: "DataConfig") -> Own:
         """The source's own parameters; a TypeError if the configuration is of another source."""
@@ -71,6 +93,21 @@ class Source(ABC, Generic[Own]):
         A grid keeps what its settings load in one file, so an array's name says what it holds.
         """
 
+    def load_cached(self, config: "DataConfig", cache: Path | None) -> Arrays:
+        """`load`, with a folder for what takes long to read and need not be read twice.
+
+        Raises:
+            UnusableDataError: if there is too little to draw splits from.
+        """
+        return self.load(config)
+
+    def check_found(self, config: "DataConfig") -> None:
+        """Check before a run loads images that they are there; none is decoded.
+
+        Raises:
+            UnusableDataError: if there is too little to draw splits from.
+        """
+
     @abstractmethod
     def draw(self, raw: Arrays, config: "DataConfig", seed: int) -> Splits:
         """Draw the splits of one seed.
@@ -80,6 +117,46 @@ class Source(ABC, Generic[Own]):
             config: a configuration that `check` accepts.
             seed: the seed of every draw.
         """
+
+    def draw_all(self, raw: Arrays, config: "DataConfig") -> Splits | None:
+        """Splits that train on every labelled image, for a model to hand out.
+
+        None where each seed is a task of its own, and there is no model to hand out.
+        """
+        return None
+
+    def rejected(self, raw: Arrays, config: "DataConfig") -> "list[Rejected]":
+        """The files that are not used, with the reason."""
+        return []
+
+    def describe(self, raw: Arrays, config: "DataConfig") -> dict[str, object]:
+        """What the manifest says of what was found: counts, and where it was."""
+        return {}
+
+    def recipe(self, config: "DataConfig") -> Recipe:
+        """The settings that serve this source; they count where nothing else is asked for.
+
+        No image is decoded for it.
+        """
+        return {"runs": {"arms": list(DEFAULT_ARMS)}}
+
+
+def tag_arrays(arrays: Arrays, own: object) -> Arrays:
+    """The arrays by names that end in a hash of a source's own parameters.
+
+    Settings of a grid that load other images then share one file.
+    """
+    return {f"{name}@{_tag(own)}": array for name, array in arrays.items()}
+
+
+def untag_arrays(raw: Arrays, own: object) -> Arrays:
+    """Of the arrays, those that `tag_arrays` named for these parameters, by their first names."""
+    end = f"@{_tag(own)}"
+    return {k.removesuffix(end): array for k, array in raw.items() if k.endswith(end)}
+
+
+def _tag(own: object) -> str:
+    return hashlib.sha256(repr(own).encode()).hexdigest()[:8]
 
 
 _SOURCES: dict[str, Source[Any]] = {}

@@ -27,6 +27,7 @@ from weighmatch.evaluation.tables import (
     by_cell,
     label_series,
     of_series,
+    overlap_of,
 )
 
 # Okabe & Ito (2008).
@@ -131,24 +132,26 @@ def _draw_seeds(
         for row, series in enumerate(reversed(labels)):
             if len(cell.get(series, ())):
                 colour = get_arm(series[0]).colour
-                _dots_and_interval(axes, row, cell[series].to_numpy(), colour)
+                _dots_and_interval(axes, row, cell[series].to_numpy(), colour, overlap_of(scores))
         axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
     return figure
 
 
-def _dots_and_interval(axes: Axes, row: int, values: NDArray[np.floating], colour: str) -> None:
+def _dots_and_interval(
+    axes: Axes, row: int, values: NDArray[np.floating], colour: str, overlap: float
+) -> None:
     # Beside the interval, not on it; by rank, so that equal values do not hide each other.
     ranks = values.argsort(kind="stable").argsort(kind="stable")
     offsets = 0.14 + 0.1 * (ranks % 3)
     dots: dict[str, Any] = {"color": colour, "edgecolors": "white"}
     axes.scatter(values, row + offsets, s=20, linewidths=0.6, zorder=2, **dots)
-    axes.plot(_interval(values), [row, row], color=colour, linewidth=2.5, zorder=1)
+    axes.plot(_interval(values, overlap), [row, row], color=colour, linewidth=2.5, zorder=1)
     axes.scatter([values.mean()], [row], s=70, marker="D", zorder=3, **dots)
 
 
-def _interval(values: NDArray[np.floating]) -> list[float]:
+def _interval(values: NDArray[np.floating], overlap: float = 0.0) -> list[float]:
     """The ends of the 95 % interval of a mean; NaN, which is not drawn, for a single value."""
-    return [np.nan if end is None else end for end in mean_interval(values)]
+    return [np.nan if end is None else end for end in mean_interval(values, overlap)]
 
 
 def draw_weights(trace: pd.DataFrame) -> Figure:
@@ -285,7 +288,8 @@ def _draw_costs(axes: Axes, cell: pd.DataFrame, labels: Mapping[Series, str], ap
     longer = []
     for series, place in _side_by_side(costs, apart).items():
         values, arm = found[series].to_numpy(), get_arm(series[0])
-        axes.plot([place, place], _interval(values), color=arm.colour, linewidth=1.5, zorder=2)
+        ends = _interval(values, overlap_of(cell))
+        axes.plot([place, place], ends, color=arm.colour, linewidth=1.5, zorder=2)
         axes.plot(place, values.mean(), label=labels[series], zorder=3, **_marker(series))
         if _is_plain(arm):
             longer.append((place, values.mean()))

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from weighmatch.arms import LEARNED, SCHEDULES, get_arm
+from weighmatch.arms import get_arm
 from weighmatch.data.ood import OOD_KINDS
-from weighmatch.evaluation.judging import CELL, Arrays, Predictions
+from weighmatch.evaluation.chosen import choose_run
+from weighmatch.evaluation.judging import Arrays, Predictions
 
 Images = NDArray[np.uint8]
 
@@ -36,22 +37,6 @@ def draw_samples(images: Mapping[str, Images], title: str) -> Figure:
         row[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=9)
     figure.suptitle(title, fontsize=11)
     return figure
-
-
-def choose_run(runs: pd.DataFrame) -> Mapping[Any, Any]:
-    """The run whose ranking is shown: the first seed of the first cell, in its last schedule.
-
-    Learned weights are shown if they were trained, or else another arm that weighs, rivals and
-    those that score new images first.
-    """
-    first = runs.merge(runs[list(CELL)].head(1))
-
-    def rank(run: Mapping[Any, Any]) -> tuple[Any, ...]:
-        arm = get_arm(run["arm"])
-        wanted = (arm == LEARNED, arm.weighs, arm.inductive, arm.rival)
-        return *(not wish for wish in wanted), -SCHEDULES.index(run["schedule"]), run["seed"]
-
-    return min(first.to_dict("records"), key=rank)
 
 
 def draw_gallery(

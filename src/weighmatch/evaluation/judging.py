@@ -3,8 +3,9 @@
 A run is a row of the table `runs`: its name `run`, the `key` of its splits, the columns of `RUN`.
 `predictions` holds by the name of a run what loads its arrays, those that there are of
 `test_probabilities`, `heldout_probabilities` (n, classes), `heldout_scores` and `heldout_weights`
-(n,); of the pool `pool_weights`, `pool_labels`, `pool_influence`, `pool_influence_variance` and
-`pool_evidence` (N,); and `history_step` (S,), `history_weights`, `history_confidence` (S, N).
+(n,); of the pool `pool_weights`, `pool_kept`, `pool_labels`, `pool_influence`,
+`pool_influence_variance` and `pool_evidence` (N,); and `history_step` (S,), `history_weights`,
+`history_confidence` (S, N).
 `truth` holds by key `pool_…` and `heldout_…`: `sources` (codes of `OOD_KINDS`), `classes` (−1: OOD)
 and `shifted`. `test_labels` holds by key `labels` and `shifted`. What would need more than there is
 becomes NaN, or has no row.
@@ -40,7 +41,7 @@ SCORES = (
     *("heldout_accuracy", "auroc_weight", "auroc_near", "auroc_far", "auroc_confidence"),
     *("weight_id", "weight_ood", "pool_weight_id", "pool_weight_ood", "pool_weight_shifted"),
     *("worst_class_kept", "pool_weight_right", "pool_weight_wrong", "right_labels"),
-    *("auroc_influence", "auroc_influence_near", "auroc_influence_labels"),
+    *("auroc_influence", "auroc_influence_near", "auroc_influence_labels", "pool_kept"),
 )
 # The code of the OOD images that are nearest to in-distribution ones.
 NEAR_CODE = KIND_NAMES.index("unseen")
@@ -89,7 +90,8 @@ def judge_runs(
         `right_labels`, the share of right pseudo-labels; `worst_class_kept`, the share that has at
         least half of the largest weight, in the class where it is smallest; and of the measured
         influences `auroc_influence` (against OOD), `auroc_influence_near` (against unseen
-        classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones).
+        classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones). Of its last
+        ranking `pool_kept`, the share that it keeps.
     """
     rows: list[dict[Any, Any]] = []
     for run in runs.to_dict("records"):
@@ -109,6 +111,8 @@ def _judge(found: Arrays, truth: Arrays, labels: Arrays) -> dict[str, float]:
         scores |= _on_pool(found, truth)
     if "pool_sources" in truth and "pool_influence" in found:
         scores |= _on_influence(found, truth)
+    if "pool_kept" in found:
+        scores["pool_kept"] = _mean(found["pool_kept"])
     return scores
 
 

@@ -14,6 +14,7 @@ from weighmatch.arms import FIXMATCH, LEARNED, ORACLE, SCHEDULES, all_arms, get_
 from weighmatch.data.ood import describe_ood
 from weighmatch.evaluation.ihvp_figures import base_cells
 from weighmatch.evaluation.judging import CELL, SERIES
+from weighmatch.evaluation.pile import fold_overlap
 from weighmatch.evaluation.statistics import PairedDifference
 from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
 
@@ -56,7 +57,7 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     }
     return {
         "setting": setting,
-        "verdict": verdict(arms, against, setting),
+        "verdict": verdict(arms, against, setting, bool(fold_overlap(manifest))),
         "arms": arms,
         "learned_minus": learned_minus,
     }
@@ -84,8 +85,16 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def verdict(arms: Mapping[str, Row], against: Mapping[str, PairedDifference], setting: Row) -> str:
-    """Who won, by how much and how sure that is, and whether the controls do as well."""
+def verdict(
+    arms: Mapping[str, Row],
+    against: Mapping[str, PairedDifference],
+    setting: Row,
+    folds: bool = False,
+) -> str:
+    """Who won, by how much and how sure that is, and whether the controls do as well.
+
+    `folds` says that the seeds are folds of one set.
+    """
     where = describe(setting)
     accuracy = {arm: row["accuracy"] for arm, row in arms.items() if row["accuracy"] is not None}
     if not accuracy:
@@ -101,7 +110,8 @@ def verdict(arms: Mapping[str, Row], against: Mapping[str, PairedDifference], se
     sentences = [
         f"{where}, learned-weight FixMatch classifies {accuracy[LEARNED.name]:.1f} % of the test "
         f"images and FixMatch {accuracy[FIXMATCH.name]:.1f} %: {_difference(baseline)}, "
-        f"sign-flip p = {baseline.p_value:.2g}. {_conclusion(baseline)}"
+        f"{'corrected' if folds else 'sign-flip'} p = {baseline.p_value:.2g}. "
+        f"{_conclusion(baseline)}"
     ]
     for arm in all_arms():
         if arm.control and arm.name in against:
@@ -183,7 +193,7 @@ def render_report(
     cells = by_cell(table)
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
     return environment.from_string(template).render(
-        metrics=metrics,
+        metrics={"pile": None, **metrics},
         cells=[(title, rows.sort_values("accuracy").to_dict("records")) for title, rows in cells],
         labels=label_series(table),
         learned_arm=LEARNED.name,

@@ -24,7 +24,7 @@ class PairedDifference:
     Attributes:
         mean: the mean difference.
         low, high: its 95 % t interval; None with a single seed.
-        p_value: the result of a two-sided sign-flip test.
+        p_value: the result of a two-sided sign-flip test, or of the corrected t test.
         seeds: the number of pairs.
     """
 
@@ -35,8 +35,14 @@ class PairedDifference:
     seeds: int
 
 
-def paired_difference(differences: Floats) -> PairedDifference:
-    """Mean, t interval and sign-flip test of differences (n,), one a seed.
+def paired_difference(differences: Floats, overlap: float = 0.0) -> PairedDifference:
+    """Mean, t interval and test of differences (n,), one a seed or fold.
+
+    Args:
+        differences: paired differences, (n,).
+        overlap: images tested on for each image trained on, where the training sets overlap as
+            those of cross-validation do; 0 where seeds are drawn apart. The test is then the
+            corrected resampled t test, else a sign-flip test.
 
     Raises:
         ValueError: without a difference.
@@ -45,17 +51,51 @@ def paired_difference(differences: Floats) -> PairedDifference:
     if n == 0:
         raise ValueError("a comparison needs at least one seed that both arms were trained with")
     mean = float(differences.mean())
-    low, high = mean_interval(differences)
-    return PairedDifference(mean, low, high, sign_flip_test(differences), n)
+    low, high = mean_interval(differences, overlap)
+    p_value = _t_test(differences, overlap) if overlap else sign_flip_test(differences)
+    return PairedDifference(mean, low, high, p_value, n)
 
 
-def mean_interval(values: Floats) -> tuple[float | None, float | None]:
-    """95 % t interval of a mean; (None, None) for fewer than two values."""
+def mean_interval(values: Floats, overlap: float = 0.0) -> tuple[float | None, float | None]:
+    """95 % t interval of a mean; (None, None) for fewer than two values.
+
+    With training sets that overlap the variance of the mean is not s² / n: it is taken as
+    (1 / n + `overlap`) s² (Nadeau & Bengio, "Inference for the generalization error", 2003).
+    """
     if len(values) < 2:
         return None, None
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1) * _standard_error(values, overlap))
     mean = float(values.mean())
     return mean - half, mean + half
+
+
+def _standard_error(values: Floats, overlap: float) -> float:
+    if not overlap:
+        return float(stats.sem(values))
+    return float(values.std(ddof=1) * np.sqrt(1 / len(values) + overlap))
+
+
+def _t_test(differences: Floats, overlap: float) -> float:
+    """Two-sided p of a mean of 0; 1 where nothing varies."""
+    error = _standard_error(differences, overlap) if len(differences) > 1 else 0.0
+    if not error:
+        return 1.0
+    return float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1))
+
+
+def images_to_tell(first: float, second: float, half: float) -> int:
+    """Test images by which an interval of a difference of accuracies is at most ± `half`.
+
+    By the normal approximation of two binomials, as if both classifiers erred apart: that they
+    err on the same images makes it an upper bound, as a rule.
+
+    Args:
+        first: an accuracy, 0 to 1; it counts as one from .05 to .95.
+        second: the other one.
+        half: half of the 95 % interval's width, above 0.
+    """
+    shares = np.clip([first, second], 0.05, 0.95)
+    return int(np.ceil((1.96 / half) ** 2 * float((shares * (1 - shares)).sum())))
 
 
 def sign_flip_test(differences: Floats) -> float:

@@ -96,7 +96,7 @@ def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
     rows = []
     for series, mine in scores.groupby(list(SERIES), sort=False, dropna=False):
         accuracy = mine["accuracy"].dropna()
-        low, high = mean_interval(accuracy.to_numpy())
+        low, high = mean_interval(accuracy.to_numpy(), overlap_of(scores))
         row = {"accuracy": accuracy.mean(), "accuracy_low": low, "accuracy_high": high}
         means = mine[list(MEANS)].astype(float).mean()
         rows.append({**dict(zip(SERIES, series, strict=True)), "seeds": len(mine), **row, **means})
@@ -129,7 +129,8 @@ def compare_arms(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs(
-    scores: pd.DataFrame, rivals: Callable[[Arm, Collection[str]], Sequence[Arm]]
+    scores: pd.DataFrame,
+    rivals: Callable[[Arm, Collection[str]], Sequence[Arm]],
 ) -> pd.DataFrame:
     """One row a pair in a cell: every arm beside those that `rivals` names for it."""
     rows = []
@@ -144,11 +145,16 @@ def _pairs(
                     continue
                 plain = other.pool == "whole" and not other.weighs
                 goal = arms.get(CEILING) if plain and name != ORACLE.name else None
-                if numbers := _compare(accuracy, baseline, goal):
+                if numbers := _compare(accuracy, baseline, goal, overlap_of(scores)):
                     names = dict(zip(SERIES, (*values, name, schedule), strict=True))
                     rows.append({**names, "against": other.name, **numbers})
     table = pd.DataFrame(rows, columns=[*SERIES, "against", *NUMBERS, "seeds"])
     return table.astype(dict.fromkeys(NUMBERS, float))
+
+
+def overlap_of(scores: pd.DataFrame) -> float:
+    """How far training sets overlap, see `statistics.paired_difference`; 0 without the column."""
+    return float(scores["overlap"].iloc[0]) if "overlap" in scores and len(scores) else 0.0
 
 
 def accuracies(cell: pd.DataFrame) -> Accuracies:
@@ -169,13 +175,17 @@ def _rivals(arm: Arm, there: Collection[str]) -> list[Arm]:
 
 
 def _compare(
-    accuracy: "pd.Series[float]", baseline: "pd.Series[float]", goal: "pd.Series[float] | None"
+    accuracy: "pd.Series[float]",
+    baseline: "pd.Series[float]",
+    goal: "pd.Series[float] | None",
+    overlap: float,
 ) -> dict[str, float | None]:
     """The numbers of one comparison over the seeds that all have; none without such a seed."""
     pairs = pd.concat([accuracy, baseline], axis=1, join="inner").to_numpy()
     if not len(pairs):
         return {}
-    row = dict(zip(DIFFERENCE, astuple(paired_difference(pairs[:, 0] - pairs[:, 1])), strict=True))
+    difference = paired_difference(pairs[:, 0] - pairs[:, 1], overlap)
+    row = dict(zip(DIFFERENCE, astuple(difference), strict=True))
     if goal is not None:
         triples = pd.concat([accuracy, baseline, goal], axis=1, join="inner").to_numpy()
         if len(triples):

@@ -2,7 +2,15 @@
 
 from weighmatch.io.arrays import NpzDataset
 from weighmatch.io.checkpoint import CheckpointDataset
+from weighmatch.io.folder import FolderDataset
 from weighmatch.io.images import FigureDataset, FigureFolder
 from weighmatch.io.partitions import Partitions
 
-__all__ = ["CheckpointDataset", "FigureDataset", "FigureFolder", "NpzDataset", "Partitions"]
+__all__ = [
+    "CheckpointDataset",
+    "FigureDataset",
+    "FigureFolder",
+    "FolderDataset",
+    "NpzDataset",
+    "Partitions",
+]

@@ -14,12 +14,12 @@ from weighmatch.checks import require_images
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier, build_classifier
-from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
+from weighmatch.semisup.parts.state_file import DamagedFileError, State, read_state, write_state
 from weighmatch.semisup.parts.store import ImageStore, as_tensor
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.weightings import Context, Weighting
-from weighmatch.semisup.weightings.base import State, confidence_weights
+from weighmatch.semisup.weightings.base import confidence_weights
 from weighmatch.semisup.weightings.head import ConfidenceHead
 from weighmatch.semisup.weightings.meter import Measured
 

@@ -1,11 +1,16 @@
 """Nodes of `data_preparation`."""
 
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib.figure import Figure
 
 from weighmatch.data.config import DataConfig
+from weighmatch.data.files import Rejected
 from weighmatch.data.grid import Cell, GridConfig, make_cells
 from weighmatch.data.ood import KIND_NAMES
 from weighmatch.data.source import get_source
@@ -17,49 +22,87 @@ Partitions = dict[str, Arrays]
 SAMPLES_PER_ROW = 14
 
 
-def load_images(grid: GridConfig, data: DataConfig) -> Arrays:
-    """Load what the source draws the splits of every cell from."""
+def load_images(grid: GridConfig, data: DataConfig, cache_folder: str | None = None) -> Arrays:
+    """Load what the source draws the splits of every cell from.
+
+    Args:
+        grid: the cells.
+        data: what all cells share.
+        cache_folder: a folder for images that are decoded once; None: that of the source.
+
+    Raises:
+        ValueError: if the source has too little to draw from.
+    """
     source = get_source(data.source)
     # Only a source's own parameters tell what it loads.
     different = {cell.data.own: cell.data for cell in make_cells(grid, data)}
-    return {name: a for config in different.values() for name, a in source.load(config).items()}
+    arrays: Arrays = {}
+    for config in different.values():
+        arrays |= source.load_cached(config, Path(cache_folder) if cache_folder else None)
+    return arrays
 
 
 def draw_splits(
     raw_images: Arrays, grid: GridConfig, data: DataConfig
-) -> tuple[Partitions, Partitions, Partitions, Partitions, dict[str, Any]]:
+) -> tuple[
+    Partitions, Partitions, Partitions, Partitions, dict[str, Any], pd.DataFrame, pd.DataFrame
+]:
     """Draw one set of splits a cell and seed, so cut that training may see all of its own file.
+
+    Where the source hands out a model, there is one set more a cell: all labelled images, without
+    a test set.
 
     Returns:
         Training sets, evaluation images, truth about OOD and test labels, each by `Cell.key`,
-        and a manifest with parameters, counts and fingerprints. Truth and test labels have no
-        entry where the source knows none.
+        a manifest with parameters, counts and fingerprints, the file behind each image, and the
+        files that are rejected. Truth and test labels have no entry where the source knows none.
     """
     source = get_source(data.source)
     training, evaluation, truth, labels = {}, {}, {}, {}
-    described = []
+    described, files = [], []
+    rejected: dict[Rejected, None] = {}
+    for cell, seed, splits in _draw_all(raw_images, grid, data):
+        key = cell.key(seed)
+        training[key] = _present(
+            labelled_images=splits.labelled_images,
+            labels=splits.labels,
+            unlabelled_images=splits.pool.images,
+            class_names=np.array(splits.class_names, np.str_),
+        )
+        evaluation[key] = _present(
+            test_images=splits.test_images,
+            heldout_images=splits.heldout and splits.heldout.images,
+        )
+        known = _truth("pool", splits.pool) | _truth("heldout", splits.heldout)
+        if known:
+            truth[key] = known
+        if splits.test_labels is not None:
+            labels[key] = _present(labels=splits.test_labels, shifted=splits.test_shifted)
+        images = {**training[key], **evaluation[key]}
+        described.append(_describe(cell, seed, splits, images))
+        described[-1] |= source.describe(raw_images, cell.data)
+        rejected |= dict.fromkeys(source.rejected(raw_images, cell.data))
+        files.append(pd.DataFrame({"key": key, **vars(splits.name_files())}))
+    _level_labels(described)
+    manifest = {
+        "parameters": data.parameters(),
+        "recipe": source.recipe(data),
+        "cells": described,
+    }
+    table = pd.DataFrame([asdict(one) for one in rejected], columns=["path", "reason"])
+    return training, evaluation, truth, labels, manifest, pd.concat(files), table
+
+
+def _draw_all(
+    raw_images: Arrays, grid: GridConfig, data: DataConfig
+) -> Iterator[tuple[Cell, int, Splits]]:
+    source = get_source(data.source)
     for cell in make_cells(grid, data):
         for seed in cell.data.seeds:
-            key, splits = cell.key(seed), source.draw(raw_images, cell.data, seed)
-            training[key] = _present(
-                labelled_images=splits.labelled_images,
-                labels=splits.labels,
-                unlabelled_images=splits.pool.images,
-                class_names=np.array(splits.class_names, np.str_),
-            )
-            evaluation[key] = _present(
-                test_images=splits.test_images,
-                heldout_images=splits.heldout and splits.heldout.images,
-            )
-            known = _truth("pool", splits.pool) | _truth("heldout", splits.heldout)
-            if known:
-                truth[key] = known
-            if splits.test_labels is not None:
-                labels[key] = _present(labels=splits.test_labels, shifted=splits.test_shifted)
-            images = {**training[key], **evaluation[key]}
-            described.append(_describe(cell, seed, splits, images))
-    manifest = {"parameters": data.parameters(), "cells": described}
-    return training, evaluation, truth, labels, manifest
+            yield cell, seed, source.draw(raw_images, cell.data, seed)
+        everything = source.draw_all(raw_images, cell.data)
+        if everything is not None:
+            yield replace(cell, part="all"), cell.data.seeds[0], everything
 
 
 def _present(**arrays: Any) -> Arrays:
@@ -79,7 +122,7 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
     labelled = np.bincount(splits.labels, minlength=len(splits.class_names))
     return {
         "key": cell.key(seed),
-        "setting": cell.setting,
+        "setting": cell.part or cell.setting,
         "regime": data.regime if cell.contaminated else None,
         "ratio": data.ratio if cell.contaminated else None,
         "ood_source": data.ood_source if cell.contaminated else None,
@@ -89,19 +132,30 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
         "seed": seed,
         "classes": list(splits.class_names),
         "labelled": int(labelled.sum()),
-        "pool": _count(splits.pool),
-        "heldout": _count(splits.heldout),
+        "pool": _count(splits.pool, data),
+        "heldout": _count(splits.heldout, data),
         "test": 0 if splits.test_images is None else len(splits.test_images),
         "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
     }
 
 
-def _count(images: Unlabelled | None) -> dict[str, object]:
+def _level_labels(cells: list[dict[str, object]]) -> None:
+    """Give the folds of one setting one number of labels, the smallest, so that they are paired."""
+    fewest: dict[tuple[object, ...], Any] = {}
+    places = [tuple(cell[name] for name in ("setting", "regime", "ratio")) for cell in cells]
+    for place, cell in zip(places, cells, strict=True):
+        fewest[place] = min(fewest.get(place, cell["labels_per_class"]), cell["labels_per_class"])
+    for place, cell in zip(places, cells, strict=True):
+        cell["labels_per_class"] = fewest[place]
+
+
+def _count(images: Unlabelled | None, data: DataConfig) -> dict[str, object]:
     """Count unlabelled images, by kind where their kinds are known."""
     if images is None or images.kinds is None:
         return {"images": 0 if images is None else len(images.images)}
     total, counts = len(images.kinds), np.bincount(images.kinds, minlength=len(KIND_NAMES)).tolist()
-    by_kind = dict(zip(KIND_NAMES, counts, strict=True))
+    possible = ("id", *get_source(data.source).ood_kinds)
+    by_kind = {name: counts[KIND_NAMES.index(name)] for name in possible}
     return {"images": total, "id": counts[0], "ood": total - counts[0], "by_source": by_kind}
 
 

@@ -11,14 +11,22 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.load_images,
-                ["params:grid", "params:data"],
+                ["params:grid", "params:data", "params:cache_folder"],
                 "raw_images",
                 name="load_images",
             ),
             Node(
                 nodes.draw_splits,
                 ["raw_images", "params:grid", "params:data"],
-                ["training_sets", "evaluation_images", "ood_truth", "test_labels", "manifest"],
+                [
+                    "training_sets",
+                    "evaluation_images",
+                    "ood_truth",
+                    "test_labels",
+                    "manifest",
+                    "image_files",
+                    "rejected_files",
+                ],
                 name="draw_splits",
             ),
             Node(

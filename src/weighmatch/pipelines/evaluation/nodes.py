@@ -2,7 +2,8 @@
 
 import pandas as pd
 
-from weighmatch.evaluation import judging, report, tables
+from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
+from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
 from weighmatch.evaluation.judging import Arrays, Predictions
 from weighmatch.semisup.config import TrainingConfig
 
@@ -16,13 +17,15 @@ def judge_runs(
     test_labels: Truth,
     manifest: report.Row,
 ) -> pd.DataFrame:
-    """One row a run.
+    """One row a run that has something to be judged by, and how far their training sets overlap.
 
     Raises:
         ValueError: if a run was trained on other data than the manifest describes.
     """
     judging.require_same_data(runs, manifest)
-    return judging.judge_runs(runs, predictions, ood_truth, test_labels)
+    judged = runs[runs["setting"] != EVERYTHING]
+    scores = judging.judge_runs(judged, predictions, ood_truth, test_labels)
+    return scores.assign(overlap=pile.fold_overlap(manifest))
 
 
 def bin_confidences(
@@ -45,12 +48,58 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
 
 
 def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A row an arm, and a row a pair of arms, in each cell over paired seeds."""
+    """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
     return tables.arm_table(run_scores), tables.compare_arms(run_scores)
 
 
-def summarise(
-    arm_table: pd.DataFrame, comparison: pd.DataFrame, manifest: report.Row
+def rank_files(
+    ranked_pool: Arrays,
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Truth,
+    image_files: pd.DataFrame,
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The ranking of the pool, twice; the images to label next; and the labels to check."""
+    key = choose_run(runs)["key"]
+    pool, labelled = (files_of(image_files, key, split) for split in ("pool", "labelled"))
+    every = image_files[(image_files["key"] == key) & (image_files["split"] == "pool")]
+    held = held_out(runs, predictions, test_labels, image_files)
+    table = ranking.ranking_table(ranked_pool, every, ranking.fit_temperature(held))
+    check = lists.labels_to_check(ranked_pool, labelled, held)
+    return table, table, lists.label_next(ranked_pool, pool), check
+
+
+def judge_pile(
+    run_scores: pd.DataFrame,
+    manifest: report.Row,
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Truth,
+    image_files: pd.DataFrame,
+    rejected_files: pd.DataFrame,
+    **tables: pd.DataFrame,
 ) -> report.Row:
-    """Setting, verdict and numbers of each arm; the setting is that of the data on disk."""
-    return report.summarise(arm_table, comparison, manifest)
+    """Whether the pile helped, how much of it is useful, and what would help most."""
+    run = choose_run(runs)
+    names = next(cell["classes"] for cell in manifest["cells"] if cell["key"] == run["key"])
+    held = held_out(runs, predictions, test_labels, image_files)
+    mine = image_files[image_files["key"] == run["key"]]
+    found = pile.Lists(
+        files=mine,
+        rejected=rejected_files,
+        class_names=names,
+        held=held,
+        temperature=ranking.fit_temperature(held),
+        **tables,
+    )
+    return pile.judge_pile(run_scores, run, manifest, found)
+
+
+def summarise(
+    arm_table: pd.DataFrame,
+    comparison: pd.DataFrame,
+    manifest: report.Row,
+    pile_verdict: report.Row,
+) -> report.Row:
+    """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
+    return {**report.summarise(arm_table, comparison, manifest), "pile": pile_verdict}

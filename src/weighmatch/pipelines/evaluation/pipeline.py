@@ -5,6 +5,7 @@ from kedro.pipeline import Node, Pipeline
 from weighmatch.pipelines.evaluation import nodes
 
 PREDICTED = ["runs", "predictions"]
+FILES = ["image_files", "rejected_files"]
 
 
 def create_pipeline() -> Pipeline:
@@ -37,8 +38,26 @@ def create_pipeline() -> Pipeline:
                 name="compare_arms",
             ),
             Node(
+                nodes.rank_files,
+                ["ranked_pool", *PREDICTED, "test_labels", "image_files"],
+                ["ranking", "ranking_csv", "label_next", "labels_to_check"],
+                name="rank_files",
+            ),
+            Node(
+                nodes.judge_pile,
+                {
+                    **{name: name for name in ("run_scores", "manifest", *PREDICTED, *FILES)},
+                    "test_labels": "test_labels",
+                    "ranking": "ranking",
+                    "to_label": "label_next",
+                    "to_check": "labels_to_check",
+                },
+                "pile_verdict",
+                name="judge_pile",
+            ),
+            Node(
                 nodes.summarise,
-                ["arm_table", "comparison", "manifest"],
+                ["arm_table", "comparison", "manifest", "pile_verdict"],
                 "metrics",
                 name="summarise",
             ),

@@ -3,7 +3,8 @@
 import pandas as pd
 from matplotlib.figure import Figure
 
-from weighmatch.evaluation import figures, gallery, report
+from weighmatch.evaluation import figures, gallery, gallery_page, report
+from weighmatch.evaluation.chosen import choose_run, paths_of
 from weighmatch.evaluation.judging import Arrays, Predictions
 
 
@@ -47,9 +48,30 @@ def draw_gallery(
     predictions: Predictions,
     ood_truth: dict[str, Arrays],
     evaluation_images: dict[str, Arrays],
+    ranked_pool: Arrays,
+    training_sets: dict[str, Arrays],
 ) -> Figure:
-    """Held-out images that one run weighs up and down most."""
-    return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
+    """Held-out images that one run weighs up and down most, or else images of its pool."""
+    run = choose_run(runs)
+    if "heldout_images" in evaluation_images.get(run["key"], {}):
+        return gallery.draw_gallery(runs, predictions, ood_truth, evaluation_images)
+    found = {f"heldout_{name}": ranked_pool[name] for name in ("scores", "weights")}
+    images = {"heldout_images": training_sets[run["key"]]["unlabelled_images"]}
+    return gallery.draw_gallery(runs, {run["run"]: lambda: found}, {}, {run["key"]: images})
+
+
+def write_gallery(
+    ranking: pd.DataFrame,
+    runs: pd.DataFrame,
+    image_files: pd.DataFrame,
+    training_sets: dict[str, Arrays],
+) -> str:
+    """A page with the images of the pool that rank highest and lowest."""
+    key = choose_run(runs)["key"]
+    images = training_sets[key]["unlabelled_images"]
+    place = {path: k for k, path in enumerate(paths_of(image_files, key, "pool"))}
+    shown = ranking[ranking["near_duplicate_of"] == ""].reset_index(drop=True)
+    return gallery_page.render_gallery(shown, lambda row: images[place[shown["path"][row]]])
 
 
 def write_report(

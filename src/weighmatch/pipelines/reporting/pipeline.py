@@ -16,7 +16,13 @@ DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
     "calibration": (nodes.draw_calibration, ["calibration"]),
     "compute": (nodes.draw_compute, ["run_scores"]),
     "gap": (nodes.draw_gap, ["comparison"]),
-    "gallery": (nodes.draw_gallery, ["runs", "predictions", "ood_truth", "evaluation_images"]),
+    "gallery": (
+        nodes.draw_gallery,
+        [
+            *("runs", "predictions", "ood_truth", "evaluation_images"),
+            *("ranked_pool", "training_sets"),
+        ],
+    ),
 }
 
 
@@ -40,8 +46,14 @@ def create_pipeline() -> Pipeline:
         "report",
         name="write_report",
     )
+    page = Node(
+        nodes.write_gallery,
+        ["ranking", "runs", "image_files", "training_sets"],
+        "gallery_page",
+        name="write_gallery",
+    )
     return Pipeline(
-        [*drawings, report],
+        [*drawings, page, report],
         namespace="experiment.reporting",
         prefix_datasets_with_namespace=False,
     )

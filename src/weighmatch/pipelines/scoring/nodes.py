@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,11 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weighmatch.arms import get_arm
+from weighmatch.evaluation.chosen import choose_run
+from weighmatch.export import export_run
+from weighmatch.semisup import ranked_pool
 from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.semisup.training.config import pick_device
 
 Arrays = dict[str, NDArray[Any]]
 Runs = dict[str, Callable[[], TrainedRun]]
@@ -85,6 +90,8 @@ def _describe_pool(run: TrainedRun) -> Arrays:
         "history_confidence": history.confidence.numpy(),
         "pool_weights": history.weights[-1].numpy(),
     }
+    if pool.kept is not None:
+        found["pool_kept"] = pool.kept.numpy()
     if pool.labels is not None:
         found["pool_labels"] = pool.labels.numpy()
     if pool.measured is not None:
@@ -93,3 +100,33 @@ def _describe_pool(run: TrainedRun) -> Arrays:
         found["pool_influence_variance"] = measured.variance().masked_fill(unknown, np.nan).numpy()
         found["pool_evidence"] = measured.evidence.numpy()
     return found
+
+
+def describe_pool(
+    runs: pd.DataFrame,
+    checkpoints: Runs,
+    oracle_checkpoints: Runs,
+    training_sets: dict[str, Arrays],
+) -> Arrays:
+    """What the run whose ranking is handed out says of its whole pool."""
+    run = choose_run(runs)
+    trained = {**checkpoints, **oracle_checkpoints}[run["run"]]()
+    given = training_sets[run["key"]]
+    device = pick_device(trained.config.training.device)
+    images = given["unlabelled_images"]
+    return ranked_pool.describe_pool(
+        trained, given["labelled_images"], given["labels"], images, device
+    )
+
+
+def export_model(
+    runs: pd.DataFrame, checkpoints: Runs, oracle_checkpoints: Runs, manifest: dict[str, Any]
+) -> Callable[[Path], None]:
+    """What writes the run whose model is handed out into a folder."""
+    run = choose_run(runs)
+    load = {**checkpoints, **oracle_checkpoints}[run["run"]]
+    (cell,) = (cell for cell in manifest["cells"] if cell["key"] == run["key"])
+    facts = {"images": f"{cell['labelled']:,} labelled and {cell['pool']['images']:,} unlabelled"}
+    given = manifest["parameters"]
+    preparation = {name: given[name] for name in ("fit", "background") if name in given}
+    return lambda folder: export_run(load(), folder, facts, preparation)

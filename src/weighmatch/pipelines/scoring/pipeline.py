@@ -8,7 +8,7 @@ CHECKPOINTS = ["checkpoints", "oracle_checkpoints"]
 
 
 def create_pipeline() -> Pipeline:
-    """From trained runs to a row a run, and to predictions on images that they never saw."""
+    """From trained runs to a row a run, predictions, the ranked pool and the exported model."""
     return Pipeline(
         [
             Node(
@@ -22,6 +22,18 @@ def create_pipeline() -> Pipeline:
                 ["runs", *CHECKPOINTS, "evaluation_images"],
                 "predictions",
                 name="score_images",
+            ),
+            Node(
+                nodes.describe_pool,
+                ["runs", *CHECKPOINTS, "training_sets"],
+                "ranked_pool",
+                name="describe_pool",
+            ),
+            Node(
+                nodes.export_model,
+                ["runs", *CHECKPOINTS, "manifest"],
+                "exported_model",
+                name="export_model",
             ),
         ],
         namespace="experiment.scoring",

@@ -15,12 +15,15 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
+# Nested dictionaries of tensors, numbers and strings: what a checkpoint holds of an object.
+State = dict[str, Any]
+
 
 class DamagedFileError(ValueError):
     """A file whose content is not what was written; the message names it and the cure."""
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
+def write_state(path: Path, state: State) -> None:
     """Write nested containers of tensors, numbers and strings to `path`.
 
     Equal content gives equal bytes. Torch would put the name of a path into the archive, and would
@@ -34,7 +37,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> State | None:
     """What `write_state` wrote to `path`, on the CPU; None if there is no such file.
 
     Raises:
@@ -44,7 +47,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] = saved["content"]
+        state: State = saved["content"]
         whole = saved["checksum"] == content_digest(state)
     except Exception as error:  # damaged files make torch raise almost anything
         raise _damaged(path) from error

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
 from weighmatch.semisup.parts.networks import build_classifier
 from weighmatch.semisup.parts.running import DistributionAlignment
-from weighmatch.semisup.parts.state_file import read_if_whole, write_state
+from weighmatch.semisup.parts.state_file import State, read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.training.batches import Batch, Batches
@@ -40,7 +39,6 @@ from weighmatch.semisup.training.config import (
 )
 from weighmatch.semisup.training.log import Entry, RunLog
 from weighmatch.semisup.weightings import Context, Weighting
-from weighmatch.semisup.weightings.base import State
 
 log = logging.getLogger(__name__)
 
@@ -414,7 +412,7 @@ _NUMBERS = ("step", "seconds", "updates", "updates_skipped", "update_seconds", "
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
 
 
-def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[State]:
     """Groups for an optimiser in which kernels decay, and biases and norms do not.
 
     That is FixMatch's own choice (Sohn et al., 2020, its code).

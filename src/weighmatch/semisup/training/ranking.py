@@ -1,8 +1,8 @@
 """Ranking the pool between stages and rounds.
 
 Arms with a head fit it to the features of a trained averaged classifier, which stays as it is: it
-tells near OOD apart where a network on the image alone does not. Other arms rank by what they
-weigh by. `decision` says how much of the ranking is kept, without any truth.
+tells near OOD apart where a network on the image alone does not. Other arms rank by the
+criterion of their weighting. `decision` says how much of the ranking is kept, without any truth.
 """
 
 from collections.abc import Callable

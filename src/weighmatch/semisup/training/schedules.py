@@ -52,7 +52,8 @@ class Fit:
             progress: called with the number of steps done since the last call.
 
         Raises:
-            FloatingPointError: if a loss is no longer finite.
+            FloatingPointError: if a loss or a parameter is not finite, also after the learning rate
+                was halved three times.
             ValueError: if a label is none of the classes.
         """
         self.config.check_labels(data)

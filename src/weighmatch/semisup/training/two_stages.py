@@ -1,6 +1,6 @@
 """The schedule two_stages: learn what the pool's images are worth, freeze it, train on the best.
 
-1. The arm trains online, for a share of the steps.
+1. The arm trains online, for `first_share` times the steps of the second stage.
 2. The pool is ranked (`ranking`).
 3. FixMatch trains from the start on what was kept: batches are drawn by weight, 1 or 0, instead of
    weighing losses of images that hardly count.

@@ -20,6 +20,7 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
 from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.weightings.meter import InfluenceMeter
@@ -30,7 +31,6 @@ BELOW_CUT = 0.05
 # that is no larger keeps these scores until the next update.
 POOL_SAMPLE = 2048
 
-State = dict[str, Any]
 Features = Callable[[], Tensor]
 
 

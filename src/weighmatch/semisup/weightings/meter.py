@@ -1,13 +1,13 @@
 """The influence of unlabelled images on the loss on labelled ones.
 
 The influence of image i is s_i = ⟨∇_θ m_i CE_i, v⟩ with v ≈ (C + δI)⁻¹ ∇_θ L_outer: what one more
-unit of weight on it takes off the outer loss (docs/method.md; design, equation of dL_outer/dφ).
+unit of weight on it takes off the outer loss (docs/method.md, The hypergradient).
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,7 @@ from weighmatch.semisup.parts.losses import (
     pseudo_label,
 )
 from weighmatch.semisup.parts.networks import Classifier, WithFeatures
+from weighmatch.semisup.parts.state_file import State
 
 if TYPE_CHECKING:
     from weighmatch.semisup.weightings.base import Context
@@ -280,12 +281,12 @@ class InfluenceMeter:
             return influence
         return influence / head_gradient_norm(logits.softmax(dim=1), views.pseudo.labels, features)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What a checkpoint needs to continue."""
         numbers = {"updates": self.updates, "largest_eigenvalue": self.largest_eigenvalue}
         return {**numbers, **vars(self.measured)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict`'s answer."""
         self.updates = state["updates"]
         self.largest_eigenvalue = state["largest_eigenvalue"]

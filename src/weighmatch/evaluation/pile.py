@@ -1,0 +1,286 @@
+"""What somebody with a pile of unlabelled images asks: did it help, what is in it, what next?
+
+The first comparison is declared here, before anything runs: the arm that ranks the pool against
+the labelled images alone (`PRIMARY`). The one against plain FixMatch is the second.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from weighmatch.arms import FIXMATCH, SUPERVISED, get_arm
+from weighmatch.evaluation.chosen import EVERYTHING, HeldOut
+from weighmatch.evaluation.judging import CELL
+from weighmatch.evaluation.ranking import copies_of
+from weighmatch.evaluation.statistics import (
+    PairedDifference,
+    images_to_tell,
+    paired_difference,
+)
+from weighmatch.evaluation.tables import accuracies, overlap_of
+
+PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
+# A test folder is to tell a difference to so many points at the best and at the worst.
+FINEST, COARSEST = 1.0, 10.0
+ADVICE = 3
+
+
+@dataclass(frozen=True)
+class Lists:
+    """The tables about single files that advice is drawn from.
+
+    Attributes:
+        ranking: from `ranking_table`.
+        to_check: from `labels_to_check`.
+        to_label: from `label_next`.
+        files: the rows of `image_files` of the ranked pool and its labelled images.
+        rejected: the table `rejected_files`.
+        class_names: the classes, in the order of their labels.
+        held: what was held out.
+        temperature: from `fit_temperature`.
+    """
+
+    ranking: pd.DataFrame
+    to_check: pd.DataFrame
+    to_label: pd.DataFrame
+    files: pd.DataFrame
+    rejected: pd.DataFrame
+    class_names: Sequence[str]
+    held: HeldOut | None
+    temperature: float | None
+
+
+def fold_overlap(manifest: Mapping[str, Any]) -> float:
+    """Images tested on for each image trained on where seeds are folds of one set; else 0."""
+    cells = [cell for cell in manifest["cells"] if cell["setting"] != EVERYTHING]
+    if not cells or cells[0]["source"] != "folder" or not all(cell["test"] for cell in cells):
+        return 0.0
+    tests = {cell["fingerprints"].get("test_images") for cell in cells}
+    if len(cells) > 1 and len(tests) == 1:
+        return 0.0
+    return float(np.mean([cell["test"] / cell["labelled"] for cell in cells]))
+
+
+def judge_pile(
+    run_scores: pd.DataFrame,
+    run: Mapping[Any, Any],
+    manifest: Mapping[str, Any],
+    lists: Lists,
+) -> dict[str, Any]:
+    """What `metrics.json` holds under `pile`.
+
+    Args:
+        run_scores: from `judge_runs`.
+        run: the run whose ranking is handed out.
+        manifest: `cells`, with the counts of each set of splits.
+        lists: tables about single files.
+
+    Returns:
+        `verdict`, a sentence or two with the interval; `primary` and `secondary`, the comparisons
+        behind it, or None; `useful`, how much of the pile is kept, with a `sentence`;
+        `test_images_needed`, how many would settle the first, or None; `temperature`; and
+        `advice`, the three things that would help most.
+    """
+    scores = run_scores.merge(run_scores[list(CELL)].head(1))
+    mine = accuracies(scores).get((run["arm"], run["schedule"]))
+    overlap = overlap_of(scores)
+    found: dict[str, PairedDifference] = {}
+    for other in (PRIMARY, SECONDARY):
+        theirs = accuracies(scores).get((other.name, "online"))
+        if mine is not None and theirs is not None and other.name != run["arm"]:
+            both = pd.concat([mine, theirs], axis=1, join="inner").to_numpy()
+            if len(both):
+                found[other.name] = paired_difference(both[:, 0] - both[:, 1], overlap)
+    means = {
+        name: float(rows["accuracy"].mean()) / 100
+        for name, rows in scores.groupby("arm")
+        if rows["accuracy"].notna().any()
+    }
+    primary = found.get(PRIMARY.name)
+    needed = None
+    if primary is not None and not _told(primary) and manifest["cells"][0]["source"] == "folder":
+        half = half_width(primary) / 100
+        needed = images_to_tell(means[run["arm"]], means[PRIMARY.name], half)
+    useful = _useful(scores, run, lists.ranking)
+    return {
+        "verdict": _verdict(run, means, found, manifest, overlap, needed),
+        "primary": _described(primary, PRIMARY.name, overlap),
+        "secondary": _described(found.get(SECONDARY.name), SECONDARY.name, overlap),
+        "useful": useful,
+        "test_images_needed": needed,
+        "temperature": lists.temperature,
+        "advice": _advise(lists, needed),
+    }
+
+
+def _told(difference: PairedDifference) -> bool:
+    """Whether the interval leaves out 0; one without a width says nothing."""
+    low, high = difference.low, difference.high
+    return low is not None and high is not None and low < high and not low <= 0 <= high
+
+
+def half_width(difference: PairedDifference) -> float:
+    """To how many points a difference must be known to be told from 0: to half of itself."""
+    return min(max(abs(difference.mean) / 2, FINEST), COARSEST)
+
+
+def _described(
+    difference: PairedDifference | None, against: str, overlap: float
+) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    numbers = {
+        name: value if value is None or isinstance(value, int) else float(f"{value:.6g}")
+        for name, value in asdict(difference).items()
+    }
+    test = "corrected resampled t test" if overlap else "t interval and sign-flip test"
+    return {"against": against, **numbers, "told": _told(difference), "test": test}
+
+
+def _verdict(
+    run: Mapping[Any, Any],
+    means: Mapping[str, float],
+    found: Mapping[str, PairedDifference],
+    manifest: Mapping[str, Any],
+    overlap: float,
+    needed: int | None,
+) -> str:
+    primary, second = found.get(PRIMARY.name), found.get(SECONDARY.name)
+    if primary is None:
+        return (
+            "Whether the pile helped is not known: that needs labelled images to test on, and the "
+            f"arms {run['arm']} and {PRIMARY.name}."
+        )
+    cells = [cell for cell in manifest["cells"] if cell["setting"] != EVERYTHING]
+    labels = cells[0]["labelled"] + (cells[0]["test"] if overlap else 0)
+    lead = {True: "The pile helped", False: "The pile did harm"}[primary.mean > 0]
+    if not _told(primary):
+        source = f"{labels} labels" if overlap else f"{primary.seeds} seeds"
+        lead = f"Whether the pile helped cannot be told from {source}"
+    where = (
+        f"{primary.seeds} folds of the labelled images"
+        if overlap
+        else f"{primary.seeds} paired {'seed' if primary.seeds == 1 else 'seeds'} and "
+        f"{cells[0]['test']} test images"
+    )
+    text = (
+        f"{lead}: over {where}, {get_arm(run['arm']).label} classify "
+        f"{100 * means[run['arm']]:.1f} % right and the labelled images alone "
+        f"{100 * means[PRIMARY.name]:.1f} %, a difference of {_interval(primary)}"
+    )
+    if second is not None:
+        text += f"; against plain FixMatch it is {_interval(second)}"
+    text += ". "
+    if overlap:
+        text += "Intervals allow for overlapping folds (Nadeau & Bengio, 2003). "
+    if needed is not None:
+        half = half_width(primary)
+        size = f"A test folder of about {_rounded(needed)} images"
+        text += f"{size} would tell it to ± {half:.1f} points."
+    return text.strip()
+
+
+def _interval(difference: PairedDifference) -> str:
+    if difference.low is None:
+        return f"{difference.mean:+.1f} points (no interval)"
+    return (
+        f"{difference.mean:+.1f} points (95 % interval {difference.low:+.1f} to "
+        f"{difference.high:+.1f})"
+    )
+
+
+def _rounded(count: int) -> int:
+    """Two digits are as many as an approximation deserves."""
+    digits = max(len(str(count)) - 2, 0)
+    return int(-(-count // 10**digits) * 10**digits)
+
+
+def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> dict[str, Any]:
+    """How much of the pile is kept by the chosen run, and by those of its arm on other splits."""
+    alike = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
+    shares = alike["pool_kept"].dropna().to_numpy()
+    images = int((ranking["near_duplicate_of"] == "").sum())
+    kept = int(ranking["kept"].sum())
+    share = kept / max(images, 1)
+    low, high = (float(shares.min()), float(shares.max())) if len(shares) else (None, None)
+    text = f"{100 * share:.0f} % of the pile looks useful ({kept:,} of {images:,} images)"
+    if kept == images:
+        text = f"Nothing speaks against any part of the pile: all {images:,} images are kept"
+    if low is not None and high is not None and len(shares) > 1:
+        text += f"; over {len(shares)} runs it is {100 * low:.0f} % to {100 * high:.0f} %"
+    return {
+        "sentence": text + ".",
+        "share": float(f"{share:.6g}"),
+        "lowest": None if low is None else float(f"{low:.6g}"),
+        "highest": None if high is None else float(f"{high:.6g}"),
+        "runs": len(shares),
+    }
+
+
+def _advise(lists: Lists, test_images: int | None) -> list[str]:
+    """The three things that would help most, the most helpful first."""
+    found = []
+    if len(lists.to_check):
+        first = lists.to_check.iloc[0]
+        found.append(
+            f"Check {_count(len(lists.to_check), 'label')} (labels_to_check.csv): {first['path']} "
+            f"is labelled {first['label']} and looks like {first['suggested']}."
+        )
+    weakest = _weakest(lists)
+    if weakest:
+        found.append(weakest)
+    if test_images is not None:
+        found.append(f"Put about {_rounded(test_images)} labelled images in a test folder.")
+    if len(lists.rejected):
+        found.append(
+            f"Repair or remove {_count(len(lists.rejected), 'file')} that could not be used "
+            "(rejected_files.csv)."
+        )
+    copies = sum(path != "" for path in copies_of(lists.files))
+    if copies:
+        found.append(
+            f"{_count(copies, 'file')} of those used {'is a copy' if copies == 1 else 'are copies'}"
+            " of others, or nearly (near_duplicate_of in ranking.csv): they add nothing new."
+        )
+    if len(lists.to_label):
+        found.append(
+            f"Label {_count(len(lists.to_label), 'image')} of label_next.csv: they are useful, "
+            "and the classifier is unsure of them."
+        )
+    ranking = lists.ranking
+    left = int((~ranking["kept"] & (ranking["near_duplicate_of"] == "")).sum())
+    if left:
+        found.append(f"Look through {_count(left, 'image')} that were left out (gallery.html).")
+    return found[:ADVICE]
+
+
+def _weakest(lists: Lists) -> str:
+    """The class that most needs labels: that recognised least, or with fewest labels."""
+    labelled = lists.files[lists.files["split"] == "labelled"]
+    counts = labelled["label"].value_counts()
+    counts = counts[counts.index != ""]
+    if lists.held is not None:
+        held = lists.held
+        right = held.probabilities.argmax(axis=1) == held.labels
+        shares = {
+            name: float(right[held.labels == k].mean())
+            for k, name in enumerate(lists.class_names)
+            if (held.labels == k).any()
+        }
+        name = min(shares, key=lambda known: shares[known])
+        if shares[name] < 1:
+            return (
+                f"Label more images of class {name}: {100 * shares[name]:.0f} % of those held out "
+                "are recognised, fewer than of any other class."
+            )
+    if len(counts) and counts.min() < counts.max():
+        name = str(counts.index[-1])
+        return f"Label more images of class {name}: it has {counts.min()}, the fewest."
+    return ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")

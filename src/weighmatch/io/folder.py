@@ -1,0 +1,42 @@
+"""A folder of files that one node writes."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kedro.io import AbstractDataset
+from kedro_datasets._typing import JSONPreview
+
+
+class FolderDataset(AbstractDataset[Callable[[Path], None], Path]):
+    """A folder, whole or not at all; what is saved is a function that fills it, loaded its path."""
+
+    def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
+        self._path = Path(path)
+        self.metadata = metadata
+
+    def load(self) -> Path:
+        if not self._path.is_dir():
+            raise FileNotFoundError(f"{self._path} does not exist; run the pipeline that makes it")
+        return self._path
+
+    def save(self, data: Callable[[Path], None]) -> None:
+        partial = self._path.with_name(self._path.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        data(partial)
+        shutil.rmtree(self._path, ignore_errors=True)
+        partial.rename(self._path)
+
+    def _exists(self) -> bool:
+        return self._path.is_dir()
+
+    def _describe(self) -> dict[str, Any]:
+        return {"path": str(self._path)}
+
+    def preview(self) -> JSONPreview:
+        """The names and sizes of the files, for kedro-viz."""
+        files = {path.name: path.stat().st_size for path in sorted(self._path.iterdir())}
+        return JSONPreview(json.dumps(files))

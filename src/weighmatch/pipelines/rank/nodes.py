@@ -1,0 +1,24 @@
+"""Nodes of `rank`."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from weighmatch.data.rank_config import RankConfig
+from weighmatch.export import RUN, read_classes
+from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.streaming import Preparation, rank_folder
+
+
+def rank_images(
+    exported_model: Path, pile_verdict: dict[str, Any], rank: RankConfig
+) -> Callable[[Path], None]:
+    """What writes ranking and gallery of a folder of images that training never saw."""
+    run = TrainedRun.load(exported_model / RUN)
+    preparation = Preparation(**read_classes(exported_model)["preparation"])
+    temperature = pile_verdict["temperature"]
+
+    def write(folder: Path) -> None:
+        rank_folder(run, rank.images, folder, preparation, temperature, rank.workers)
+
+    return write

@@ -1,0 +1,58 @@
+"""The run that is handed out, and what its like say of labelled images that were held out."""
+
+import numpy as np
+import pandas as pd
+
+from weighmatch.evaluation.chosen import choose_run, held_out, paths_of
+
+from .pools import files
+
+
+def folder_runs():
+    """Three folds of the learned arm, and a run on everything."""
+    rows = [
+        {"run": f"learned-{key}", "key": key, "arm": "learned", "setting": setting, "seed": seed}
+        for key, setting, seed in (
+            ("f-0", "folder", 0),
+            ("f-1", "folder", 1),
+            ("f-2", "folder", 2),
+            ("all", "all", 0),
+        )
+    ]
+    cell = {"source": "folder", "regime": None, "ratio": np.nan, "labels_per_class": 4}
+    return pd.DataFrame(rows).assign(schedule="rounds", **cell)
+
+
+def test_the_run_on_every_labelled_image_is_handed_out():
+    assert choose_run(folder_runs())["run"] == "learned-all"
+
+
+def test_folds_say_what_each_labelled_image_looks_like_to_those_that_did_not_see_it():
+    runs = folder_runs()
+    found = {"learned-all": dict}
+    labels, tables = {}, []
+    for fold in range(3):
+        likely = np.full((2, 2), 0.5)
+        likely[:, 0] = fold / 10
+        found[f"learned-f-{fold}"] = lambda likely=likely: {"test_probabilities": likely}
+        labels[f"f-{fold}"] = {"labels": np.array([0, 1])}
+        # The first image of the third fold was in the first one, too.
+        names = [f"{fold}a", f"{fold}b"] if fold < 2 else ["0a", "2b"]
+        tables.append(files(2, "test", key=f"f-{fold}").assign(path=names))
+    held = held_out(runs, found, labels, pd.concat(tables))
+    assert held.paths == ("0a", "0b", "1a", "1b", "2b")
+    assert held.labels.tolist() == [0, 1, 0, 1, 1]
+    assert held.probabilities[:, 0].round(6).tolist() == [0.1, 0, 0.1, 0.1, 0.2]
+
+
+def test_nothing_is_held_out_without_a_test_set():
+    runs = folder_runs()
+    found = dict.fromkeys(runs["run"], dict)
+    assert held_out(runs, found, {}, files(2)) is None
+
+
+def test_a_place_has_its_original_and_not_its_copies():
+    rows = files(4)
+    rows["index"] = [1, 1, 0, -1]
+    rows["duplicate_of"] = ["c.png", "", "", "x.png"]
+    assert paths_of(rows, "k", "pool") == ["pool/002.png", "pool/001.png"]

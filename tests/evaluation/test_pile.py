@@ -1,0 +1,175 @@
+"""The verdict on a pile: intervals of folds, what cannot be told, and what would help."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from weighmatch.evaluation.chosen import HeldOut, choose_run
+from weighmatch.evaluation.pile import Lists, fold_overlap, judge_pile
+from weighmatch.evaluation.statistics import images_to_tell, mean_interval, paired_difference
+
+from .examples import scores
+from .pools import files
+
+
+def manifest(folds=5, labelled=24, test=6, source="folder", same=False):
+    cells = [
+        {
+            "key": f"folder-seed_{seed:04d}",
+            "setting": "folder",
+            "source": source,
+            "labelled": labelled,
+            "test": test,
+            "fingerprints": {"test_images": "same" if same else str(seed)},
+        }
+        for seed in range(folds)
+    ]
+    everything = {"labelled": labelled + test, "test": 0, "setting": "all", "key": "folder-all"}
+    return {"cells": [*cells, {**cells[0], **everything, "fingerprints": {}}]}
+
+
+def lists(kept=30, total=50, check=0, rejected=0, copies=0, left=""):
+    rows = files(total)
+    rows.loc[: copies - 1, "duplicate_of"] = "a.png"
+    mine = pd.concat([rows, files(6, "labelled", labels=["cat"] * 4 + ["dog"] * 2)])
+    ranking = pd.DataFrame({"path": rows["path"], "kept": np.arange(total) < kept})
+    ranking["near_duplicate_of"] = ""
+    one = {"path": "labelled/000.png", "label": "cat", "suggested": "dog"}
+    return Lists(
+        ranking=ranking,
+        to_check=pd.DataFrame([one] * check),
+        to_label=rows[["path"]].head(20),
+        files=mine,
+        rejected=pd.DataFrame({"path": ["x"] * rejected, "reason": "it is empty"}),
+        class_names=("cat", "dog"),
+        held=None,
+        temperature=None,
+    )
+
+
+def judged(described=None, given=None, **accuracy):
+    described = described or manifest()
+    runs = scores(**accuracy).assign(setting="folder", source="folder", pool_kept=0.6)
+    runs = runs.assign(overlap=fold_overlap(described))
+    found = judge_pile(runs, choose_run(runs), described, given or lists())
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    return found
+
+
+def test_the_variance_of_folds_is_that_of_nadeau_and_bengio():
+    values = np.array([1.0, 3.0, 2.0, 6.0, 4.0])
+    found = paired_difference(values, overlap=0.25)
+    error = values.std(ddof=1) * np.sqrt(1 / 5 + 0.25)
+    half = stats.t.ppf(0.975, 4) * error
+    assert (found.low, found.high) == pytest.approx((3.2 - half, 3.2 + half))
+    assert found.p_value == pytest.approx(2 * stats.t.sf(3.2 / error, 4))
+    assert mean_interval(values, 0.25)[0] < mean_interval(values)[0]
+    assert paired_difference(np.zeros(3), overlap=0.25).p_value == 1
+
+
+def test_folds_that_overlap_reject_no_more_often_than_they_should():
+    """Differences of folds with a correlation of n_test / n and a mean of 0."""
+    rng = np.random.default_rng(0)
+    wrong, naive, draws = 0, 0, 1000
+    for _ in range(draws):
+        values = np.sqrt(0.8) * rng.normal(size=5) + np.sqrt(0.2) * rng.normal()
+        for overlap in (0.25, 0.0):
+            low, high = mean_interval(values, overlap)
+            if overlap:
+                wrong += not low <= 0 <= high
+            else:
+                naive += not low <= 0 <= high
+    assert 0.03 < wrong / draws < 0.07
+    assert naive / draws > 0.1
+
+
+def test_seeds_of_a_folder_are_folds_unless_they_share_a_test_set():
+    assert fold_overlap(manifest()) == 0.25
+    assert fold_overlap(manifest(same=True)) == 0
+    assert fold_overlap(manifest(source="digits")) == 0
+    assert fold_overlap(manifest(test=0)) == 0
+
+
+def test_a_pile_that_helps_beyond_doubt():
+    found = judged(supervised=[60, 61, 60, 62, 60], learned=[80, 81, 81, 82, 80], fixmatch=[79] * 5)
+    assert found["verdict"].startswith("The pile helped: over 5 folds of the labelled images")
+    assert "+20.2 points (95 % interval +1" in found["verdict"]
+    assert "against plain FixMatch it is +1.8 points" in found["verdict"]
+    assert "Nadeau & Bengio, 2003" in found["verdict"]
+    assert found["primary"]["told"]
+    assert found["primary"]["against"] == "supervised"
+    assert found["secondary"]["against"] == "fixmatch"
+    assert found["test_images_needed"] is None
+    harm = judged(supervised=[80, 81, 81, 82, 80], learned=[60, 61, 60, 62, 60])
+    assert harm["verdict"].startswith("The pile did harm")
+    assert harm["secondary"] is None
+
+
+def test_what_30_labels_cannot_tell_is_said_with_the_test_folder_that_would():
+    found = judged(supervised=[60, 80, 50, 70, 60], learned=[80, 70, 60, 60, 80])
+    assert "Whether the pile helped cannot be told from 30 labels" in found["verdict"]
+    needed = found["test_images_needed"]
+    assert needed == images_to_tell(0.7, 0.64, 0.03)
+    assert "would tell it to ± 3.0 points" in found["verdict"]
+    assert any("in a test folder" in advice for advice in found["advice"])
+    assert not found["primary"]["told"]
+
+
+def test_folds_without_any_spread_tell_nothing():
+    found = judged(supervised=[50, 50], learned=[100, 100], described=manifest(folds=2))
+    assert "cannot be told" in found["verdict"]
+
+
+def test_a_test_set_is_judged_over_seeds():
+    described = manifest(source="digits", same=True)
+    found = judged(described, supervised=[60, 61, 60], learned=[80, 81, 81])
+    assert "over 3 paired seeds and 6 test images" in found["verdict"]
+    assert found["primary"]["p_value"] == 0.25  # sign flips
+    assert found["test_images_needed"] is None
+
+
+def test_without_the_arms_or_a_test_set_nothing_is_claimed():
+    assert "is not known" in judged(learned=[80, 81])["verdict"]
+    assert "is not known" in judged(learned=[np.nan] * 2, supervised=[np.nan] * 2)["verdict"]
+
+
+def test_half_of_the_width_is_reached_by_the_images_that_are_asked_for():
+    count = images_to_tell(0.7, 0.6, 0.05)
+    half = 1.96 * np.sqrt((0.7 * 0.3 + 0.6 * 0.4) / count)
+    assert half == pytest.approx(0.05, rel=1e-2)
+
+
+def test_how_much_is_useful_comes_with_its_range():
+    found = judged(learned=[80, 81], supervised=[60, 61])
+    assert found["useful"]["sentence"] == (
+        "60 % of the pile looks useful (30 of 50 images); over 2 runs it is 60 % to 60 %."
+    )
+    clean = judged(given=lists(kept=50), learned=[80], supervised=[60])
+    assert (
+        "Nothing speaks against any part of the pile: all 50 images" in clean["useful"]["sentence"]
+    )
+
+
+def test_advice_is_three_things_the_most_helpful_first():
+    given = lists(check=2, rejected=1, copies=3)
+    advice = judged(given=given, learned=[80, 81], supervised=[60, 61])["advice"]
+    assert len(advice) == 3
+    assert advice[0].startswith(
+        "Check 2 labels (labels_to_check.csv): labelled/000.png is labelled"
+    )
+    assert advice[1] == "Label more images of class dog: it has 2, the fewest."
+    more = judged(given=lists(), learned=[80, 99], supervised=[60, 61])["advice"]
+    assert any("label_next.csv" in text for text in more)
+
+
+def test_the_class_that_is_recognised_least_is_named():
+    given = lists()
+    labels = np.array([0, 0, 1, 1])
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.1, 0.9], [0.1, 0.9]])
+    held = HeldOut(("a", "b", "c", "d"), labels, probabilities)
+    given = Lists(**{**vars(given), "held": held})
+    advice = judged(given=given, learned=[80, 99], supervised=[60, 61])["advice"]
+    assert advice[0].startswith("Label more images of class cat: 50 % of those held out")
