@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="a file for the table, in Markdown")
     given = parser.parse_args()
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         shop = Workshop(Path(folder), given.seed)
         for row in table(shop, given.tries, [name for name in given.only.split(",") if name]):
             print(" | ".join(row.cells()), flush=True)
@@ -118,7 +118,9 @@ def main() -> None:
     if given.write:
         command_line = f"`python -m benchmarks.reliability --tries {given.tries}`"
         when = f"Commit {commit()}, {date.today().isoformat()}, seed {given.seed}."
+        lost = [f"- {row.fault}: {error}" for row in rows for error in row.lost]
         text = ["# What runs survive", "", NOTE.format(command=command_line), "", when, "", *lines]
+        text += ["", *lost] if lost else []
         given.write.write_text("\n".join(text) + "\n")
 
 
