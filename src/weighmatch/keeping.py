@@ -101,6 +101,11 @@ class KeepsFilesWhole:
                 f"{self._records.folder.name}): {error}; wait for its end, or choose another "
                 "folder with --params data_folder=…"
             ) from error
+        except OSError as error:
+            raise RefusedError(
+                f"the data folder {self._records.folder} cannot be written ({error.strerror}); "
+                "make it writable or choose another with --params data_folder=…"
+            ) from error
         folders = {self._records.folder / pipeline_of(node) for node in writers}
         for name in {name for node in writers for name in node.outputs}:
             place = self._place(name)
