@@ -114,14 +114,19 @@ def main() -> None:
             for lost in row.lost:
                 print(f"  lost: {lost}", flush=True)
             rows.append(row)
+            if given.write:
+                given.write.write_text(page(rows, given.tries, given.seed))
+
+
+def page(rows: Sequence[Row], tries: int, seed: int) -> str:
+    """The table in Markdown, with what was tried and when."""
+    note = NOTE.format(command=f"`python -m benchmarks.reliability --tries {tries}`")
+    when = f"Commit {commit()}, {date.today().isoformat()}, seed {seed}."
     lines = markdown(HEADER, [row.cells() for row in rows])
-    if given.write:
-        command_line = f"`python -m benchmarks.reliability --tries {given.tries}`"
-        when = f"Commit {commit()}, {date.today().isoformat()}, seed {given.seed}."
-        lost = [f"- {row.fault}: {error}" for row in rows for error in row.lost]
-        text = ["# What runs survive", "", NOTE.format(command=command_line), "", when, "", *lines]
-        text += ["", *lost] if lost else []
-        given.write.write_text("\n".join(text) + "\n")
+    lost = [f"- {row.fault}: {error}" for row in rows for error in row.lost]
+    return "\n".join(
+        ["# What runs survive", "", note, "", when, "", *lines, *(["", *lost] if lost else []), ""]
+    )
 
 
 NOTE = (
