@@ -110,6 +110,9 @@ def test_records_come_back_and_a_damaged_one_is_named(tmp_path):
     records.write(record)
     assert records.read("a") == record
     assert records.read("b") is None
+    records.write(Record("a", "second", "n", {"x": "1"}))  # another pipeline makes it now
+    assert records.read("a").pipeline == "second"
+    records.write(record)
     path = records.path("first", "a")
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "code": "0"}))
