@@ -38,7 +38,7 @@ def test_base_repeats_no_default(name):
 
 
 def test_base_has_every_group():
-    assert set(read("base")) == {*GROUPS, "run_folder", "cache_folder"}
+    assert set(read("base")) == {*GROUPS, "run_folder", "cache_folder", "record_folder"}
 
 
 @pytest.mark.parametrize("env", ENVIRONMENTS)

@@ -37,6 +37,12 @@ def raise_unsendable(progress):
     raise UnsendableError(1, 2)
 
 
+def fill_memory(kind, progress):
+    if kind == "python":
+        raise MemoryError
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+
 def die_at_first(folder, number, deaths, progress):
     """Ends as if killed for want of memory, `deaths` times."""
     progress(1)
@@ -138,6 +144,16 @@ def test_a_worker_that_is_killed_again_and_again_is_one_clear_sentence(tmp_path)
         "runs: a worker process was ended by SIGKILL, most likely because memory ran out, 3 times "
         "at the same job; free memory or set fewer workers (there were 2) and start again, what "
         "is finished is kept"
+    )
+
+
+@pytest.mark.parametrize("kind", ["python", "torch"])
+def test_a_worker_without_memory_is_one_clear_sentence(kind):
+    with pytest.raises(workers.WorkerError) as caught:
+        run_in_order(fill_memory, [(kind,), (kind,)], 2, title="runs", total=2)
+    assert str(caught.value) == (
+        "runs: memory ran out; free memory or set fewer workers (there were 2) and start again, "
+        "what is finished is kept"
     )
 
 

@@ -8,10 +8,13 @@ from typing import Any
 import click
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS
+from kedro.io import DatasetError
 from kedro.validation.exceptions import ParameterValidationError
 
 from weighmatch.data.source import UnusableDataError
 from weighmatch.hooks import GROUPS, RefusedError
+from weighmatch.io.files import UnfitFileError
+from weighmatch.workers import WorkerError
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -26,8 +29,18 @@ def _run(**options: Any) -> Any:
         return kedro_run.callback(**options)  # type: ignore[misc]
     except ParameterValidationError as error:
         raise click.ClickException(_in_a_sentence(str(error))) from error
-    except (RefusedError, UnusableDataError) as error:
+    except (
+        RefusedError,
+        UnusableDataError,
+        UnfitFileError,
+        FloatingPointError,
+        WorkerError,
+    ) as error:
         raise click.ClickException(str(error)) from error
+    except DatasetError as error:
+        if isinstance(error.__cause__, UnfitFileError):
+            raise click.ClickException(str(error.__cause__)) from error
+        raise
 
 
 def _in_a_sentence(message: str) -> str:

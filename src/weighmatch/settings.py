@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from weighmatch.data.config import DataConfig, merge_groups
 from weighmatch.data.source import get_source
 from weighmatch.hooks import ChecksBeforeWork
+from weighmatch.keeping import KeepsFilesWhole
 
 
 class ExperimentLoader(OmegaConfigLoader):
@@ -55,7 +56,7 @@ def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
     return {**parameters, **merge_groups(recipe, {k: parameters.get(k) or {} for k in recipe})}
 
 
-HOOKS = (ChecksBeforeWork(),)
+HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS: dict[str, Any] = {

@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -29,6 +29,12 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 # Seconds between two reports of a worker's progress, and between two looks for its parent.
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
+# What torch says where it gets no memory: on the CPU, and on a GPU.
+NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class WorkerError(RuntimeError):
+    """A worker that was killed or got no memory; the message says how to go on."""
 
 
 def run_all(
@@ -59,7 +65,8 @@ def run_all(
         The position of a job and its answer, in the order in which they are done.
 
     Raises:
-        RuntimeError: if the worker of a job is killed more than `MAX_RESTARTS` times.
+        WorkerError: if the worker of a job is killed more than `MAX_RESTARTS` times, or gets no
+            memory.
         Exception: what a job raised; the other workers have been ended by then.
     """
     if not jobs:
@@ -192,7 +199,7 @@ def _run_in_processes(
                     worker.reported += value
                     bar.update(value)
                 elif kind == "failed":
-                    raise value
+                    _raise_failed(value, bar.desc, count)
                 else:
                     worker.ready, answered, worker.position = True, worker.position, None
                     if answered is not None:
@@ -224,6 +231,16 @@ def _dismiss(team: Sequence[_Worker]) -> None:
         worker.pipe.close()
 
 
+def _raise_failed(error: BaseException, title: str, workers: int) -> NoReturn:
+    no_memory = isinstance(error, RuntimeError) and any(t in str(error) for t in NO_MEMORY)
+    if no_memory or isinstance(error, MemoryError):
+        raise WorkerError(
+            f"{title.strip(': ')}: memory ran out; free memory or set fewer workers (there were "
+            f"{workers}) and start again, what is finished is kept"
+        ) from error
+    raise error
+
+
 def _report_kill(worker: _Worker, kills: int, title: str, workers: int) -> None:
     worker.process.join()
     worker.pipe.close()
@@ -232,7 +249,7 @@ def _report_kill(worker: _Worker, kills: int, title: str, workers: int) -> None:
     if code == -signal.SIGKILL:
         how += ", most likely because memory ran out"
     if kills > MAX_RESTARTS:
-        raise RuntimeError(
+        raise WorkerError(
             f"{title.strip(': ')}: a worker process {how}, {kills} times at the same job; free "
             f"memory or set fewer workers (there were {workers}) and start again, what is "
             f"finished is kept"

@@ -47,7 +47,7 @@ def test_scaling_has_a_column_a_batch():
 
 
 def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp_path):
-    training = run_config(weighing={"interval": 4}).training
+    training = run_config(weighting={"interval": 4}).training
     setting = steps.Setting("tiny CNN", training_set, training, 4, 4, run_steps=40)
     times = steps.time_steps(setting, rounds=2, folder=tmp_path)
     assert all(len(column) == 2 for column in dataclasses.astuple(times))
@@ -62,17 +62,17 @@ def test_steps_updates_and_the_bare_loop_are_timed(run_config, training_set, tmp
 
 
 def test_whole_runs_are_timed_beside_fixmatch(run_config, training_set, tmp_path):
-    training = run_config(steps=12, weighing={"interval": 4}).training
+    training = run_config(steps=12, weighting={"interval": 4}).training
     table = steps.whole_run_table(training_set, training, stages=3, rounds=2, folder=tmp_path)
     plain, one_stage, in_rounds = (line.strip("| ").split(" | ") for line in table[2:])
     assert plain[2].startswith("1.00 (1.00")
-    assert one_stage[0] == "learned weights, one stage"
+    assert one_stage[0] == "learned weights, online"
     assert in_rounds[0] == "learned weights, 3 rounds"
     assert not list(tmp_path.iterdir())  # every run starts anew
 
 
 def test_memory_profile_and_runs_at_once_are_measured(run_config, training_set, tmp_path):
-    training = run_config(weighing={"interval": 4}).training
+    training = run_config(weighting={"interval": 4}).training
     setting = steps.Setting("tiny CNN", training_set, training, 4, 4, run_steps=40)
     memory = steps.memory_table([setting], folder=tmp_path)
     assert all(float(cell.strip(" |").replace(",", "")) > 0 for cell in memory[2].split(" | ")[2:])
@@ -112,7 +112,7 @@ def test_options_are_timed_beside_the_step_as_it_is(
 
 def test_the_share_of_an_update_counts_probes_once_in_ten():
     times = steps.StepTimes([1.0], [2.0], [2.0], [10.0], [30.0])
-    config = dataclasses.replace(steps.WeighingConfig(), interval=20)
+    config = dataclasses.replace(steps.WeightingConfig(), interval=20)
     assert times.overheads(config) == [pytest.approx((2 + 12 / 20) / 2)]
     assert times.updates_in_steps() == [5.0]
     config = dataclasses.replace(config, warmup=0.5)
@@ -133,7 +133,6 @@ def test_unknown_sections_are_refused(monkeypatch, capsys):
 
 
 def test_the_configuration_is_that_of_the_main_job():
-    assert {"training", "runs"} <= everything._parameters("training").keys()
-    data = steps.training_set(DataConfig(**everything._parameters("data")["data"]))
+    data = steps.training_set(DataConfig(seeds=(10,)))
     assert data.labelled_images.shape == (24, 1, 8, 8)
     assert data.unlabelled_images.shape == (600, 1, 8, 8)

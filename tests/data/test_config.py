@@ -54,7 +54,7 @@ def test_regimes_hold_what_they_say():
 
 def test_a_mix_has_equal_parts():
     counts = DataConfig(seeds=[0], ood_source="mix").ood_counts(100)
-    assert counts == {"unseen": 34, "patches": 33, "noise": 33}
+    assert counts == {"unseen": 34, "patches": 33, "noise": 33, "foreign": 0}
 
 
 def test_parameters_of_other_sources_are_checked_but_not_kept():

@@ -6,6 +6,7 @@ from kedro.io import DatasetError
 from matplotlib.figure import Figure
 
 from weighmatch.io import CheckpointDataset, FigureDataset, FigureFolder, NpzDataset, Partitions
+from weighmatch.io.files import UnfitFileError
 from weighmatch.semisup import make_schedule
 
 
@@ -91,7 +92,8 @@ def test_figures_are_png_and_repeat(tmp_path):
     assert first.load().startswith(b"\x89PNG")
     assert first.load() == second.load()
     assert len(first.preview()) > 100
-    folder = FigureFolder(str(tmp_path))
+    folder = FigureFolder(str(tmp_path / "folder"))
+    folder.save({"a": figure, "b": figure})
     assert folder.preview() == first.preview()
     assert folder.load() == {"a": first.load(), "b": second.load()}
 
@@ -110,5 +112,5 @@ def test_partitions_make_and_load_one_file_at_a_time_where_asked(tmp_path):
     loaders = dataset.load()
     (tmp_path / "p" / "run_0.npz").unlink()
     assert loaders["run_2"]()["x"] == 2
-    with pytest.raises(DatasetError):
+    with pytest.raises(UnfitFileError, match=r"run_0.npz is missing"):
         loaders["run_0"]()

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.ihvp import compare_all
 from weighmatch.studies.memory import measure_memory

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.implicit import Dense, Exact, flatten
 from weighmatch.studies.iml import Training, gradient_memory, train
 from weighmatch.studies.iml.hypergradients import Hypergradients, factored_exact

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.studies import ihvp, kept, meta_learning
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.ihvp import compare_all

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pandas as pd
 import pytest
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation.meta_tables import RUN, compare_to, summarise_runs
 from weighmatch.studies import meta_learning
 from weighmatch.studies.meta_config import MetaLearningConfig

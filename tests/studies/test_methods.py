@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.evaluation import ihvp_figures, meta_figures
 from weighmatch.evaluation.meta_tables import summarise_runs
 from weighmatch.implicit import Method
@@ -119,7 +119,7 @@ def test_a_class_may_say_how_it_looks_and_two_have_different_colours(steepest_de
     assert (plain.label, plain.colour, plain.marker) == ("plain", "#123456", "v")
     assert first.colour != other.colour
     assert first.budgeted
-    assert get_method("other").build(0.1, 7) == Other(damping=0.1, max_products=7)
+    assert get_method("other").build(0.1, 7) == Other(damping=0.1, max_products=7, shorten=False)
 
 
 def test_a_method_that_is_no_more_can_still_be_drawn():

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from weighmatch.data.sources import load_digits
+from weighmatch.data.sources.digits import load_digits
 from weighmatch.implicit import Exact, flatten, implicit_gradient, unflatten
 from weighmatch.studies.digits import scaled
 from weighmatch.studies.minimise import minimise

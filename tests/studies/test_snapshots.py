@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from weighmatch.data.sources import load_digits
-from weighmatch.data.splits import make_splits
+from weighmatch.data.sources.digits import load_digits
+from weighmatch.semisup import TrainingSet
 from weighmatch.semisup.parts.streams import Streams
-from weighmatch.semisup.trainer import TrainingSet
 from weighmatch.studies import snapshots
 from weighmatch.studies.snapshot_config import SnapshotConfig
-from weighmatch.studies.snapshots import SnapshotProblem, influence_quality, train
+from weighmatch.studies.snapshots import SnapshotProblem, draw_splits, influence_quality, train
 
 SMALL = SnapshotConfig(
     seeds=(0,),
@@ -39,7 +38,7 @@ def table():
 
 @pytest.fixture(scope="module")
 def problem():
-    splits = make_splits(*load_digits(), np.zeros((1, 3, 64, 64), np.uint8), SMALL.data(0), 0)
+    splits = draw_splits(*load_digits(), SMALL.data(0), 0)
     data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
     first, last = train(data, SMALL, 6, seed=0)
     assert (first.step, last.step) == (20, 40)
@@ -68,13 +67,13 @@ def test_two_calls_give_the_same_numbers_and_another_seed_others(table):
 
 def test_the_truth_about_ood_is_read_for_the_auroc_alone(table, monkeypatch):
     def swapped(*args):
-        splits = make_splits(*args)
-        truth = splits.pool.sources[::-1].copy()
+        splits = draw_splits(*args)
+        truth = splits.pool.kinds[::-1].copy()
         # No class: nothing may know that either.
-        pool = dataclasses.replace(splits.pool, sources=truth, classes=np.full(len(truth), -1))
+        pool = dataclasses.replace(splits.pool, kinds=truth, classes=np.full(len(truth), -1))
         return dataclasses.replace(splits, pool=pool)
 
-    monkeypatch.setattr(snapshots, "make_splits", swapped)
+    monkeypatch.setattr(snapshots, "draw_splits", swapped)
     found = influence_quality(*load_digits(), SMALL, seed=0)
     judged = [name for name in table.columns if name.startswith("auroc")]
     pd.testing.assert_frame_equal(found.drop(columns=judged), table.drop(columns=judged))

@@ -26,6 +26,7 @@ OOD_KINDS = (
     OodKind("unseen", "unseen classes (OOD)", "#D55E00", "images of unseen classes"),
     OodKind("patches", "photograph patches (OOD)", "#CC79A7", "patches of photographs"),
     OodKind("noise", "noise (OOD)", "#E69F00", "noise"),
+    OodKind("foreign", "another data set (OOD)", "#0072B2", "images of another data set"),
 )
 KIND_NAMES = tuple(kind.name for kind in OOD_KINDS)
 # What an `ood_source` joins by "+", and what "mix" holds in equal parts.

@@ -31,8 +31,14 @@ COLOUR_OPERATIONS = (
 )
 
 
-def make_recipe(shape: tuple[int, int, int], pool: int) -> Recipe:
-    """The settings for images of this shape, (C, H, W), and a pool of so many."""
+def make_recipe(shape: tuple[int, int, int], pool: int, mirrored: bool | None = None) -> Recipe:
+    """The settings for images of this shape, (C, H, W), and a pool of so many.
+
+    Args:
+        shape: channels, height and width.
+        pool: the number of unlabelled images.
+        mirrored: whether a mirrored image is of the same class; None: images in colour are.
+    """
     channels, side, _ = shape
     steps = next((n for most, n in STEPS if pool <= most), MOST_STEPS)
     training: dict[str, object] = {"network": "small_cnn", "steps": steps}
@@ -51,11 +57,11 @@ def make_recipe(shape: tuple[int, int, int], pool: int) -> Recipe:
                 "max_products": 6,
             },
         }
+    augmentation: dict[str, object] = {}
+    if channels == 3 if mirrored is None else mirrored:
+        augmentation["flip"] = True
     if channels == 3:
-        # Photographs: a mirrored one is as good, and its colours may change.
-        training["augmentation"] = {
-            "flip": True,
-            "operations": list(COLOUR_OPERATIONS),
-            "fill": 127.0,
-        }
+        augmentation |= {"operations": list(COLOUR_OPERATIONS), "fill": 127.0}
+    if augmentation:
+        training["augmentation"] = augmentation
     return {"training": training, "runs": {"arms": list(ARMS)}}

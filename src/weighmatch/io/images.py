@@ -54,5 +54,5 @@ class FigureFolder(Partitions):
 
     def preview(self) -> ImagePreview:
         """The first figure, for kedro-viz."""
-        first: ImagePreview = self._member(self._members()[0].stem).preview()
+        first: ImagePreview = self._member(self._names()[0]).preview()
         return first

@@ -14,12 +14,12 @@ from weighmatch.checks import require_images
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier, build_classifier
-from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
+from weighmatch.semisup.parts.state_file import DamagedFileError, State, read_state, write_state
 from weighmatch.semisup.parts.store import ImageStore, as_tensor
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.weightings import Context, Weighting
-from weighmatch.semisup.weightings.base import State, confidence_weights
+from weighmatch.semisup.weightings.base import confidence_weights
 from weighmatch.semisup.weightings.head import ConfidenceHead
 from weighmatch.semisup.weightings.meter import Measured
 
@@ -170,7 +170,21 @@ class TrainedRun:
 
         Raises:
             ValueError: if the images are of another type or shape than those trained on.
+            FloatingPointError: if a probability or a score is not finite.
         """
+        scored = self.score_unchecked(images, device)
+        numbers = np.column_stack([scored.probabilities, scored.scores, scored.weights])
+        wrong = int((~np.isfinite(numbers).all(axis=1)).sum())
+        if wrong:
+            raise FloatingPointError(
+                f"{self.config.arm}, seed {self.config.seed}: the scores of {wrong} of "
+                f"{len(numbers)} images are not finite; train it again with a lower "
+                "training.learning_rate"
+            )
+        return scored
+
+    def score_unchecked(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Scored:
+        """`score`, for callers that look themselves whether all is finite."""
         images = self._checked(images)
         classifier = on_device(self.classifier, device)
         weighting = self._load_weighting(classifier, device)

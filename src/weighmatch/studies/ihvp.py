@@ -40,6 +40,8 @@ from weighmatch.studies.weighing import Point, WeighingProblem, build, gradient
 T = TypeVar("T")
 # Relative residual that iterative methods aim at: their budget ends them first.
 RTOL = 1e-12
+# A row of the table of the study: a value by the name of its column.
+Row = dict[str, Any]
 # Columns that say how good a solve was; those of IHVPs alone are empty for other methods.
 JUDGED = (
     "products",
@@ -172,7 +174,7 @@ def compare_methods(
         `inner_gradient` (norm).
         And the spectra: `network`, `seed`, `stage`, `l2`, `eigenvalue` (of C), one row each.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     spectra: list[pd.DataFrame] = []
     for l2 in config.l2:
         problem = build(name, images, labels, config, l2, seed)
@@ -270,7 +272,7 @@ class System:
             # What a certificate needs is known here; in practice it comes from `lower_bound`.
             self.op.smallest_eigenvalue = reference.smallest
 
-    def compare(self, seed: int) -> list[dict[str, Any]]:
+    def compare(self, seed: int) -> list[Row]:
         """A row a method and budget, as `compare_methods` describes them."""
         problem, cell = self.problem, self.cell
         gradient_seconds = min(_timed(self._inner_gradient)[1] for _ in range(7))
@@ -323,9 +325,9 @@ class System:
             rows.append({**common, **exact})
         return rows
 
-    def _judge(self, method: HypergradientMethod, attempt: Attempt) -> dict[str, Any]:
+    def _judge(self, method: HypergradientMethod, attempt: Attempt) -> Row:
         """What a solver says of itself, and what the reference says of it."""
-        judged: dict[str, Any] = {}
+        judged: Row = {}
         if attempt.solution is not None:
             value = attempt.solution.value
             judged = {

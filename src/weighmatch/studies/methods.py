@@ -66,6 +66,8 @@ class HypergradientMethod:
         kind = solvers[self.solver]
         rank = max(1, budget - self.reserve)
         given = {**dict(zip(LIMITS, (budget, rank, rank), strict=True)), **more}
+        # The studies show what the formulas give; the library hands back nothing worse than zero.
+        given["shorten"] = False
         if self.preconditioner:
             sketch: Any = solvers[self.preconditioner]
             given["preconditioner"] = sketch(rank=max(1, budget // 2))
@@ -202,6 +204,6 @@ def get_methods(names: Iterable[str]) -> list[HypergradientMethod]:
 
 
 def _solvers() -> "dict[str, type[Method]]":
-    from weighmatch.implicit import Method
+    from weighmatch import implicit  # the whole of it: methods register themselves
 
-    return Method.registry
+    return implicit.Method.registry

@@ -27,8 +27,9 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.func import functional_call
 
+from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
-from weighmatch.data.splits import Arrays
+from weighmatch.data.splits import Arrays, Splits
 from weighmatch.implicit import ConjugateGradient, GaussNewton, Parameters, weight_gradient
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import (
@@ -117,9 +118,7 @@ def influence_quality(
         FloatingPointError: if the training diverges.
     """
     data_config = config.data(seed)
-    no_photographs = np.zeros((1, 3, 64, 64), np.uint8)  # nothing is cut from them
-    raw: Arrays = {"images": images, "labels": labels, "photographs": no_photographs}
-    splits = get_source(data_config.source).draw(raw, data_config, seed)
+    splits = draw_splits(images, labels, data_config, seed)
     data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
     assert splits.pool.kinds is not None  # digits are contaminated on purpose
     assert splits.test_images is not None
@@ -153,6 +152,15 @@ def influence_quality(
                         }
                     )
     return pd.DataFrame(rows)
+
+
+def draw_splits(
+    images: NDArray[np.uint8], labels: NDArray[np.int64], config: DataConfig, seed: int
+) -> Splits:
+    """Splits of digits whose OOD images are of unseen classes."""
+    no_photographs = np.zeros((1, 3, 64, 64), np.uint8)  # nothing is cut from them
+    raw: Arrays = {"images": images, "labels": labels, "photographs": no_photographs}
+    return get_source(config.source).draw(raw, config, seed)
 
 
 def _auroc(is_id: NDArray[np.bool_], scores: Tensor) -> float:

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from weighmatch.semisup.training import code
+from weighmatch import code
+from weighmatch.semisup.training.code import ENTRY, training_code
 from weighmatch.semisup.weightings import Weighting
 
 # Rooms of the package of which training uses nothing.
@@ -18,21 +19,21 @@ FOREIGN = ("pipelines", "studies", "evaluation", "io", "data")
 def package(tmp_path, monkeypatch):
     """A copy of the package that the digest reads in the place of the real one."""
     copy = tmp_path / "weighmatch"
-    shutil.copytree(code.ROOT, copy, ignore=shutil.ignore_patterns("__pycache__"))
-    monkeypatch.setattr(code, "ROOT", copy)
+    shutil.copytree(code.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(code, "PACKAGE", copy)
     # Many digests are taken of almost the same files.
-    monkeypatch.setattr(code, "_syntax", functools.lru_cache(code._syntax))
+    monkeypatch.setattr(code, "syntax", functools.lru_cache(code.syntax))
     yield copy
-    code._own_code.cache_clear()
+    code.code_digest.cache_clear()
 
 
 def digest():
-    code._own_code.cache_clear()
-    return code.code_digest()
+    code.code_digest.cache_clear()
+    return training_code()
 
 
 def trained_by(package):
-    return sorted(code.imported_files(code.ENTRY))
+    return sorted(code.import_closure(ENTRY))
 
 
 @pytest.mark.integration
@@ -65,18 +66,17 @@ def test_remarks_and_docstrings_change_nothing(package):
 @pytest.mark.integration
 def test_a_change_of_code_in_any_module_that_training_imports_is_seen(package):
     files = trained_by(package)
-    own_code = code._own_code.__wrapped__
-    seen = {own_code()}
+    seen = {digest()}
     # All imports are the same: it is enough to look for them once.
-    found = code.imported_files(code.ENTRY)
-    code_of = code.imported_files
-    code.imported_files = lambda entry: found
+    found = code.import_closure(ENTRY)
+    closure = code.import_closure
+    code.import_closure = lambda entry: found
     try:
         for path in files:
             path.write_text(path.read_text() + "\nADDED = 1\n")
-            seen.add(own_code())
+            seen.add(digest())
     finally:
-        code.imported_files = code_of
+        code.import_closure = closure
     assert len(seen) == len(files) + 1
 
 
@@ -117,7 +117,7 @@ def test_every_weightings_module_is_found(package):
     own = {kind.__module__ for kind in Weighting.registry.values()}
     files = {code._file_of(module) for module in own if module.startswith("weighmatch.")}
     assert len(files) >= 9
-    assert files <= code.imported_files(code.ENTRY)
+    assert files <= code.import_closure(ENTRY)
 
 
 @pytest.mark.integration
@@ -156,16 +156,16 @@ def test_nothing_that_python_imports_for_training_is_missed():
     files = {code._file_of(module) for module in run.stdout.split()}
     modules = {path for path in files if path.name != "__init__.py"}
     assert len(modules) > 25
-    assert modules <= code.imported_files(code.ENTRY)
+    assert modules <= code.import_closure(ENTRY)
 
 
 @pytest.mark.integration
 def test_imports_for_types_alone_do_not_count(package):
-    before = len(code.imported_files(code.ENTRY))
+    before = len(code.import_closure(ENTRY))
     path = package / "semisup" / "parts" / "losses.py"
     text = path.read_text()
     guarded = "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import weighmatch.cli\n"
     path.write_text(text + guarded)
-    assert len(code.imported_files(code.ENTRY)) == before
+    assert len(code.import_closure(ENTRY)) == before
     path.write_text(text + "def later():\n    import weighmatch.cli\n")
-    assert package / "cli.py" in code.imported_files(code.ENTRY)
+    assert package / "cli.py" in code.import_closure(ENTRY)

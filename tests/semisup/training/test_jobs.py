@@ -150,7 +150,7 @@ def test_a_failing_run_stops_the_others_and_names_itself(sets, run_config, tmp_p
 def test_an_edit_while_runs_go_on_splits_none(sets, run_config, tmp_path, monkeypatch):
     jobs = plan(("fixmatch",), sets, run_config())
     first = train_all(jobs, tmp_path)
-    monkeypatch.setattr("weighmatch.semisup.training.code._own_code", lambda: "another")
+    monkeypatch.setattr("weighmatch.code.code_digest", lambda module: "another")
     monkeypatch.setattr(Run, "train_steps", lambda *_: pytest.fail("trained again"))
     again = train_all(jobs, tmp_path)
     assert [run.seconds for run in again.values()] == [run.seconds for run in first.values()]

@@ -10,7 +10,7 @@ from weighmatch import arms
 from weighmatch.arms import SCHEDULES, Arm
 from weighmatch.semisup import TrainedRun, make_schedule
 from weighmatch.semisup.config import RunsConfig, require_effect
-from weighmatch.semisup.training.code import code_digest
+from weighmatch.semisup.training.code import training_code
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
 from weighmatch.semisup.weightings import Weighting
 from weighmatch.semisup.weightings.base import otsu_cut
@@ -129,18 +129,18 @@ def test_it_is_planned_and_trained_as_a_job(darkness, sets, run_config, tmp_path
 
 
 def test_the_digest_of_the_code_includes_its_module(darkness, monkeypatch):
-    before = code_digest()
+    before = training_code()
     module = sys.modules[Weighting.registry["darkness"].__module__]
     sources = {module: "x = 1"}
     monkeypatch.setattr("inspect.getsource", lambda m: sources[m])
-    first = code_digest()
+    first = training_code()
     sources[module] = "x = 1  # a remark"
-    assert code_digest() == first != before
+    assert training_code() == first != before
     sources[module] = "x = 2"
-    assert code_digest() != first
+    assert training_code() != first
     with monkeypatch.context() as changes:
         changes.delitem(Weighting.registry, "darkness")
-        assert code_digest() not in (before, first)
+        assert training_code() not in (before, first)
 
 
 def test_weightings_without_a_name_are_no_weightings_of_the_register():

@@ -1,6 +1,7 @@
 """Own images: a folder with some labelled images and a pile of others, as it is found."""
 
 import logging
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,11 +60,25 @@ class FolderParameters:
         if self.channels not in ("auto", 1, 3):
             raise ValueError(f"data.channels must be auto, 1 or 3, got {self.channels!r}")
         require_choice("data.fit", self.fit, FITS)
-        if not isinstance(self.background, str) or not self.background:
+        if not _is_colour(self.background):
             raise ValueError(
-                'data.background must be the name of a colour or "#rrggbb", got '
-                f"{self.background!r}"
+                f"data.background {self.background!r} is no colour; give a name such as white, or "
+                '"#rrggbb"'
             )
+
+
+def _is_colour(name: object) -> bool:
+    if not isinstance(name, str):
+        return False
+    if name in ("white", "black", "grey") or re.fullmatch("#[0-9a-fA-F]{6}", name):
+        return True
+    from PIL import ImageColor
+
+    try:
+        ImageColor.getrgb(name)
+    except ValueError:
+        return False
+    return True
 
 
 @register

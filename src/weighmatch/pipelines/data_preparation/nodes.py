@@ -132,8 +132,8 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
         "seed": seed,
         "classes": list(splits.class_names),
         "labelled": int(labelled.sum()),
-        "pool": _count(splits.pool),
-        "heldout": _count(splits.heldout),
+        "pool": _count(splits.pool, data),
+        "heldout": _count(splits.heldout, data),
         "test": 0 if splits.test_images is None else len(splits.test_images),
         "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
     }
@@ -149,12 +149,13 @@ def _level_labels(cells: list[dict[str, object]]) -> None:
         cell["labels_per_class"] = fewest[place]
 
 
-def _count(images: Unlabelled | None) -> dict[str, object]:
+def _count(images: Unlabelled | None, data: DataConfig) -> dict[str, object]:
     """Count unlabelled images, by kind where their kinds are known."""
     if images is None or images.kinds is None:
         return {"images": 0 if images is None else len(images.images)}
     total, counts = len(images.kinds), np.bincount(images.kinds, minlength=len(KIND_NAMES)).tolist()
-    by_kind = dict(zip(KIND_NAMES, counts, strict=True))
+    possible = ("id", *get_source(data.source).ood_kinds)
+    by_kind = {name: counts[KIND_NAMES.index(name)] for name in possible}
     return {"images": total, "id": counts[0], "ood": total - counts[0], "by_source": by_kind}
 
 

@@ -116,10 +116,11 @@ def affine(images: Tensor, matrices: Tensor, fill: float, mode: str = "bilinear"
     x = torch.arange(width, device=images.device, dtype=images.dtype) + 0.5
     y = torch.arange(height, device=images.device, dtype=images.dtype) + 0.5
     # Straight into [-1, 1], which grid_sample counts in.
-    size = matrices.new_tensor([width, height]).view(1, 2, 1)
-    scaled = 2 * matrices / size
+    # By numbers of the host: a tensor of them would make a GPU wait for its copy.
+    across, down = matrices.unbind(1)
+    scaled = torch.complex(2 * across / width, 2 * down / height)
     # Both coordinates as one complex number: they are added where they have to lie, side by side.
-    along_x, along_y, offset = torch.complex(*scaled.unbind(1)).unsqueeze(2).unbind(1)
+    along_x, along_y, offset = scaled.unsqueeze(2).unbind(1)
     columns, rows = along_x * x + (offset - complex(1, 1)), along_y * y
     grid = torch.view_as_real(columns.unsqueeze(1) + rows.unsqueeze(2))
     if fill == 0:

@@ -1,10 +1,10 @@
 """Running means, and the alignment of pseudo-labels' classes that rests on one."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from weighmatch.semisup.parts.state_file import State
 
 # Weight of the past: the last 100 batches or so, of runs of some thousand steps.
 DECAY = 0.99
@@ -30,11 +30,11 @@ class RunningMean:
         self.value.lerp_(vector, 1 - decay)
         self.seen += 1
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What a checkpoint needs to continue."""
         return {"value": self.value, "seen": self.seen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict`'s answer."""
         self.value.copy_(state["value"])
         self.seen = state["seen"]
@@ -60,11 +60,11 @@ class DistributionAlignment:
         """Count the predictions on a training batch, logits (n, classes)."""
         self.predicted.update(weak_logits.detach().softmax(dim=1).mean(dim=0))
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What a checkpoint needs to continue."""
         return self.predicted.state_dict()
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict`'s answer."""
         self.predicted.load_state_dict(state)
 

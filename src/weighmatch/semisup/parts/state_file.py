@@ -4,6 +4,7 @@ torch does not check what it reads: a flipped bit would give other weights witho
 """
 
 import hashlib
+import logging
 import os
 import sys
 from pathlib import Path
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
+# Nested dictionaries of tensors, numbers and strings: what a checkpoint holds of an object.
+State = dict[str, Any]
+
 
 class DamagedFileError(ValueError):
     """A file whose content is not what was written; the message names it and the cure."""
 
 
-def write_state(path: Path, state: dict[str, Any]) -> None:
+def write_state(path: Path, state: State) -> None:
     """Write nested containers of tensors, numbers and strings to `path`.
 
     Equal content gives equal bytes. Torch would put the name of a path into the archive, and would
@@ -31,7 +37,7 @@ def write_state(path: Path, state: dict[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def read_state(path: Path) -> dict[str, Any] | None:
+def read_state(path: Path) -> State | None:
     """What `write_state` wrote to `path`, on the CPU; None if there is no such file.
 
     Raises:
@@ -41,13 +47,27 @@ def read_state(path: Path) -> dict[str, Any] | None:
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        state: dict[str, Any] = saved["content"]
+        state: State = saved["content"]
         whole = saved["checksum"] == content_digest(state)
     except Exception as error:  # damaged files make torch raise almost anything
         raise _damaged(path) from error
     if not whole:
         raise _damaged(path)
     return state
+
+
+def read_if_whole(path: Path, otherwise: str) -> dict[str, Any] | None:
+    """What `read_state` gives; None, and a warning, where the file is damaged.
+
+    Args:
+        path: the file.
+        otherwise: what happens then, such as "it is made again".
+    """
+    try:
+        return read_state(path)
+    except DamagedFileError:
+        log.warning("%s is damaged or was not written by this program; %s", path, otherwise)
+        return None
 
 
 def _separate(value: Any) -> Any:

@@ -17,7 +17,8 @@ from torch import Tensor
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.training.code import code_digest
+from weighmatch.semisup.parts.state_file import State
+from weighmatch.semisup.training.code import training_code
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class TrainingSet:
         chosen.__dict__["images_fingerprint"] = self.images_fingerprint
         return chosen
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> State:
         state = dict(self.__dict__)
         images = self.unlabelled_images
         if _is_mapped(images):
@@ -124,7 +125,7 @@ class TrainingSet:
             state["unlabelled_images"] = place
         return state
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: State) -> None:
         self.__dict__.update(state)
         if isinstance(state["unlabelled_images"], tuple):
             name, dtype, offset, shape = state["unlabelled_images"]
@@ -164,7 +165,7 @@ class RunConfig:
     training: TrainingConfig
     schedule: Schedule = "online"
     rounds: int = 1
-    code: str = field(default_factory=code_digest)
+    code: str = field(default_factory=training_code)
 
     def __post_init__(self) -> None:
         arm = get_arm(self.arm)
@@ -195,12 +196,12 @@ class RunConfig:
             return 0
         return max(1, round(self.training.two_stages.first_share * self.steps))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> State:
         """Numbers, strings and containers of them."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> "RunConfig":
+    def from_dict(cls, content: State) -> "RunConfig":
         """The configuration that `to_dict` wrote."""
         return cls(**{**content, "training": TrainingConfig(**content["training"])})
 

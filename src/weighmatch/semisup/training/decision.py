@@ -1,4 +1,4 @@
-"""What decides how much of a ranking is kept, and which images: `decide(ranking, evidence)`."""
+"""What decides how much of a ranking is kept, and which images: `decide`."""
 
 import math
 import warnings

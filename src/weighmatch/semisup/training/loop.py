@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +27,7 @@ from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
 from weighmatch.semisup.parts.networks import build_classifier
 from weighmatch.semisup.parts.running import DistributionAlignment
-from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.state_file import State, read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.training.batches import Batch, Batches
@@ -40,7 +39,6 @@ from weighmatch.semisup.training.config import (
 )
 from weighmatch.semisup.training.log import Entry, RunLog
 from weighmatch.semisup.weightings import Context, Weighting
-from weighmatch.semisup.weightings.base import State
 
 log = logging.getLogger(__name__)
 
@@ -83,9 +81,6 @@ class Run:
         start: parameters of the classifier to begin with; None: the seed's.
         until: the step that a checkpoint may not be beyond; None: the last.
         earlier: another folder to look for a checkpoint of this very run in.
-
-    Raises:
-        DamagedFileError: if `directory` holds a damaged checkpoint.
     """
 
     def __init__(
@@ -144,7 +139,7 @@ class Run:
         )
         self.step, self.seconds = 0, 0.0
         self.updates, self.update_seconds = 0, 0.0
-        self.halvings = 0
+        self.halvings, self.updates_skipped = 0, 0
         count = self.training.snapshots
         self._snapshot_steps = {round((k + 1) * config.steps / count) for k in range(count)}
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
@@ -200,7 +195,8 @@ class Run:
         if not self._is_finite(entries, before):
             self._go_back()
             return self.step - before
-        self.log.add(entries, step=self.step, seconds=round(self.seconds, 3))
+        counted = {"updates_skipped": float(self.updates_skipped)} if self.updates_skipped else {}
+        self.log.add(entries, step=self.step, seconds=round(self.seconds, 3), **counted)
         done = self.step >= self.config.steps
         every = self.training.checkpoint_every
         if done or self.step // every > before // every:
@@ -233,12 +229,10 @@ class Run:
     def _go_back(self) -> None:
         """Return to the last checkpoint, or the start, with half of the learning rate."""
         halvings, seconds = self.halvings + 1, self.seconds
-        if self.saved is None:
-            self._restore(self._initial)
-        else:
-            state = read_state(self.directory / CHECKPOINT)
-            assert state is not None
-            self._restore(state)
+        state = None
+        if self.saved is not None:
+            state = read_if_whole(self.directory / CHECKPOINT, "the run goes back further")
+        self._restore(self._initial if state is None else state)
         self.halvings, self.seconds = halvings, seconds
 
     def _train_step(self, batch: Batch) -> Entry:
@@ -275,12 +269,27 @@ class Run:
         due = self.step % self.training.weighting.interval == 0
         if self._weighs() and due and bool(torch.isfinite(loss.detach())):
             started = time.perf_counter()
-            entry.update(self.weighting.update(self.classifier))
+            found = self.weighting.try_update(self.classifier)
+            if found is None:
+                self._warn_of_skipped()
+            entry.update(found or {})
             self.updates += 1
             self.update_seconds += time.perf_counter() - started
         if self.step in self._snapshot_steps and self.with_pool:
             self._record_pool()
         return entry
+
+    def _warn_of_skipped(self) -> None:
+        """Count an update that was skipped, and say so the first time."""
+        self.updates_skipped += 1
+        if self.updates_skipped == 1:
+            log.warning(
+                "%s, seed %d: at step %d an update of the weights met numbers that are not finite "
+                "and was skipped; the log counts those that are (updates_skipped)",
+                self.config.arm,
+                self.config.seed,
+                self.step,
+            )
 
     def _logits(self, images: Tensor) -> Tensor:
         """Logits by the precision of training, given in single precision."""
@@ -384,7 +393,7 @@ class Run:
             earlier: where to look for one if the run's own folder has none.
         """
         for folder in (self.directory, earlier):
-            state = read_state(folder / CHECKPOINT)
+            state = read_if_whole(folder / CHECKPOINT, "what it held is trained again")
             if state is None or state["fingerprint"] != self.fingerprint:
                 continue
             if state["step"] <= until:
@@ -399,11 +408,11 @@ class Run:
 
 CHECKPOINT = "checkpoint.pt"
 # What a checkpoint repeats of a run: numbers, and parts that have a state.
-_NUMBERS = ("step", "seconds", "updates", "update_seconds", "halvings")
+_NUMBERS = ("step", "seconds", "updates", "updates_skipped", "update_seconds", "halvings")
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
 
 
-def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[State]:
     """Groups for an optimiser in which kernels decay, and biases and norms do not.
 
     That is FixMatch's own choice (Sohn et al., 2020, its code).

@@ -1,8 +1,8 @@
 """Ranking the pool between stages and rounds.
 
 Arms with a head fit it to the features of a trained averaged classifier, which stays as it is: it
-tells near OOD apart where a network on the image alone does not. Other arms rank by what they
-weigh by. `decision` says how much of the ranking is kept, without any truth.
+tells near OOD apart where a network on the image alone does not. Other arms rank by the
+criterion of their weighting. `decision` says how much of the ranking is kept, without any truth.
 """
 
 from collections.abc import Callable
@@ -64,12 +64,16 @@ def rank_pool(
         measured: influences of the pool's images, for the head of an arm that measures them.
         data: labelled images, and the pool (N, C, H, W).
         config: what defines the whole run; `training.ranking` says how the head is fitted.
+
+    Raises:
+        FloatingPointError: if a score is not finite.
     """
     kind = Weighting.kind(config.row.weighting)
     if kind.ranks_by_head:
         return _rank_by_head(run, measured if kind.measures_rounds else None, data, config)
-    found = run.score(data.pool, pick_device(config.training.device))
+    found = run.score_unchecked(data.pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
+    _require_finite(scores)
     classes = torch.from_numpy(found.probabilities.argmax(axis=1))
     decision = decide_by_cut(scores, classes, config.classes, cut)
     return Ranking(scores, decision.cut, decision.kept, None)
@@ -88,6 +92,7 @@ def _rank_by_head(
         pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
         head.standardise(parts)
         scores = torch.sigmoid(head.combine(parts))
+        _require_finite(scores)
         likely = torch.sigmoid(parts[:, 0])
     # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
     evidence = Evidence(
@@ -98,6 +103,13 @@ def _rank_by_head(
     )
     decision = decide(scores, pseudo_classes, config.classes, evidence)
     return Ranking(scores, decision.cut, decision.kept, head.state_dict())
+
+
+def _require_finite(scores: Tensor) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise FloatingPointError(
+            "the scores of the pool are not finite; lower training.learning_rate"
+        )
 
 
 def _criterion(kind: type[Weighting], run: TrainedRun, found: Tensor) -> tuple[Tensor, float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
 from weighmatch.semisup.parts.augmentation import Augmentation
-from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
@@ -174,7 +174,7 @@ def _rank(
     """The ranking of an earlier call for the same run or a new one, and the seconds it took."""
     path = folder / "ranking.pt"
     run = fingerprint(config, data, trained.classifier.state_dict())
-    known = read_state(path)
+    known = read_if_whole(path, "the pool is ranked again")
     if known is not None and known["fingerprint"] == run:
         measured = known["measured"]
         return (

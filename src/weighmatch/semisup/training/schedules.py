@@ -7,7 +7,7 @@ from typing import ClassVar, Protocol
 
 from weighmatch.arms import Schedule as ScheduleName
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.semisup.parts.state_file import DamagedFileError, read_state, write_state
+from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
 from weighmatch.semisup.training.online import Progress, train_online
 from weighmatch.semisup.training.rounds import train_in_rounds
@@ -52,8 +52,8 @@ class Fit:
             progress: called with the number of steps done since the last call.
 
         Raises:
-            FloatingPointError: if a loss is no longer finite.
-            DamagedFileError: if `folder` holds a damaged checkpoint.
+            FloatingPointError: if a loss or a parameter is not finite, also after the learning rate
+                was halved three times.
             ValueError: if a label is none of the classes.
         """
         self.config.check_labels(data)
@@ -77,11 +77,7 @@ class Fit:
     def read(self, data: TrainingSet, folder: Path) -> TrainedRun | None:
         """The finished run in `folder`, or None if there is none, or one of something else."""
         path = folder / "run.pt"
-        try:
-            state = read_state(path)
-        except DamagedFileError as error:
-            log.warning("%s; it is made again from its checkpoints", error)
-            return None
+        state = read_if_whole(path, "it is made again from its checkpoints")
         if state is None or state.get("fingerprint") != fingerprint(self.config, data):
             return None
         return TrainedRun.from_state(state["run"])

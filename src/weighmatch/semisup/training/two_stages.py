@@ -1,6 +1,6 @@
 """The schedule two_stages: learn what the pool's images are worth, freeze it, train on the best.
 
-1. The arm trains online, for a share of the steps.
+1. The arm trains online, for `first_share` times the steps of the second stage.
 2. The pool is ranked (`ranking`).
 3. FixMatch trains from the start on what was kept: batches are drawn by weight, 1 or 0, instead of
    weighing losses of images that hardly count.
@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
-from weighmatch.semisup.parts.state_file import read_state, write_state
+from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
 from weighmatch.semisup.training.loop import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
@@ -59,7 +59,7 @@ def train_in_two_stages(
 def _rank(first: TrainedRun, data: TrainingSet, config: RunConfig, folder: Path) -> Ranking:
     """The ranking of an earlier call for the same run, or a new one."""
     path, run = folder / "ranking.pt", fingerprint(config, data)
-    state = read_state(path)
+    state = read_if_whole(path, "the pool is ranked again")
     if state is not None and state["fingerprint"] == run:
         return Ranking(**state["ranking"])
     with algorithms(config.training.deterministic):

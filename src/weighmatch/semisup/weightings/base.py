@@ -5,6 +5,8 @@ A weighting gives each unlabelled image of a batch a weight. Weights have mean 1
 switch it off.
 """
 
+import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
 from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.weightings.meter import InfluenceMeter
@@ -28,7 +31,6 @@ BELOW_CUT = 0.05
 # that is no larger keeps these scores until the next update.
 POOL_SAMPLE = 2048
 
-State = dict[str, Any]
 Features = Callable[[], Tensor]
 
 
@@ -146,8 +148,24 @@ class Weighting(ABC):
         return mean_one(self.scores(weak, pseudo, indices))
 
     def update(self, classifier: Classifier) -> dict[str, float]:
-        """Learn from the classifier as it stands; returns what is worth logging."""
+        """Learn from the classifier as it stands; returns what is worth logging.
+
+        Raises:
+            FloatingPointError: if a number is not finite, of which nothing can be learned.
+        """
         return {}
+
+    def try_update(self, classifier: Classifier) -> dict[str, float] | None:
+        """`update`, or None where a number was not finite: then nothing is changed."""
+        before = copy.deepcopy(self.state_dict())
+        try:
+            log = self.update(classifier)
+            if is_finite(self.state_dict()):
+                return log
+        except FloatingPointError:
+            pass
+        self.load_state_dict(before)
+        return None
 
     def state_dict(self) -> State:
         """What a checkpoint needs to continue."""
@@ -169,6 +187,29 @@ class Weighting(ABC):
         if size <= POOL_SAMPLE:
             return torch.arange(size)
         return self.context.streams.draw(size, POOL_SAMPLE, "sample for the cut")
+
+
+def is_finite(state: State) -> bool:
+    """Whether all tensors of nested containers are finite, and no number is NaN."""
+    tensors: list[Tensor] = []
+    waiting: list[Any] = [state]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.numel():
+                tensors.append(value)
+        elif isinstance(value, dict):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+        elif isinstance(value, float) and math.isnan(value):  # a cut may be infinite
+            return False
+    # One number a device tells of all tensors there, so that it is waited for once.
+    devices = {tensor.device for tensor in tensors}
+    return all(
+        bool(torch.stack([torch.isfinite(t).all() for t in tensors if t.device == device]).all())
+        for device in devices
+    )
 
 
 def confidence_weights(scores: Tensor, cut: float | None) -> Tensor:

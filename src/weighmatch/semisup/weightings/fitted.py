@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from weighmatch.semisup.parts.networks import ConfidenceNetwork
+from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.streams import derive_seed
-from weighmatch.semisup.weightings.base import Context, Features, State, Weighting, otsu_cut
+from weighmatch.semisup.weightings.base import Context, Features, Weighting, otsu_cut
 
 
 class FittedWeighting(Weighting):

@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weighmatch.semisup.parts.networks import Classifier
-from weighmatch.semisup.weightings.base import Context, Features, State, Weighting
+from weighmatch.semisup.parts.state_file import State
+from weighmatch.semisup.weightings.base import Context, Features, Weighting
 
 # Inlier probability below which an image counts as an outlier (OpenMatch).
 INLIER_CUT = 0.5

@@ -1,6 +1,6 @@
 """The learned weighting: a Confidence Network trained by implicit meta-learning.
 
-One update, at classifier parameters θ (docs/method.md):
+One update, at classifier parameters θ (docs/method.md, From hypergradient to weights):
 
 1. g = ∇_θ L_outer on strongly augmented labelled images.
 2. v ≈ (C + δI)⁻¹ g, C the Gauss-Newton matrix of the weighted FixMatch loss.
@@ -22,7 +22,10 @@ from weighmatch.semisup.weightings.meter import InfluenceMeter
 
 
 class Learned(ImageWeighting):
-    """Weights that lower the loss on labelled images."""
+    """Weights that lower the loss on labelled images.
+
+    Stages and rounds rank by a head on the classifier's features instead (`weightings.head`).
+    """
 
     name = "learned"
     lowers_outer_loss = True

@@ -1,4 +1,4 @@
-"""Weights from the pseudo-label's own confidence."""
+"""Weights from the classifier's own confidence."""
 
 from torch import Tensor
 
@@ -6,7 +6,7 @@ from weighmatch.semisup.weightings.base import Features, Weighting
 
 
 class MaxProbability(Weighting):
-    """The weight is the confidence of the pseudo-label."""
+    """The weight is the classifier's confidence, before any alignment of the pseudo-label."""
 
     name = "max_probability"
 

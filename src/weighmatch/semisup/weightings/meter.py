@@ -1,12 +1,13 @@
 """The influence of unlabelled images on the loss on labelled ones.
 
 The influence of image i is s_i = ⟨∇_θ m_i CE_i, v⟩ with v ≈ (C + δI)⁻¹ ∇_θ L_outer: what one more
-unit of weight on it takes off the outer loss (docs/method.md; design, equation of dL_outer/dφ).
+unit of weight on it takes off the outer loss (docs/method.md, The hypergradient).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +33,14 @@ from weighmatch.semisup.parts.losses import (
     pseudo_label,
 )
 from weighmatch.semisup.parts.networks import Classifier, WithFeatures
+from weighmatch.semisup.parts.state_file import State
 
 if TYPE_CHECKING:
     from weighmatch.semisup.weightings.base import Context
 
 # Updates between two Lanczos runs for λ_max, and the products of one.
 PROBE_EVERY, PROBE_PRODUCTS = 10, 6
+NOT_FINITE = "a gradient, the curvature or an influence is not finite; lower training.learning_rate"
 
 
 class Views(NamedTuple):
@@ -146,10 +149,14 @@ class InfluenceMeter:
         return self.context.training.influence
 
     def measure(self, classifier: Classifier) -> dict[str, float]:
-        """Measure one batch of the pool at `classifier`; returns what is worth logging."""
+        """Measure one batch of the pool at `classifier`; returns what is worth logging.
+
+        Raises:
+            FloatingPointError: if a gradient, the curvature or an influence is not finite.
+        """
         views = self.draw_views(classifier)
         solution = self.solve(classifier, views)
-        influence = self.influence(classifier, views, solution.value)
+        influence = require_finite(self.influence(classifier, views, solution.value))
         self.measured.remember(views.indices, influence, self.config.memory)
         self.updates += 1
         return {
@@ -165,6 +172,9 @@ class InfluenceMeter:
             classifier: at the end of training.
             trained: indices of the pool images that it was trained on, for the curvature.
             images: indices of those to measure.
+
+        Raises:
+            FloatingPointError: if a gradient, the curvature or an influence is not finite.
         """
         size = self.config.curvature_batch
         drawn = trained[self.context.streams.draw(len(trained), size, "influence batch")]
@@ -174,7 +184,7 @@ class InfluenceMeter:
             # Images that do not reach τ yet are ranked as well.
             whole = replace(views.pseudo, mask=torch.ones_like(views.pseudo.mask))
             views = views._replace(pseudo=whole)
-            influence = self.influence(classifier, views, solution.value)
+            influence = require_finite(self.influence(classifier, views, solution.value))
             self.measured.remember(views.indices, influence, self.config.memory)
 
     def draw_views(self, classifier: Classifier) -> Views:
@@ -206,9 +216,13 @@ class InfluenceMeter:
         return torch.cat([g.reshape(-1) for g in gradient])
 
     def solve(self, classifier: Classifier, views: Views) -> Solution:
-        """V ≈ (C + δI)⁻¹ ∇_θ L_outer at the classifier's parameters."""
+        """V ≈ (C + δI)⁻¹ ∇_θ L_outer at the classifier's parameters.
+
+        Raises:
+            FloatingPointError: if the gradient or the curvature is not finite.
+        """
         context = self.context
-        rhs = self.outer_gradient(classifier)
+        rhs = require_finite(self.outer_gradient(classifier))
         params = parameters_of(classifier)
         n = min(self.config.curvature_batch, len(views.strong))
         noise = context.streams["augmentation for the outer loss"]
@@ -225,8 +239,14 @@ class InfluenceMeter:
         )
         if self.updates % PROBE_EVERY == 0:
             _, self.largest_eigenvalue = extreme_eigenvalues(curvature, products=PROBE_PRODUCTS)
+        if not math.isfinite(self.largest_eigenvalue):
+            raise FloatingPointError(NOT_FINITE)
         state = {"largest_eigenvalue": self.largest_eigenvalue}
-        return self._method().solve(curvature, rhs, state)
+        solution = self._method().solve(curvature, rhs, state)
+        # A method that meets such a product gives its best iterate, which may be none.
+        if solution.status == "diverged" and not bool(solution.value.any()):
+            raise FloatingPointError(NOT_FINITE)
+        return solution
 
     def _method(self) -> Method:
         config = self.config
@@ -261,18 +281,29 @@ class InfluenceMeter:
             return influence
         return influence / head_gradient_norm(logits.softmax(dim=1), views.pseudo.labels, features)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """What a checkpoint needs to continue."""
         numbers = {"updates": self.updates, "largest_eigenvalue": self.largest_eigenvalue}
         return {**numbers, **vars(self.measured)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Continue from `state_dict`'s answer."""
         self.updates = state["updates"]
         self.largest_eigenvalue = state["largest_eigenvalue"]
         names = vars(self.measured)
         measured = Measured(**{name: state[name] for name in names})
         self.measured = measured.to(self.context.pool.device)
+
+
+def require_finite(value: Tensor) -> Tensor:
+    """The tensor.
+
+    Raises:
+        FloatingPointError: if it holds NaN or infinity.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise FloatingPointError(NOT_FINITE)
+    return value
 
 
 def head_gradient_norm(probabilities: Tensor, labels: Tensor, features: Tensor) -> Tensor:

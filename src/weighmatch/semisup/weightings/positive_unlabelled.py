@@ -12,8 +12,9 @@ class PositiveUnlabelled(ImageWeighting):
 
     Labelled images are positives, the whole pool negatives, both strongly augmented so that the
     few labelled ones are not learned by heart. The odds rank unlabelled images by how much they
-    look like labelled ones. The control for learned weights: it uses no classifier and no
-    hypergradient.
+    look like labelled ones. It is the control for learned weights: online it uses neither the
+    trained classifier nor a hypergradient. Stages and rounds rank by a head on the classifier's
+    features instead (`weightings.head`), without a hypergradient there too.
     """
 
     name = "positive_unlabelled"

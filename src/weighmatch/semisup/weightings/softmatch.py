@@ -5,7 +5,8 @@ from torch import Tensor
 
 from weighmatch.semisup.parts.losses import PseudoLabels
 from weighmatch.semisup.parts.running import RunningMean
-from weighmatch.semisup.weightings.base import Context, Features, State, Weighting
+from weighmatch.semisup.parts.state_file import State
+from weighmatch.semisup.weightings.base import Context, Features, Weighting
 
 # The Gaussian's standard deviation is that of the confidences over this (the authors' code).
 SIGMAS = 2.0

@@ -7,7 +7,7 @@ from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.weightings.base import Context, Features
 from weighmatch.semisup.weightings.fitted import FittedWeighting
-from weighmatch.semisup.weightings.meter import InfluenceMeter
+from weighmatch.semisup.weightings.meter import InfluenceMeter, require_finite
 
 
 class SoftmaxNetwork(nn.Module):
@@ -53,7 +53,7 @@ class SoftmaxWeights(FittedWeighting):
         assert self.meter is not None
         views = self.meter.draw_views(classifier)
         direction = self.meter.outer_gradient(classifier)
-        influence = self.meter.influence(classifier, views, direction, cosine=False)
+        influence = require_finite(self.meter.influence(classifier, views, direction, cosine=False))
         target = influence / influence.square().mean().sqrt().clamp(min=1e-12)
         config = self.context.training.weighting
         probabilities = views.pseudo.logits.softmax(dim=1)

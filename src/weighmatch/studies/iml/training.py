@@ -28,6 +28,9 @@ from weighmatch.studies.iml.settings import Training
 from weighmatch.studies.minimise import minimise
 from weighmatch.studies.problems import BilevelProblem
 
+# A row of the table of steps: a value by the name of its column.
+Row = dict[str, Any]
+
 # Inner losses, and outer ones, beyond which a run counts as diverged.
 DIVERGED_LOSS = 50.0
 # Largest entry of the inner gradient at which retraining stops: it is for test accuracy alone.
@@ -39,7 +42,7 @@ def train(
     training: Training,
     seed: int,
     reference: BilevelProblem | None = None,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Train, and say before every outer step where it is.
 
     Args:
@@ -59,7 +62,7 @@ def train(
         other numbers.
     """
     learner = _Learner(problem, training, seed, reference or problem)
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for outer_step in range(training.outer_steps + 1):
         learner.train_on()
         row = {"outer_step": outer_step, **learner.place()}
@@ -149,7 +152,7 @@ class _Learner:
         problem.network.eval()
         return Descent(params, velocity, history, moment, inner.taken + training.inner_steps)
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> Row:
         """Where it is, after the last update was taken back if it led too far."""
         where, rejected = self._losses(), False
         if self.kept is not None and self.training.backtrack is not None:
@@ -164,7 +167,7 @@ class _Learner:
         self.least_outer_loss = min(self.least_outer_loss, where.get("outer_loss", math.inf))
         return {"cost": self.cost, **where, "rejected": rejected}
 
-    def update(self, outer_step: int, row: dict[str, Any]) -> None:
+    def update(self, outer_step: int, row: Row) -> None:
         """A step of φ along the hypergradient; `row` gets what is known of it."""
         problem, training = self.problem, self.training
         if training.renew > 0 and outer_step % training.renew == 0:
@@ -213,7 +216,7 @@ class _Learner:
             largest = largest_eigenvalue(self.problem.hessian(params, self.hyper))
         return max(largest, 1e-3) if math.isfinite(largest) else math.nan
 
-    def _losses(self) -> dict[str, Any]:
+    def _losses(self) -> Row:
         """Losses and accuracy at θ."""
         problem, params = self.problem, self.inner.params
         problem.network.eval()

@@ -1,0 +1,204 @@
+"""Kedro's hooks that lock a job, keep records of its files and check them before they are read."""
+
+import logging
+import threading
+from collections.abc import Iterable
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from pkgutil import iter_modules
+from typing import Any
+
+from kedro.framework.hooks import hook_impl
+from kedro.io import CatalogProtocol
+from kedro.pipeline import Pipeline
+from kedro.pipeline.node import Node
+
+from weighmatch import pipelines
+from weighmatch.code import code_digest
+from weighmatch.hooks import RefusedError
+from weighmatch.io.files import UnfitFileError, remove_orphans
+from weighmatch.io.lock import HeldError, Lock, Locks
+from weighmatch.io.provenance import (
+    Record,
+    Records,
+    digest_of,
+    files_of,
+    place_of,
+    require_together,
+    require_whole,
+)
+
+log = logging.getLogger(__name__)
+
+Catalog = CatalogProtocol[Any, Any]
+# They say where things lie, and not what they are.
+PLACES = ("params:run_folder", "params:record_folder")
+
+
+class KeepsFilesWhole:
+    """One run at a time writes to the outputs of a pipeline, and what is read is whole."""
+
+    def __init__(self) -> None:
+        self._locks = Locks()
+        self._thread = threading.Lock()
+        self._catalog: Catalog | None = None
+        self._records = Records(Path())
+        self._parameters: dict[str, str] = {}
+
+    # --- the run ------------------------------------------------------------------------------
+
+    @hook_impl(trylast=True)
+    def before_pipeline_run(
+        self, run_params: dict[str, Any], pipeline: Pipeline, catalog: Catalog
+    ) -> None:
+        """Lock what the run writes to, remove what killed runs left, and check what it reads.
+
+        Raises:
+            RefusedError: if another run holds a lock, or the files are not whole or do not belong
+                together.
+        """
+        project = Path(run_params["project_path"])
+        self._catalog = catalog
+        self._records = Records(project / str(catalog.load("params:record_folder")))
+        self._parameters = {
+            name: digest_of(repr(catalog.load(name)))
+            for name in pipeline.inputs()
+            if name.startswith("params:") and name not in PLACES
+        }
+        self._lock(pipeline, project / str(catalog.load("params:run_folder")))
+        try:
+            names = sorted(name for name in pipeline.inputs() if self._has_files(name))
+            for name in names:
+                self._require_whole(name)
+            self._require_together(names, pipeline.all_outputs())
+        except BaseException:
+            self._locks.release()
+            raise
+
+    @hook_impl
+    def after_pipeline_run(self) -> None:
+        """Give the locks back."""
+        self._locks.release()
+
+    @hook_impl
+    def on_pipeline_error(self) -> None:
+        """Give the locks back."""
+        self._locks.release()
+
+    def _lock(self, pipeline: Pipeline, run_folder: Path) -> None:
+        writers = [n for n in pipeline.nodes if any(map(self._has_files, n.outputs))]
+        paths = {self._records.folder / f"{pipeline_of(node)}.lock" for node in writers}
+        # A folder of runs may be that of several jobs.
+        runs = {
+            run_folder / f"{pipeline_of(node)}.lock"
+            for node in writers
+            if "params:run_folder" in node.inputs
+        }
+        try:
+            self._locks.take([*paths, *runs])
+        except HeldError as error:
+            names = ", ".join(sorted({pipeline_of(node) for node in writers}))
+            raise RefusedError(
+                f"another run writes to what this one writes to ({names} of the job "
+                f"{self._records.folder.name}): {error}; wait for its end, or choose another "
+                "folder with --params data_folder=…"
+            ) from error
+        folders = {self._records.folder / pipeline_of(node) for node in writers}
+        for name in {name for node in writers for name in node.outputs}:
+            place = self._place(name)
+            if place is not None:
+                folders.add(place if place.is_dir() else place.parent)
+        orphans = remove_orphans([*folders, *([run_folder] if runs else [])])
+        if orphans:
+            log.info("removed %d unfinished files that killed runs left", len(orphans))
+
+    # --- datasets -----------------------------------------------------------------------------
+
+    @hook_impl
+    def before_dataset_loaded(self, dataset_name: str) -> None:
+        """Check that the files of the dataset are whole.
+
+        Raises:
+            RefusedError: that names a missing or damaged file.
+        """
+        if self._has_files(dataset_name):
+            self._require_whole(dataset_name)
+
+    @hook_impl
+    def before_node_run(self, node: Node) -> None:
+        """Check that the inputs of the node belong together.
+
+        Raises:
+            RefusedError: that says which pipelines to run.
+        """
+        self._require_together([name for name in node.inputs if self._has_files(name)], ())
+
+    @hook_impl
+    def after_dataset_saved(self, dataset_name: str, node: Node) -> None:
+        """Keep a record of the dataset's files and of what it was made from."""
+        if self._catalog is None or not self._has_files(dataset_name):
+            return
+        inputs, ancestors = {}, {}
+        for name in node.inputs:
+            record = self._records.read(name) if self._has_files(name) else None
+            if record is not None:
+                inputs[name] = record.digest
+                ancestors.update(record.ancestors)
+        self._records.write(
+            Record(
+                dataset_name,
+                pipeline_of(node),
+                node.name,
+                files_of(self._catalog.get(dataset_name)),
+                {name: self._parameters[name] for name in node.inputs if name in self._parameters},
+                _code_of(node.func.__module__),
+                inputs,
+                {**ancestors, **inputs},
+            )
+        )
+
+    def _place(self, name: str) -> Path | None:
+        return None if self._catalog is None else place_of(self._catalog.get(name))
+
+    def _has_files(self, name: str) -> bool:
+        return not name.startswith("params:") and self._place(name) is not None
+
+    def _require_whole(self, name: str) -> None:
+        assert self._catalog is not None
+        try:
+            require_whole(self._catalog.get(name), self._records.read(name))
+        except UnfitFileError as error:
+            pipeline = _maker_of(name)
+            lock = Lock(self._records.folder / f"{pipeline}.lock")
+            holder = lock.holder()
+            if holder is not None and lock.path not in self._locks.paths:
+                raise RefusedError(
+                    f"{name} is being written by another run ({holder}); wait for its end"
+                ) from error
+            raise RefusedError(f"{error}; run the pipeline {pipeline}") from error
+
+    def _require_together(self, names: Iterable[str], remade: Iterable[str]) -> None:
+        try:
+            require_together(names, self._records, set(remade))
+        except UnfitFileError as error:
+            raise RefusedError(str(error)) from error
+
+
+def pipeline_of(node: Node) -> str:
+    """The name of the pipeline that a node is part of: the last part of its namespace."""
+    return (node.namespace or node.name).rpartition(".")[2]
+
+
+@lru_cache
+def _code_of(module: str) -> str:
+    return code_digest(module)
+
+
+def _maker_of(dataset: str) -> str:
+    """The name of the pipeline that makes a dataset; a run by names knows no other pipelines."""
+    for module in iter_modules(pipelines.__path__):
+        package = import_module(f"{pipelines.__name__}.{module.name}")
+        if dataset in package.create_pipeline().all_outputs():
+            return module.name
+    return "that makes it"
