@@ -154,7 +154,7 @@ def fit(
     splits = data.splits
     recipe: Any = get_source("folder").recipe(data.config)
     given = merge_groups(recipe["training"], dict(training or {}))
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,

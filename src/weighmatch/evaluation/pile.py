@@ -95,7 +95,7 @@ def judge_pile(
             if len(both):
                 found[other.name] = paired_difference(both[:, 0] - both[:, 1], overlap)
     means = {
-        name: float(rows["accuracy"].mean()) / 100
+        str(name): float(rows["accuracy"].mean()) / 100
         for name, rows in scores.groupby("arm")
         if rows["accuracy"].notna().any()
     }
