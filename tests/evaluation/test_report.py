@@ -233,19 +233,7 @@ def test_the_page_begins_with_the_verdict_on_the_pile_and_shows_the_recipe():
     }
     manifest = {**MANIFEST, "recipe": {"training": {"steps": 1500, "influence": {"damping": 0.1}}}}
     names = "accuracy differences weights auroc calibration gallery ihvp samples"
-    pictures = dict.fromkeys(
-        (
-            "accuracy",
-            "differences",
-            "weights",
-            "auroc",
-            "calibration",
-            "gallery",
-            "ihvp",
-            "samples",
-        ),
-        b"",
-    )
+    pictures = dict.fromkeys(names.split(), b"")
     html = render_report({**found, "pile": pile}, arm_table(runs), study(), manifest, pictures)
     assert html.index("The pile helped &amp; more.") < html.index(found["verdict"][:20])
     assert "<li>Label more cats.</li>" in html
