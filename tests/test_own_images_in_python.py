@@ -69,6 +69,23 @@ def test_a_finished_run_is_read_again(own, tmp_path, monkeypatch):
     pd.testing.assert_frame_equal(first.ranking, second.ranking)
 
 
+SCRIPT = """
+import sys
+from weighmatch import Folder
+from weighmatch.data import files
+files.MANY_FILES = 1
+print("read", len(Folder(sys.argv[1]).splits.labels), __file__, __spec__)
+"""
+
+
+def test_a_script_needs_no_guard_for_the_processes_that_read_files(own, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT)
+    command = [sys.executable, str(tmp_path / "script.py"), str(own.root)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["read", "20", str(tmp_path / "script.py"), "None"]
+
+
 def test_mistakes_are_one_sentence(own, tmp_path):
     with pytest.raises(ValueError, match="does not exist; give the folder of your images"):
         Folder(tmp_path / "nowhere")
