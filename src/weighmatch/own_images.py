@@ -8,7 +8,9 @@ run.score(images)
 run.save("run.pt")
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +39,22 @@ from weighmatch.streaming import Preparation, rank_folder
 SEED = 10
 
 
+@contextmanager
+def _script_not_run_again() -> Iterator[None]:
+    """Let processes start that do not run the caller's script, which needs no guard then."""
+    main: Any = sys.modules["__main__"]
+    hidden = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    main.__file__ = main.__spec__ = None
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            if value is None and name == "__file__":
+                del main.__file__
+            else:
+                setattr(main, name, value)
+
+
 class Folder:
     """A folder of own images: `labelled/<class>/…` and `unlabelled/…`, or with metadata.csv.
 
@@ -63,7 +81,8 @@ class Folder:
     def splits(self) -> Splits:
         """All labelled images and the pool; the files are read at the first call."""
         source = get_source("folder")
-        raw = source.load_cached(self.config, default_cache() / "images")
+        with _script_not_run_again():
+            raw = source.load_cached(self.config, default_cache() / "images")
         splits = source.draw_all(raw, self.config)
         rejected = [(one.path, one.reason) for one in source.rejected(raw, self.config)]
         self._rejected = pd.DataFrame(rejected, columns=["path", "reason"])
@@ -120,7 +139,8 @@ class FittedRun:
 
     def rank(self, root: str | Path, folder: str | Path) -> pd.DataFrame:
         """Rank another folder of images; `folder` gets the ranking and a gallery."""
-        rank_folder(self.trained, root, Path(folder), self.preparation)
+        with _script_not_run_again():
+            rank_folder(self.trained, root, Path(folder), self.preparation)
         return pd.read_parquet(Path(folder) / "ranking.parquet")
 
     def save(self, path: str | Path) -> None:
@@ -154,7 +174,7 @@ def fit(
     splits = data.splits
     recipe: Any = get_source("folder").recipe(data.config)
     given = merge_groups(recipe["training"], dict(training or {}))
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,

@@ -81,8 +81,9 @@ def judge_pile(
     Returns:
         `verdict`, a sentence or two with the interval; `primary` and `secondary`, the comparisons
         behind it, or None; `useful`, how much of the pile is kept, with a `sentence`;
-        `test_images_needed`, how many would settle the first, or None; `temperature`; and
-        `advice`, the three things that would help most.
+        `test_images_needed`, how many would settle the first, or None; `temperature`; `files`,
+        how many were `rejected` and are `copies`; and `advice`, the three things that would help
+        most.
     """
     scores = run_scores.merge(run_scores[list(CELL)].head(1))
     mine = accuracies(scores).get((run["arm"], run["schedule"]))
@@ -95,7 +96,7 @@ def judge_pile(
             if len(both):
                 found[other.name] = paired_difference(both[:, 0] - both[:, 1], overlap)
     means = {
-        name: float(rows["accuracy"].mean()) / 100
+        str(name): float(rows["accuracy"].mean()) / 100
         for name, rows in scores.groupby("arm")
         if rows["accuracy"].notna().any()
     }
@@ -112,6 +113,7 @@ def judge_pile(
         "useful": useful,
         "test_images_needed": needed,
         "temperature": lists.temperature,
+        "files": {"rejected": len(lists.rejected), "copies": _copies(lists)},
         "advice": _advise(lists, needed),
     }
 
@@ -239,7 +241,7 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
             f"Repair or remove {_count(len(lists.rejected), 'file')} that could not be used "
             "(rejected_files.csv)."
         )
-    copies = sum(path != "" for path in copies_of(lists.files))
+    copies = _copies(lists)
     if copies:
         found.append(
             f"{_count(copies, 'file')} of those used {'is a copy' if copies == 1 else 'are copies'}"
@@ -255,6 +257,10 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
     if left:
         found.append(f"Look through {_count(left, 'image')} that were left out (gallery.html).")
     return found[:ADVICE]
+
+
+def _copies(lists: Lists) -> int:
+    return sum(path != "" for path in copies_of(lists.files))
 
 
 def _weakest(lists: Lists) -> str:
