@@ -471,7 +471,7 @@ def test_the_recipe_fits_what_is_found(tmp_path, prepare):
     recipe = get_source("folder").recipe(config)
     training = TrainingConfig(**recipe["training"])
     assert training.augmentation.flip
-    assert training.steps > 1000
+    assert training.steps == 1000
     assert training.threshold < 0.95
     assert recipe["runs"]["arms"] == ["supervised", "fixmatch", "learned"]
     assert prepare(root)["manifest"]["recipe"] == recipe
@@ -500,18 +500,26 @@ def test_what_is_asked_for_wins_over_the_recipe(tmp_path):
 # --- scale -----------------------------------------------------------------------------------
 
 MEASURED = """
-import resource, sys, time
+import os, re, sys, time
+from pathlib import Path
+from weighmatch import workers
 from weighmatch.data.cache import read_images
 from weighmatch.data.files import list_images
+
+def peak(process):
+    text = Path(f"/proc/{process}/status").read_text()
+    return int(re.search(r"VmHWM:\\s+(\\d+)", text)[1]) / 1024
+
 if __name__ == "__main__":
     began = time.monotonic()
     found = read_images(list_images(sys.argv[1]), (3, 32, 32), cache=sys.argv[2])
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    workers = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(len(found.paths), found.decoded, peak, workers, time.monotonic() - began)
+    others = [peak(worker.process.pid) for worker in workers._idle]
+    seconds = time.monotonic() - began
+    print(len(found.paths), found.decoded, peak(os.getpid()), max(others, default=0), seconds)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux tells how much memory was taken")
 @pytest.mark.slow
 def test_20_000_files_are_read_once_in_bounded_memory(tmp_path):
     root = tmp_path / "own" / "unlabelled"
@@ -536,10 +544,10 @@ def test_20_000_files_are_read_once_in_bounded_memory(tmp_path):
 
     count, decoded, peak, workers, seconds = measure()
     assert (count, decoded) == (20_000, 20_000)
-    # The array itself has 59 MiB; Python with NumPy and Pillow takes 60, and torch another 250.
-    assert peak < 400
+    # MiB. The images have 59, which may be in memory as pages of their file.
+    assert peak < 250
     assert workers < 600
     count, decoded, peak, _, again = measure()
     assert (count, decoded) == (20_000, 0)
-    assert peak < 400
+    assert peak < 250
     assert again < seconds / 2

@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from weighmatch.data.splits import Images, Labels
 
 NEAR_BITS = 4
-NEAR_CORRELATION = 0.98
+# Of 60,000 photographs of 32×32 all pairs that these find were the same picture; of 4,000 rendered
+# characters, which are all different, they find at most 4, of 1,797 digits of 8×8 they find 2.
+NEAR_CORRELATION, NEAR_CORRELATION_OF_SMALL = 0.95, 0.98
+SMALL = 16 * 16
 # Images whose levels spread less than this are flat: they are copies if they differ no more.
 FLAT = 2.0
 # Two hashes that differ in at most 4 bits agree in one of 5 parts of them; among the hashes that
@@ -103,6 +106,8 @@ def _close_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
 def _alike(stored: Images, rows: NDArray[np.int64], pairs: NDArray[np.intp]) -> NDArray[np.bool_]:
     """Whether the pixels of each pair say the same, (k,)."""
     alike = np.zeros(len(pairs), bool)
+    small = stored[0, 0].size < SMALL if len(stored) else False
+    enough = NEAR_CORRELATION_OF_SMALL if small else NEAR_CORRELATION
     for start in range(0, len(pairs), PAIRS_AT_ONCE):
         part = pairs[start : start + PAIRS_AT_ONCE]
         a, b = (
@@ -114,6 +119,6 @@ def _alike(stored: Images, rows: NDArray[np.int64], pairs: NDArray[np.intp]) -> 
         flat = np.minimum(spread_a, spread_b) < FLAT
         correlation = (a * b).mean(1) / np.maximum(spread_a * spread_b, 1e-6)
         alike[start : start + PAIRS_AT_ONCE] = np.where(
-            flat, difference < FLAT, correlation >= NEAR_CORRELATION
+            flat, difference < FLAT, correlation >= enough
         )
     return alike

@@ -10,8 +10,8 @@ ARMS = ("supervised", "fixmatch", "learned")
 # Images up to this side are like digits: the defaults of the training serve them.
 TINY = 12
 # Up to how many images in the pool how many steps are trained; more take the last of them.
-STEPS = ((1_000, 1_500), (5_000, 2_500), (20_000, 4_000))
-MOST_STEPS = 6_000
+STEPS = ((1_000, 1_000), (5_000, 1_500), (20_000, 3_000))
+MOST_STEPS = 5_000
 # The operations of FixMatch (Sohn et al., 2020, table 12).
 COLOUR_OPERATIONS = (
     "identity",

@@ -137,6 +137,9 @@ class Source(ABC, Generic[Own]):
         """The settings that serve this source; they count where nothing else is asked for.
 
         No image is decoded for it.
+
+        Raises:
+            UnusableDataError: if that cannot be told, as images are missing.
         """
         return {"runs": {"arms": list(DEFAULT_ARMS)}}
 

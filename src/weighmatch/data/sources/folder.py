@@ -142,10 +142,7 @@ class Folder(Source[FolderParameters]):
         return [Rejected(path, reason) for path, reason in pairs]
 
     def recipe(self, config: DataConfig) -> Recipe:
-        try:
-            layout = read_layout(self.own(config).root)
-        except UnusableDataError:
-            return {}  # the check before the run says so
+        layout = read_layout(self.own(config).root)
         pool = sum(file.place == "pool" for file in layout.files)
         return make_recipe(self.shape(config), pool)
 
