@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from weighmatch.arms import LEARNED
 from weighmatch.data.cache import default_cache
 from weighmatch.data.config import DataConfig, merge_groups
+from weighmatch.data.rank_config import Preparation
 from weighmatch.data.source import get_source
 from weighmatch.data.splits import Splits
 from weighmatch.evaluation.chosen import files_of
@@ -33,7 +34,7 @@ from weighmatch.semisup.checkpoint import Scored, TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.ranked_pool import describe_pool
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
-from weighmatch.streaming import Preparation, rank_folder
+from weighmatch.streaming import rank_folder
 
 # The first seed of conf/base/parameters_data.yml: from both sides comes the same run.
 SEED = 10
@@ -189,11 +190,10 @@ def fit(
     trained = read_job(job, place)
     pool = describe_pool(trained, splits.labelled_images, splits.labels, splits.pool.images)
     files = data.files
-    options = data.config.parameters()
     return FittedRun(
         trained,
         ranking_table(pool, files[files["split"] == "pool"], None),
         label_next(pool, files_of(files, "all", "pool")),
         labels_to_check(pool, files_of(files, "all", "labelled"), None),
-        Preparation(str(options["fit"]), str(options["background"])),  # type: ignore[arg-type]
+        Preparation.of(data.config.parameters()),
     )

@@ -22,6 +22,8 @@ from weighmatch.evaluation.statistics import (
 )
 from weighmatch.evaluation.tables import accuracies, overlap_of
 
+Row = dict[str, object]
+
 PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
 # A test folder is to tell a difference to so many points at the best and at the worst.
 FINEST, COARSEST = 1.0, 10.0
@@ -69,7 +71,7 @@ def judge_pile(
     run: Mapping[Any, Any],
     manifest: Mapping[str, Any],
     lists: Lists,
-) -> dict[str, Any]:
+) -> Row:
     """What `metrics.json` holds under `pile`.
 
     Args:
@@ -129,9 +131,7 @@ def half_width(difference: PairedDifference) -> float:
     return min(max(abs(difference.mean) / 2, FINEST), COARSEST)
 
 
-def _described(
-    difference: PairedDifference | None, against: str, overlap: float
-) -> dict[str, Any] | None:
+def _described(difference: PairedDifference | None, against: str, overlap: float) -> Row | None:
     if difference is None:
         return None
     numbers = {
@@ -200,7 +200,7 @@ def _rounded(count: int) -> int:
     return int(-(-count // 10**digits) * 10**digits)
 
 
-def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> dict[str, Any]:
+def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> Row:
     """How much of the pile is kept by the chosen run, and by those of its arm on other splits."""
     alike = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
     shares = alike["pool_kept"].dropna().to_numpy()
