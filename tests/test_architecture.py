@@ -20,6 +20,9 @@ FLOORS = {
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.
     "evaluation": {"checks", "arms", "data", "studies"},
+    "export": {"semisup"},
+    "streaming": {"data", "evaluation", "export", "semisup"},
+    "own_images": {"arms", "data", "evaluation", "export", "semisup", "streaming"},
     "io": {"semisup"},
 }
 READ_BY_EVALUATION = ("weighmatch.studies.methods",)

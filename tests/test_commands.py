@@ -142,3 +142,13 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
     run_project(folder, names=names[1:], params=one)
     metrics = json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
     assert metrics["setting"]["ratio"] == 0.25
+
+
+def test_a_ranking_needs_a_folder_and_a_model(command, tmp_path):
+    result = command("rank.workers=1", "--pipelines", "rank")
+    assert_one_sentence(result, "rank.images names no folder; say which to rank with kedro run")
+    result = command("rank.workers=0,rank.images=x", "--pipelines", "rank")
+    assert_one_sentence(result, "rank.workers (or auto) must be an integer of at least 1")
+    result = command("rank.images=x", "--pipelines", "data_preparation")
+    assert_one_sentence(result, "rank.images has no effect on the pipelines of this run")
+    assert command(f"rank.images={tmp_path}", "--pipelines", "rank").exit_code == 1

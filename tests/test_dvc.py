@@ -11,7 +11,13 @@ from kedro.framework.project import configure_project, pipelines
 
 from tests.project import ROOT, as_paths, code_behind, load_context, path_of
 
-ENVIRONMENTS = {"main": "base", "benchmark": "experiments/benchmark"}
+ENVIRONMENTS = {
+    "main": "base",
+    "benchmark": "experiments/benchmark",
+    "own_images": "experiments/own_images",
+}
+# Folders of images that the stages for own images read.
+OWN = {"photos", "later_photos"}
 
 
 @pytest.fixture(scope="module")
@@ -40,12 +46,15 @@ def files(catalog, names):
     return {path_of(catalog, name) for name in names if not name.startswith("params:")}
 
 
-def test_every_box_of_both_jobs_has_a_stage_and_no_output_has_two(stages):
+def test_every_box_of_each_job_has_a_stage_and_no_output_has_two(stages):
     boxes = set(pipelines) - {"__default__"}
-    studies = {"meta_learning_analysis"}
-    assert set(stages) == {("main", box) for box in boxes} | {
-        ("benchmark", box) for box in boxes - studies
+    study, later = {"meta_learning_analysis"}, {"rank"}
+    expected = {
+        "main": boxes - later,
+        "benchmark": boxes - study - later,
+        "own_images": boxes - study,
     }
+    assert set(stages) == {(job, box) for job, there in expected.items() for box in there}
     outputs = [path for stage in stages.values() for path in paths_in(stage, "outs")]
     assert len(outputs) == len(set(outputs))
 
@@ -55,7 +64,7 @@ def test_stages_name_all_files_and_code_that_they_depend_on(stages, catalogs):
         pipeline, catalog = pipelines[name], catalogs[job]
         made = {*files(catalog, pipeline.all_outputs()), f"data/09_records/{job}/{name}"}
         assert made == paths_in(stage, "outs"), (job, name)
-        deps = {path for path in paths_in(stage, "deps") if (ROOT / path).suffix != ".yml"}
+        deps = {path for path in paths_in(stage, "deps") if (ROOT / path).suffix != ".yml"} - OWN
         conf = {path for path in deps if path.startswith("conf/")}
         data = {path for path in deps if path.startswith("data/")}
         assert files(catalog, pipeline.inputs()) == data, (job, name)
@@ -84,10 +93,19 @@ def test_dvc_experiments_can_change_every_parameter_file(tmp_path, stages):
     """DVC resolves the whole file that it changes: none may need Kedro's own resolvers."""
     deps = [dep for stage in stages.values() for dep in stage.deps]
     used = {dep.def_path for dep in deps if dep.def_path.startswith("conf/base/parameters")}
-    assert len(used) == 4
+    assert len(used) == 5
     for file in used:
         copy = tmp_path / Path(file).name
         shutil.copy(ROOT / file, copy)
         group = next(iter(yaml.safe_load(copy.read_text())))
         apply_overrides(copy, [f"+{group}.added=1"])
         assert yaml.safe_load(copy.read_text())[group]["added"] == 1
+
+
+def test_own_images_are_read_by_the_stages_that_need_them(stages):
+    read = {(job, name): paths_in(stage, "deps") & OWN for (job, name), stage in stages.items()}
+    expected = {
+        ("own_images", "data_preparation"): {"photos"},
+        ("own_images", "rank"): {"later_photos"},
+    }
+    assert {place: folders for place, folders in read.items() if folders} == expected

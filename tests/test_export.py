@@ -124,7 +124,9 @@ def test_onnx_is_left_out_with_a_sentence_where_it_is_not_installed(
 
 def test_classes_without_names_are_numbered(run, tmp_path):
     export_run(run, tmp_path / "export")
-    assert export.read_classes(tmp_path / "export")["classes"] == ["0", "1", "2"]
+    described = json.loads((tmp_path / "export" / "classes.json").read_text())
+    assert described["classes"] == ["0", "1", "2"]
+    assert export.read_preparation(tmp_path / "export") == {}
 
 
 def test_exporting_leaves_the_run_as_it_was(run, tmp_path, images):

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from weighmatch import streaming
+from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.semisup import make_schedule
-from weighmatch.streaming import Preparation, Scorer, rank_folder
+from weighmatch.streaming import Scorer, rank_folder
 
 
 @pytest.fixture
@@ -112,6 +113,7 @@ import resource, sys
 from pathlib import Path
 from weighmatch.semisup import TrainedRun
 from weighmatch import streaming
+from weighmatch.data.rank_config import Preparation
 streaming.decode_many = lambda files, shape, *rest: enumerate(
     streaming.Drawn(position) for position in range(len(files))
 )

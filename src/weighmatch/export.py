@@ -54,7 +54,7 @@ class Portable(nn.Module):
         return logits.softmax(dim=1), self.ranks(batch, features, logits).float()
 
 
-def _enclosed(function: Any) -> dict[str, Any]:
+def _enclosed(function: Any) -> dict[str, object]:
     """The variables that a function has from around it, by name."""
     cells = function.__closure__ or ()
     return {
@@ -171,7 +171,7 @@ def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object])
     )
 
 
-def read_classes(folder: Path) -> dict[str, Any]:
-    """What `export_run` wrote to classes.json."""
-    found: dict[str, Any] = json.loads((folder / CLASSES).read_text("utf-8"))
+def read_preparation(folder: Path) -> dict[str, str]:
+    """How files become images, as `export_run` wrote it to classes.json."""
+    found: dict[str, str] = json.loads((folder / CLASSES).read_text("utf-8"))["preparation"]
     return found

@@ -161,14 +161,11 @@ def _folder_of(catalog: Catalog, name: str) -> Path | None:
 
 
 def _check_writable(folder: Path) -> None:
-    # Left behind by a run that is killed, an empty folder would look like a result.
-    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    # No folder is made here: one that a killed run leaves behind would look like a result.
+    place = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryFile(dir=folder):
+        with TemporaryFile(dir=place):
             pass
-        for place in missing:
-            place.rmdir()
     except OSError as error:
         raise RefusedError(
             f"the data folder {folder} cannot be written ({error.strerror}); make it writable or "

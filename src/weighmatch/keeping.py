@@ -1,7 +1,6 @@
 """Kedro's hooks that lock a job, keep records of its files and check them before they are read."""
 
 import logging
-import threading
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib import import_module
@@ -32,8 +31,6 @@ from weighmatch.io.provenance import (
 log = logging.getLogger(__name__)
 
 Catalog = CatalogProtocol[Any, Any]
-# They say where things lie, and not what they are.
-PLACES = ("params:run_folder", "params:record_folder")
 
 
 class KeepsFilesWhole:
@@ -41,7 +38,6 @@ class KeepsFilesWhole:
 
     def __init__(self) -> None:
         self._locks = Locks()
-        self._thread = threading.Lock()
         self._catalog: Catalog | None = None
         self._records = Records(Path())
         self._parameters: dict[str, str] = {}
@@ -64,7 +60,8 @@ class KeepsFilesWhole:
         self._parameters = {
             name: digest_of(repr(catalog.load(name)))
             for name in pipeline.inputs()
-            if name.startswith("params:") and name not in PLACES
+            # Where things lie does not change what they are.
+            if name.startswith("params:") and not name.endswith("_folder")
         }
         self._lock(pipeline, project / str(catalog.load("params:run_folder")))
         try:
@@ -103,6 +100,11 @@ class KeepsFilesWhole:
                 f"another run writes to what this one writes to ({names} of the job "
                 f"{self._records.folder.name}): {error}; wait for its end, or choose another "
                 "folder with --params data_folder=…"
+            ) from error
+        except OSError as error:
+            raise RefusedError(
+                f"the data folder {self._records.folder} cannot be written ({error.strerror}); "
+                "make it writable or choose another with --params data_folder=…"
             ) from error
         folders = {self._records.folder / pipeline_of(node) for node in writers}
         for name in {name for node in writers for name in node.outputs}:

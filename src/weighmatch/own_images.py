@@ -8,7 +8,9 @@ run.score(images)
 run.save("run.pt")
 """
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +23,7 @@ from numpy.typing import NDArray
 from weighmatch.arms import LEARNED
 from weighmatch.data.cache import default_cache
 from weighmatch.data.config import DataConfig, merge_groups
+from weighmatch.data.rank_config import Preparation
 from weighmatch.data.source import get_source
 from weighmatch.data.splits import Splits
 from weighmatch.evaluation.chosen import files_of
@@ -31,10 +34,26 @@ from weighmatch.semisup.checkpoint import Scored, TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.ranked_pool import describe_pool
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
-from weighmatch.streaming import Preparation, rank_folder
+from weighmatch.streaming import rank_folder
 
 # The first seed of conf/base/parameters_data.yml: from both sides comes the same run.
 SEED = 10
+
+
+@contextmanager
+def _script_not_run_again() -> Iterator[None]:
+    """Let processes start that do not run the caller's script, which needs no guard then."""
+    main: Any = sys.modules["__main__"]
+    hidden = {name: getattr(main, name, None) for name in ("__file__", "__spec__")}
+    main.__file__ = main.__spec__ = None
+    try:
+        yield
+    finally:
+        for name, value in hidden.items():
+            if value is None and name == "__file__":
+                del main.__file__
+            else:
+                setattr(main, name, value)
 
 
 class Folder:
@@ -63,7 +82,8 @@ class Folder:
     def splits(self) -> Splits:
         """All labelled images and the pool; the files are read at the first call."""
         source = get_source("folder")
-        raw = source.load_cached(self.config, default_cache() / "images")
+        with _script_not_run_again():
+            raw = source.load_cached(self.config, default_cache() / "images")
         splits = source.draw_all(raw, self.config)
         rejected = [(one.path, one.reason) for one in source.rejected(raw, self.config)]
         self._rejected = pd.DataFrame(rejected, columns=["path", "reason"])
@@ -120,7 +140,8 @@ class FittedRun:
 
     def rank(self, root: str | Path, folder: str | Path) -> pd.DataFrame:
         """Rank another folder of images; `folder` gets the ranking and a gallery."""
-        rank_folder(self.trained, root, Path(folder), self.preparation)
+        with _script_not_run_again():
+            rank_folder(self.trained, root, Path(folder), self.preparation)
         return pd.read_parquet(Path(folder) / "ranking.parquet")
 
     def save(self, path: str | Path) -> None:
@@ -154,7 +175,7 @@ def fit(
     splits = data.splits
     recipe: Any = get_source("folder").recipe(data.config)
     given = merge_groups(recipe["training"], dict(training or {}))
-    arrays = {
+    arrays: dict[str, NDArray[Any]] = {
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,
@@ -169,11 +190,10 @@ def fit(
     trained = read_job(job, place)
     pool = describe_pool(trained, splits.labelled_images, splits.labels, splits.pool.images)
     files = data.files
-    options = data.config.parameters()
     return FittedRun(
         trained,
         ranking_table(pool, files[files["split"] == "pool"], None),
         label_next(pool, files_of(files, "all", "pool")),
         labels_to_check(pool, files_of(files, "all", "labelled"), None),
-        Preparation(str(options["fit"]), str(options["background"])),  # type: ignore[arg-type]
+        Preparation.of(data.config.parameters()),
     )

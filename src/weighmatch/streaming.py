@@ -9,7 +9,6 @@ import math
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from weighmatch.data.files import Fit, Rejected, Shape, decode, decode_many, walk_images
+from weighmatch.data.files import Rejected, Shape, decode, decode_many, walk_images
+from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.gallery_page import OF_A_CLASS, OVERALL, render_gallery
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate
 from weighmatch.export import Portable
@@ -33,19 +33,6 @@ FILES_AT_ONCE, BYTES_AT_ONCE, ROWS_AT_ONCE = 8192, 2**28, 10_000
 # What the data base keeps in memory, in KiB.
 CACHE = 65_536
 RANKING, REJECTED, GALLERY = "ranking", "rejected_files.csv", "gallery.html"
-
-
-@dataclass(frozen=True)
-class Preparation:
-    """How files become images, as in training.
-
-    Attributes:
-        fit: see `weighmatch.data.files.decode`.
-        background: see there.
-    """
-
-    fit: Fit = "crop"
-    background: str = "white"
 
 
 class Scorer:

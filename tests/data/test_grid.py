@@ -115,4 +115,4 @@ def test_a_parameter_without_effect_is_refused(given, grid, reason):
 def test_parameters_that_count_are_let_through():
     both = GridConfig({"a": {"test_size": 9}, "b": {}}, regimes="fixed_total+added")
     given = {"glyphs": {"noise": 3.0}, "id_size": 3, "pool_size": 9, "test_size": 5, "ratio": 0.5}
-    require_effect(given, both, GLYPHS)  # raises nothing
+    assert require_effect(given, both, GLYPHS) is None

@@ -220,3 +220,24 @@ def test_the_page_copes_without_truth_and_test_labels():
     assert found["verdict"] in html
     assert cells_of(html, "learned weights")[0] == "–"
     assert "nan" not in html
+
+
+def test_the_page_begins_with_the_verdict_on_the_pile_and_shows_the_recipe():
+    runs = scores(fixmatch=[80.0, 84.0], learned=[85.0, 88.0])
+    found = metrics(runs)
+    pile = {
+        "verdict": "The pile helped & more.",
+        "useful": {"sentence": "60 % of the pile looks useful."},
+        "files": {"rejected": 3, "copies": 0},
+        "advice": ["Label more cats."],
+    }
+    manifest = {**MANIFEST, "recipe": {"training": {"steps": 1500, "influence": {"damping": 0.1}}}}
+    names = "accuracy differences weights auroc calibration gallery ihvp samples"
+    pictures = dict.fromkeys(names.split(), b"")
+    html = render_report({**found, "pile": pile}, arm_table(runs), study(), manifest, pictures)
+    assert html.index("The pile helped &amp; more.") < html.index(found["verdict"][:20])
+    assert "<li>Label more cats.</li>" in html
+    assert "3 files could not be used." in html
+    assert "are copies" not in html
+    assert 'href="gallery.html"' in html
+    assert cells_of(html, "<code>training.influence.damping</code>") == ["0.1"]

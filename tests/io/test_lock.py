@@ -52,8 +52,10 @@ def test_the_lock_of_a_killed_process_is_taken_over(other, tmp_path, caplog):
 def test_a_process_that_has_the_number_of_a_dead_one_holds_nothing(tmp_path):
     # A computer that was started again gives the same numbers to others.
     holder = replace(Holder.here(), born="another start 1")
-    (tmp_path / "a.lock").write_text(json.dumps(asdict(holder)))
-    Lock(tmp_path / "a.lock").take()
+    path = tmp_path / "a.lock"
+    path.write_text(json.dumps(asdict(holder)))
+    Lock(path).take()
+    assert json.loads(path.read_text())["born"] == Holder.here().born
 
 
 @pytest.mark.parametrize(("age", "free"), [(60, False), (module.STALE_AFTER + 60, True)])
@@ -70,8 +72,10 @@ def test_the_heartbeat_tells_whether_a_run_on_another_computer_is_alive(age, fre
 
 
 def test_a_lock_that_says_nothing_is_taken_over(tmp_path):
-    (tmp_path / "a.lock").write_text("")
-    Lock(tmp_path / "a.lock").take()
+    path = tmp_path / "a.lock"
+    path.write_text("")
+    Lock(path).take()
+    assert json.loads(path.read_text())["host"] == Holder.here().host
 
 
 def test_the_heartbeat_beats(tmp_path, monkeypatch):

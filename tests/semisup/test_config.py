@@ -85,7 +85,7 @@ def test_a_parameter_that_no_run_reads_is_refused(group, parameter, arms, schedu
 def test_parameters_that_a_run_reads_are_taken(groups, arms, schedule):
     given = {group: {"a": 1} for group in groups}
     runs = RunsConfig(arms=arms, schedule=schedule)
-    require_effect(given, arms, runs)
+    assert require_effect(given, arms, runs) is None
     # Every run reads these; an empty group sets nothing.
     require_effect({**given, "steps": 3, "augmentation": {"shift": 0.1}}, arms, runs)
     nothing = {group: {} for group in ("weighting", "influence", "ranking", "two_stages")}

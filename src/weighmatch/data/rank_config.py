@@ -1,9 +1,11 @@
-"""What the pipeline `rank` can be asked for (`params:rank`)."""
+"""What the pipeline `rank` can be asked for (`params:rank`), and how its files become images."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from weighmatch.checks import require_integer
+from weighmatch.data.files import Fit
 
 
 @dataclass(frozen=True)
@@ -31,3 +33,21 @@ class RankConfig:
                 "rank.images names no folder; say which to rank with "
                 "kedro run --pipelines rank --params rank.images=DIR"
             )
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How files become images, as in training.
+
+    Attributes:
+        fit: see `weighmatch.data.files.decode`.
+        background: see there.
+    """
+
+    fit: Fit = "crop"
+    background: str = "white"
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> "Preparation":
+        """That which is among the given parameters; the defaults for what is not."""
+        return cls(**{name: given[name] for name in ("fit", "background") if name in given})

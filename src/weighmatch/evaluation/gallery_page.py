@@ -26,6 +26,23 @@ SMALL = 48
 
 
 @dataclass(frozen=True)
+class Card:
+    """What the page says of one image; numbers are rounded text, sizes are in pixels."""
+
+    path: str
+    predicted_class: str
+    kept: bool
+    score: str
+    weight: str
+    sureness: str
+    why_low: str
+    near_duplicate_of: str
+    source: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class Section:
     """One list of the page.
 
@@ -72,7 +89,7 @@ def render_gallery(
     sections = choose_sections(ranking)
     shown = sorted({row for section in sections for row in section.rows})
     cards = {row: _card(ranking.iloc[row], load(row)) for row in shown}
-    sides = [max(card["width"], card["height"]) for card in cards.values()]
+    sides = [max(card.width, card.height) for card in cards.values()]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -82,8 +99,8 @@ def render_gallery(
         title="Which images are useful?",
         summary=_summarise(ranking, total),
         note="A weight of 1 is that of plain FixMatch.",
-        classes=sorted({card["predicted_class"] for card in cards.values()}),
-        reasons=_reasons(card["why_low"] for card in cards.values()),
+        classes=sorted({card.predicted_class for card in cards.values()}),
+        reasons=_reasons(card.why_low for card in cards.values()),
         rendering="pixelated" if max(sides, default=0) <= SMALL else "auto",
         sections=[
             {
@@ -108,24 +125,24 @@ def _reasons(words: Iterable[str]) -> Sequence[str]:
     return sorted({reason for text in words for reason in text.split("; ") if reason})
 
 
-def _card(row: Any, image: Images) -> dict[str, Any]:
+def _card(row: Any, image: Images) -> Card:
     known = row["probability"] == row["probability"]
     sure = f"{'probability' if known else 'confidence'} "
     sure += f"{row['probability'] if known else row['confidence']:.2f}"
     height, width = image.shape[1:]
-    return {
-        "path": row["path"],
-        "predicted_class": row["predicted_class"],
-        "kept": bool(row["kept"]),
-        "score": f"{row['score']:.3f}",
-        "weight": f"{row['weight']:.2f}",
-        "sureness": sure,
-        "why_low": row["why_low"],
-        "near_duplicate_of": row["near_duplicate_of"],
-        "source": thumbnail(image),
-        "width": width,
-        "height": height,
-    }
+    return Card(
+        path=row["path"],
+        predicted_class=row["predicted_class"],
+        kept=bool(row["kept"]),
+        score=f"{row['score']:.3f}",
+        weight=f"{row['weight']:.2f}",
+        sureness=sure,
+        why_low=row["why_low"],
+        near_duplicate_of=row["near_duplicate_of"],
+        source=thumbnail(image),
+        width=width,
+        height=height,
+    )
 
 
 def thumbnail(image: Images) -> str:

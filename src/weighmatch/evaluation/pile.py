@@ -22,6 +22,8 @@ from weighmatch.evaluation.statistics import (
 )
 from weighmatch.evaluation.tables import accuracies, overlap_of
 
+Row = dict[str, object]
+
 PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
 # A test folder is to tell a difference to so many points at the best and at the worst.
 FINEST, COARSEST = 1.0, 10.0
@@ -69,7 +71,7 @@ def judge_pile(
     run: Mapping[Any, Any],
     manifest: Mapping[str, Any],
     lists: Lists,
-) -> dict[str, Any]:
+) -> Row:
     """What `metrics.json` holds under `pile`.
 
     Args:
@@ -81,8 +83,9 @@ def judge_pile(
     Returns:
         `verdict`, a sentence or two with the interval; `primary` and `secondary`, the comparisons
         behind it, or None; `useful`, how much of the pile is kept, with a `sentence`;
-        `test_images_needed`, how many would settle the first, or None; `temperature`; and
-        `advice`, the three things that would help most.
+        `test_images_needed`, how many would settle the first, or None; `temperature`; `files`,
+        how many were `rejected` and are `copies`; and `advice`, the three things that would help
+        most.
     """
     scores = run_scores.merge(run_scores[list(CELL)].head(1))
     mine = accuracies(scores).get((run["arm"], run["schedule"]))
@@ -95,7 +98,7 @@ def judge_pile(
             if len(both):
                 found[other.name] = paired_difference(both[:, 0] - both[:, 1], overlap)
     means = {
-        name: float(rows["accuracy"].mean()) / 100
+        str(name): float(rows["accuracy"].mean()) / 100
         for name, rows in scores.groupby("arm")
         if rows["accuracy"].notna().any()
     }
@@ -112,6 +115,7 @@ def judge_pile(
         "useful": useful,
         "test_images_needed": needed,
         "temperature": lists.temperature,
+        "files": {"rejected": len(lists.rejected), "copies": _copies(lists)},
         "advice": _advise(lists, needed),
     }
 
@@ -127,9 +131,7 @@ def half_width(difference: PairedDifference) -> float:
     return min(max(abs(difference.mean) / 2, FINEST), COARSEST)
 
 
-def _described(
-    difference: PairedDifference | None, against: str, overlap: float
-) -> dict[str, Any] | None:
+def _described(difference: PairedDifference | None, against: str, overlap: float) -> Row | None:
     if difference is None:
         return None
     numbers = {
@@ -198,7 +200,7 @@ def _rounded(count: int) -> int:
     return int(-(-count // 10**digits) * 10**digits)
 
 
-def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> dict[str, Any]:
+def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> Row:
     """How much of the pile is kept by the chosen run, and by those of its arm on other splits."""
     alike = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
     shares = alike["pool_kept"].dropna().to_numpy()
@@ -239,7 +241,7 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
             f"Repair or remove {_count(len(lists.rejected), 'file')} that could not be used "
             "(rejected_files.csv)."
         )
-    copies = sum(path != "" for path in copies_of(lists.files))
+    copies = _copies(lists)
     if copies:
         found.append(
             f"{_count(copies, 'file')} of those used {'is a copy' if copies == 1 else 'are copies'}"
@@ -255,6 +257,10 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
     if left:
         found.append(f"Look through {_count(left, 'image')} that were left out (gallery.html).")
     return found[:ADVICE]
+
+
+def _copies(lists: Lists) -> int:
+    return sum(path != "" for path in copies_of(lists.files))
 
 
 def _weakest(lists: Lists) -> str:

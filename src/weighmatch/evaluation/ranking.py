@@ -50,8 +50,9 @@ def fit_temperature(held: HeldOut | None) -> float | None:
 def calibrate(probabilities: Floats, temperature: float) -> Floats:
     """softmax(log p / T) of probabilities (n, classes)."""
     logits = np.log(np.clip(probabilities, 1e-12, None)) / temperature
-    raised: Floats = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return raised / raised.sum(axis=1, keepdims=True)
+    raised = np.exp(logits - logits.max(axis=1, keepdims=True))
+    calibrated: Floats = raised / raised.sum(axis=1, keepdims=True)
+    return calibrated
 
 
 def ranking_table(pool: Arrays, files: pd.DataFrame, temperature: float | None) -> pd.DataFrame:

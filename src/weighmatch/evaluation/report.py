@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import resources
 from typing import Any
@@ -201,8 +201,19 @@ def render_report(
         update_in_steps=_update_in_steps(metrics["arms"]),
         study=_summarise_study(study),
         manifest=manifest,
+        recipe=list(_flat(manifest.get("recipe") or {})),
         figures=encoded,
     )
+
+
+def _flat(group: Row, above: str = "") -> Iterator[tuple[str, str]]:
+    """Parameters of groups within groups, such as training.influence.damping, with their values."""
+    for name, value in group.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{above}{name}.")
+        else:
+            listed = isinstance(value, list | tuple)
+            yield f"{above}{name}", ", ".join(map(str, value)) if listed else str(value)
 
 
 def _update_in_steps(arms: Mapping[str, Row]) -> float | None:

@@ -16,7 +16,8 @@ def keep_freed_memory() -> bool:
 
     A curvature product frees and takes the same tens of megabytes again and again. By default
     glibc returns them to the system each time and every page then has to be faulted in anew,
-    which was a fifth of the time of a product on a small convolutional network (docs/results/ihvp.md).
+    which was a fifth of the time of a product on a small convolutional network
+    (docs/results/ihvp.md).
     The process keeps its peak of memory until it ends. Elsewhere than on Linux with glibc, and for
     tensors above 32 MiB each, nothing changes.
 

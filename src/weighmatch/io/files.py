@@ -47,14 +47,19 @@ def write_text(path: Path, text: str) -> None:
 def remove_orphans(folders: Iterable[Path]) -> list[Path]:
     """Remove partial files, at any depth, of processes that are gone; returns them."""
     found = []
-    for folder in folders:
-        for path in folder.rglob("*.partial"):
-            match = _PARTIAL.search(path.name)
-            with suppress(OSError):  # another process removed it
-                old = time.time() - path.stat().st_mtime > ORPHAN_AFTER
-                if match is None or old or not is_running(int(match[1])):
-                    path.unlink()
-                    found.append(path)
+    # os.walk goes on where another process removes a folder at the same time.
+    inside = (
+        Path(place, name) for f in folders for place, _, names in os.walk(f) for name in names
+    )
+    for path in inside:
+        match = _PARTIAL.search(path.name)
+        if match is None:
+            continue
+        with suppress(OSError):  # another process removed it
+            old = time.time() - path.stat().st_mtime > ORPHAN_AFTER
+            if old or not is_running(int(match[1])):
+                path.unlink()
+                found.append(path)
     return found
 
 

@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from kedro.io import AbstractDataset
 from kedro_datasets._typing import JSONPreview
@@ -13,7 +12,7 @@ from kedro_datasets._typing import JSONPreview
 class FolderDataset(AbstractDataset[Callable[[Path], None], Path]):
     """A folder, whole or not at all; what is saved is a function that fills it, loaded its path."""
 
-    def __init__(self, path: str, metadata: dict[str, Any] | None = None) -> None:
+    def __init__(self, path: str, metadata: object = None) -> None:
         self._path = Path(path)
         self.metadata = metadata
 
@@ -33,7 +32,7 @@ class FolderDataset(AbstractDataset[Callable[[Path], None], Path]):
     def _exists(self) -> bool:
         return self._path.is_dir()
 
-    def _describe(self) -> dict[str, Any]:
+    def _describe(self) -> dict[str, str]:
         return {"path": str(self._path)}
 
     def preview(self) -> JSONPreview:

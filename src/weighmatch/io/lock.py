@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 # Seconds between two heartbeats of a holder, and without one after which a holder on another host
 # counts as gone.
 BEAT_EVERY, STALE_AFTER = 30.0, 600.0
-MAX_COMMAND = 200
+MAX_COMMAND, TRIES = 200, 5
 
 
 class HeldError(RuntimeError):
@@ -91,7 +91,15 @@ class Lock:
 
         Raises:
             HeldError: if another run holds it.
+            OSError: if its folder cannot be written.
         """
+        for _ in range(TRIES):
+            with suppress(FileNotFoundError):  # another run removed the folder, as it was empty
+                self._take()
+                return
+        self._take()
+
+    def _take(self) -> None:
         places = (self.path.parent, *self.path.parent.parents)
         self._made = [place for place in places if not place.exists()]
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,10 +109,11 @@ class Lock:
                 if holder is not None:
                     raise HeldError(str(holder))
                 left = self._read()
-                log.warning(
-                    "%s was left by a run that is gone (%s); it is taken over", self.path, left
-                )
-                self.path.unlink(missing_ok=True)
+                if self.path.exists():  # else it was given back just now
+                    log.warning(
+                        "%s was left by a run that is gone (%s); it is taken over", self.path, left
+                    )
+                    self.path.unlink(missing_ok=True)
             mine = Holder.here()
             try:
                 with self.path.open("x") as file:

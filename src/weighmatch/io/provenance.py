@@ -66,7 +66,10 @@ class Records:
         return self.folder / pipeline / f"{dataset}.json"
 
     def write(self, record: Record) -> None:
-        """Keep what is known of a dataset."""
+        """Keep what is known of a dataset, and forget what was known of it before."""
+        for path in self.folder.glob(f"*/{record.dataset}.json"):
+            if path.parent.name != record.pipeline:
+                path.unlink(missing_ok=True)
         content = asdict(record)
         content["checksum"] = digest_of(content)
         path = self.path(record.pipeline, record.dataset)

@@ -84,8 +84,8 @@ def _ranking(
     """Scores, weights and what is kept of the last ranking."""
     pool = run.pool
     if pool.scores is not None and pool.kept is not None:
-        weights = mean_one(torch.where(pool.kept, 1.0, BELOW_CUT))
-        return pool.scores.double().numpy(), weights.double().numpy(), pool.kept.numpy()
+        sized = mean_one(torch.where(pool.kept, 1.0, BELOW_CUT))
+        return pool.scores.double().numpy(), sized.double().numpy(), pool.kept.numpy()
     scored = run.score(images, device)
     weights = scored.weights
     if run.history.step and not run.config.row.inductive:
@@ -97,4 +97,5 @@ def _directions(centred: Tensor) -> Tensor:
     """The principal directions of centred features, (width, at most 32)."""
     covariance = centred.T.double() @ centred.double() / len(centred)
     _, vectors = torch.linalg.eigh(covariance)
-    return vectors[:, -DIRECTIONS:].flip(1).float()
+    directions: Tensor = vectors[:, -DIRECTIONS:].flip(1).float()
+    return directions

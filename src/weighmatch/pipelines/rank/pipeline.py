@@ -16,6 +16,6 @@ def create_pipeline() -> Pipeline:
                 name="rank_images",
             )
         ],
-        namespace="later",
+        namespace="rank",
         prefix_datasets_with_namespace=False,
     )

@@ -10,6 +10,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from weighmatch.arms import get_arm
+from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.chosen import choose_run
 from weighmatch.export import export_run
 from weighmatch.semisup import ranked_pool
@@ -120,13 +121,12 @@ def describe_pool(
 
 
 def export_model(
-    runs: pd.DataFrame, checkpoints: Runs, oracle_checkpoints: Runs, manifest: dict[str, Any]
+    runs: pd.DataFrame, checkpoints: Runs, oracle_checkpoints: Runs, manifest: Mapping[str, Any]
 ) -> Callable[[Path], None]:
     """What writes the run whose model is handed out into a folder."""
     run = choose_run(runs)
     load = {**checkpoints, **oracle_checkpoints}[run["run"]]
     (cell,) = (cell for cell in manifest["cells"] if cell["key"] == run["key"])
     facts = {"images": f"{cell['labelled']:,} labelled and {cell['pool']['images']:,} unlabelled"}
-    given = manifest["parameters"]
-    preparation = {name: given[name] for name in ("fit", "background") if name in given}
+    preparation = vars(Preparation.of(manifest["parameters"]))
     return lambda folder: export_run(load(), folder, facts, preparation)

@@ -1,0 +1,174 @@
+"""Own images from the folder to the ranking of another folder, through the command line."""
+
+import html
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from sklearn.metrics import roc_auc_score
+
+from tests.own_folder import LETTERS, OwnFolder, make_folder
+from tests.project import ROOT
+from weighmatch.evaluation.lists import CHECK_COLUMNS, NEXT_COLUMNS
+from weighmatch.evaluation.ranking import COLUMNS
+
+pytestmark = pytest.mark.integration
+
+# Between the few steps of the other tests and those that the recipe recommends.
+TRAINING = {
+    "steps": 400,
+    "batch_size": 16,
+    "threshold": 0.8,
+    "ranking.steps": 75,
+    "ranking.batch": 256,
+    "influence.outer_batch": 64,
+}
+
+
+@dataclass
+class Job:
+    """A finished job.
+
+    Attributes:
+        own: the folder that it was given.
+        data: the folder with its files.
+    """
+
+    own: OwnFolder
+    data: Path
+
+    @property
+    def reporting(self):
+        return self.data / "08_reporting" / "test"
+
+    def table(self, name):
+        return pd.read_csv(self.reporting / name, keep_default_na=False, na_values={"score": ""})
+
+
+def command(*arguments, **params):
+    """Run Kedro in a process of its own."""
+    given = ",".join(f"{name}={value}" for name, value in params.items())
+    call = [sys.executable, "-m", "kedro", "run", "--env", "test", *arguments, "--params", given]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "src"), *sys.path]),
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(call, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def run_job(folder, steps, **sizes):
+    """Make a folder and run the whole job on it."""
+    own = make_folder(folder / "photos", **sizes)
+    training = {f"training.{name}": value for name, value in {**TRAINING, "steps": steps}.items()}
+    source = {"data.source": "folder", "data.root": own.root, "data_folder": folder / "data"}
+    before = contents(own.root)
+    command(**source, **training, **{"runs.rounds": 3})
+    assert contents(own.root) == before
+    return Job(own, folder / "data")
+
+
+def contents(root):
+    """Every file of a folder with its bytes."""
+    return {path: path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    return run_job(tmp_path_factory.mktemp("own"), steps=400)
+
+
+def auroc(table, useful, foreign):
+    scores = table.set_index("path")["score"].astype(float)
+    truth = np.repeat([1, 0], [len(useful), len(foreign)])
+    return roc_auc_score(truth, scores[[*useful, *foreign]])
+
+
+def check_job(job):
+    own, ranking = job.own, job.table("ranking.csv")
+    assert tuple(ranking.columns) == COLUMNS
+    assert auroc(ranking, own.useful, own.foreign) >= 0.9
+    # Every bad file is named once, and no good file is rejected.
+    rejected = job.table("rejected_files.csv")
+    assert sorted(rejected["path"]) == sorted(own.bad)
+    assert (rejected["reason"] != "").all()
+    assert sorted(ranking["path"]) == sorted([*own.useful, *own.foreign, *own.copies])
+    named = ranking[ranking["near_duplicate_of"] != ""].set_index("path")["near_duplicate_of"]
+    for copy, original in own.copies.items():
+        # Of two equal files either may count as the original.
+        assert named.get(copy) == original or named.get(original) == copy
+    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
+    assert pile["primary"]["mean"] > 0
+    assert f"{pile['primary']['mean']:+.1f} points" in pile["verdict"]
+    assert len(pile["advice"]) == 3
+
+
+def test_the_job_finds_what_is_foreign_and_names_what_is_bad(job):
+    check_job(job)
+
+
+def test_the_outputs_are_there_and_complete(job):
+    ranking = job.table("ranking.csv")
+    assert (ranking["kept"].astype(str) == "True").sum() > 0
+    assert set(ranking["predicted_class"]) <= {*LETTERS, ""}
+    probabilities = ranking["probability"][ranking["predicted_class"] != ""].astype(float)
+    assert probabilities.between(0.25, 1).all()
+    pd.testing.assert_series_equal(
+        pd.read_parquet(job.reporting / "ranking.parquet")["path"],
+        ranking["path"],
+        check_dtype=False,
+    )
+    to_label, to_check = job.table("label_next.csv"), job.table("labels_to_check.csv")
+    assert tuple(to_label.columns) == NEXT_COLUMNS
+    assert tuple(to_check.columns) == CHECK_COLUMNS
+    assert len(to_label) == 20
+    assert set(to_label["path"]) <= {*job.own.useful, *job.own.foreign}
+    for name in ("gallery.html", "report.html"):
+        page = html.unescape((job.reporting / name).read_text())
+        assert "http://" not in page
+        assert "https://" not in page
+    assert json.loads((job.reporting / "metrics.json").read_text())["pile"]["verdict"] in page
+    export = {path.name for path in (job.data / "06_models" / "test" / "export").iterdir()}
+    assert export >= {"model.pt2", "run.pt", "classes.json", "model_card.md"}
+
+
+def test_20_labels_are_too_few_to_tell_and_that_is_said(job):
+    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
+    assert pile["verdict"].startswith("Whether the pile helped cannot be told from 20 labels")
+    assert pile["primary"]["test"] == "corrected resampled t test"
+    assert pile["test_images_needed"] > 20
+
+
+def check_later_ranking(job, folder):
+    other = make_folder(folder / "later", useful=60, foreign=60, seed=1)
+    before = contents(other.root)
+    command("--pipelines", "rank", data_folder=job.data, **{"rank.images": other.root})
+    assert contents(other.root) == before
+    ranking = pd.read_csv(job.reporting / "rank" / "ranking.csv", keep_default_na=False)
+    assert tuple(ranking.columns) == COLUMNS
+    assert auroc(ranking, other.useful, other.foreign) >= 0.85
+    rejected = pd.read_csv(job.reporting / "rank" / "rejected_files.csv")["path"]
+    # A class is nothing to a ranking of files.
+    assert sorted(rejected) == sorted(path for path in other.bad if "empty class" not in path)
+    page = (job.reporting / "rank" / "gallery.html").read_text()
+    assert "images were ranked" in page or "images were kept" in page
+
+
+def test_the_stored_model_ranks_another_folder_in_another_process(job, tmp_path):
+    check_later_ranking(job, tmp_path)
+
+
+@pytest.mark.slow
+def test_2000_images(tmp_path):
+    job = run_job(tmp_path, steps=800, useful=1000, foreign=1000)
+    check_job(job)
+    check_later_ranking(job, tmp_path)
