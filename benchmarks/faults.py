@@ -279,9 +279,7 @@ def killed_preparation(shop: Workshop) -> None:
 
 def killed_study(shop: Workshop) -> None:
     """A study is killed at a random time, and goes on to the same table."""
-    name = Path("07_model_output") / JOB / "ihvp_comparison.parquet"
-    expected = pd.read_parquet(shop.finished(STAGES) / name)
-    folder = shop.folder / f"study_{shop.random.random()}"
+    folder, expected = shop.folder / f"study_{shop.random.random()}", shop.finished(STAGES)
     more = {"ihvp_analysis.workers": shop.random.choice([1, 2])}
     process = start(folder, "ihvp_analysis", **more)
     time.sleep(shop.random.uniform(3, 9))
@@ -293,7 +291,31 @@ def killed_study(shop: Workshop) -> None:
         raise LostError(said)
     if not finished <= set(kept.rglob("*.pickle")):
         raise LostError("finished cells are gone")
-    found = pd.read_parquet(folder / name)
+    require_same_study(folder, expected)
+
+
+def killed_study_worker(shop: Workshop) -> None:
+    """A worker of a study is killed; its cell is done again."""
+    folder, expected = shop.folder / f"study_{shop.random.random()}", shop.finished(STAGES)
+    process = start(folder, "ihvp_analysis", **{"ihvp_analysis.workers": 2})
+    workers: list[int] = []
+    while not workers and process.poll() is None:
+        workers = [number for number in descendants(process.pid) if is_worker(number)]
+        time.sleep(0.05)
+    time.sleep(shop.random.uniform(0, 5))
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(shop.random.choice(workers), signal.SIGKILL)
+    output, _ = process.communicate()
+    said = sentence(output, process.returncode)
+    if said:
+        raise LostError(said)
+    require_same_study(folder, expected)
+
+
+def require_same_study(folder: Path, other: Path) -> None:
+    """Refuse a table of a study that differs in more than times."""
+    name = Path("07_model_output") / JOB / "ihvp_comparison.parquet"
+    found, expected = (pd.read_parquet(place / name) for place in (folder, other))
     same = [c for c in expected if not re.search("seconds|gradients$|memory", c)]
     if not found[same].equals(expected[same]):
         raise LostError("another table")

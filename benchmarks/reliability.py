@@ -61,7 +61,8 @@ FAULTS: dict[str, tuple[str, Callable[[Workshop], None]]] = {
     "kill -9 twice, rounds": ("killed", lambda shop: faults.killed(shop, "rounds")),
     "kill -9 of a preparation of other data": ("killed", faults.killed_preparation),
     "kill -9 of a study": ("killed", faults.killed_study),
-    "kill -9 of a worker": ("killed", faults.killed_worker),
+    "kill -9 of a worker in training": ("killed", faults.killed_worker),
+    "kill -9 of a worker of a study": ("study", faults.killed_study_worker),
     "two runs at once, the same": ("two", lambda shop: faults.two_at_once(shop, other=False)),
     "two runs at once, other parameters": (
         "two",

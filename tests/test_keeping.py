@@ -240,8 +240,9 @@ def test_of_two_runs_at_once_one_is_done_and_one_refused(other, shop):
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_loses_nothing(shop):
-    faults.killed_worker(shop)
+@pytest.mark.parametrize("trial", [faults.killed_worker, faults.killed_study_worker])
+def test_a_worker_that_is_killed_loses_nothing(trial, shop):
+    trial(shop)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What a training run is defined by, beside its data and its seed; imports no torch."""
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -327,15 +328,23 @@ class RunsConfig:
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
+        time_limit: how long all may take, such as "15m", "2h" or "90s"; fewer steps are taken where
+            `training.steps` would take longer. None: as long as they take.
     """
 
     arms: tuple[str, ...] = field(default_factory=arm_names)
     schedule: tuple[Schedule, ...] = ("rounds",)
     rounds: int = 4
     workers: int | Literal["auto"] = "auto"
+    time_limit: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "arms", require_arms("runs.arms", self.arms))
+        if self.time_limit is not None and self.seconds() <= 0:
+            raise ValueError(
+                "runs.time_limit must be a number with s, m or h, such as 15m, got "
+                f"{self.time_limit!r}"
+            )
         given: Any = self.schedule
         schedules = given.split("+") if isinstance(given, str) else given
         object.__setattr__(self, "schedule", require_list("runs.schedule", schedules))
@@ -351,6 +360,11 @@ class RunsConfig:
                 f"runs.arms: {', '.join(self.arms)} can be trained in rounds alone; set "
                 "runs.schedule to rounds, or add another arm"
             )
+
+    def seconds(self) -> float:
+        """The time limit in seconds; 0 where there is none or it cannot be read."""
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", str(self.time_limit))
+        return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
 
 
 def require_effect(given: Mapping[str, Any], arms: Sequence[str], runs: RunsConfig) -> None:

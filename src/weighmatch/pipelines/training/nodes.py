@@ -12,6 +12,7 @@ from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.time_limit import fit_steps
 
 Arrays = dict[str, NDArray[Any]]
 Runs = dict[str, Callable[[], TrainedRun]]
@@ -56,6 +57,7 @@ def _train(
     run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
     """By name, what reads a finished run; and a row a run."""
+    training = fit_steps(sets, training, runs, Path(run_folder))
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     finish_jobs(jobs, Path(run_folder), runs.workers)
     columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
