@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kedro.framework.startup import bootstrap_project
 from benchmarks import faults
 from tests.project import ROOT, run_project
 from weighmatch.io.lock import Lock
+from weighmatch.io.provenance import Records
 
 pytestmark = pytest.mark.integration
 
@@ -131,6 +133,19 @@ def test_a_preparation_that_was_killed_half_way_trains_no_oracle(run, folder):
         "ood_truth and training_sets are of two different runs of the pipeline data_preparation; "
         "run the pipeline data_preparation again"
     )
+
+
+def test_an_error_names_what_older_code_made(run, folder, monkeypatch, caplog):
+    records = Records(folder / "09_records" / "test")
+    monkeypatch.setattr("weighmatch.evaluation.judging.judge_runs", lambda *_: {}["a column"])
+    with pytest.raises(faults.LostError):
+        run("evaluation")
+    assert "another version of the code" not in caplog.text
+    records.write(replace(records.read("runs"), code="older"))
+    with pytest.raises(faults.LostError):
+        run("evaluation")
+    assert "runs were made by another version of the code" in caplog.text
+    assert "run the pipeline scoring again" in caplog.text
 
 
 def test_a_file_of_the_users_stays_and_changes_nothing(run, folder):

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
@@ -23,14 +24,17 @@ from weighmatch.io.provenance import (
     Records,
     digest_of,
     files_of,
+    in_words,
     place_of,
     require_together,
     require_whole,
 )
+from weighmatch.workers import WorkerError
 
 log = logging.getLogger(__name__)
 
 Catalog = CatalogProtocol[Any, Any]
+PIPELINES = pipelines.__name__
 
 
 class KeepsFilesWhole:
@@ -79,9 +83,24 @@ class KeepsFilesWhole:
         self._locks.release()
 
     @hook_impl
-    def on_pipeline_error(self) -> None:
-        """Give the locks back."""
+    def on_pipeline_error(self, error: Exception, pipeline: Pipeline) -> None:
+        """Give the locks back; say what was made by other code, as that may be the cause."""
         self._locks.release()
+        if isinstance(error, RefusedError | UnfitFileError | FloatingPointError | WorkerError):
+            return
+        older: dict[str, str] = {}
+        with suppress(UnfitFileError):
+            for name in sorted(filter(self._has_files, pipeline.inputs())):
+                record = self._records.read(name)
+                if record and record.code != _code_of(f"{PIPELINES}.{record.pipeline}.nodes"):
+                    older[name] = record.pipeline
+        if older:
+            log.error(
+                "%s were made by another version of the code, which may be the cause of the "
+                "error; if so, run %s again",
+                ", ".join(older),
+                in_words(sorted(set(older.values()))),
+            )
 
     def _lock(self, pipeline: Pipeline, run_folder: Path) -> None:
         writers = [n for n in pipeline.nodes if any(map(self._has_files, n.outputs))]
