@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -171,6 +172,7 @@ def render_report(
     study: pd.DataFrame,
     manifest: Row,
     figures: Mapping[str, bytes],
+    sizes: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The page, with its figures inside.
 
@@ -182,6 +184,7 @@ def render_report(
             of splits.
         figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
             ihvp and samples.
+        sizes: bytes of the gallery and of the files of the exported model, by name.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -203,6 +206,8 @@ def render_report(
         manifest=manifest,
         recipe=list(_flat(manifest.get("recipe") or {})),
         figures=encoded,
+        model=[(name, size / 1e6) for name, size in sizes.items() if name != "gallery.html"],
+        gallery=sizes.get("gallery.html", 0) / 1e6,
     )
 
 

@@ -1,5 +1,7 @@
 """Nodes of `reporting`."""
 
+from pathlib import Path
+
 import pandas as pd
 from matplotlib.figure import Figure
 
@@ -80,8 +82,12 @@ def write_report(
     study: pd.DataFrame,
     manifest: report.Row,
     ihvp_figures: dict[str, bytes],
+    gallery_page: str,
+    exported_model: Path,
     **drawn: bytes,
 ) -> str:
-    """One self-contained page."""
+    """One self-contained page, which names the gallery and the files of the model."""
     shown = {**drawn, "ihvp": ihvp_figures["cost"]}
-    return report.render_report(metrics, table, study, manifest, shown)
+    sizes = {path.name: path.stat().st_size for path in sorted(exported_model.iterdir())}
+    sizes |= {"gallery.html": len(gallery_page.encode())}
+    return report.render_report(metrics, table, study, manifest, shown, sizes)

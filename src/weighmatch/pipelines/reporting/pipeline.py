@@ -41,6 +41,8 @@ def create_pipeline() -> Pipeline:
             "manifest": "manifest",
             "ihvp_figures": "ihvp_figures",
             "samples": "samples_figure",
+            "gallery_page": "gallery_page",
+            "exported_model": "exported_model",
             **{name: f"{name}_figure" for name in DRAWN},
         },
         "report",
