@@ -57,7 +57,12 @@ def test_rounds_rank_the_whole_pool(arm, training_set, run_config, tmp_path):
     found = train(run_config(arm, schedule="rounds", rounds=3), training_set, tmp_path)
     pool = found.pool
     assert 0 < pool.kept.sum() <= len(pool.kept) == 40
-    assert torch.equal(found.history.weights[-1] > 0, pool.kept)
+    before, last = (
+        read_state(path)["ranking"]["kept"] for path in sorted(tmp_path.rglob("ranking.pt"))[-2:]
+    )
+    # The last round trained on what the ranking before it kept; `kept` is that of the last one.
+    assert torch.equal(found.history.weights[-1] > 0, before)
+    assert torch.equal(pool.kept, last)
     assert found.history.step == [13, 26, 40]
     # The first round trains on everything.
     assert (found.history.weights[0] == 1).all()
