@@ -12,6 +12,9 @@ from weighmatch.data.source import get_source
 from weighmatch.hooks import ChecksBeforeWork
 from weighmatch.keeping import KeepsFilesWhole
 
+# Parameters by name, and groups of them.
+Parameters = dict[str, Any]
+
 
 class ExperimentLoader(OmegaConfigLoader):
     """Kedro's loader, for environments that change another one.
@@ -21,13 +24,13 @@ class ExperimentLoader(OmegaConfigLoader):
     the other's as a whole, because its members are the cells of the experiment.
     """
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
+    def __getitem__(self, key: str) -> Parameters:
         """The merged configuration of a kind, such as "parameters"."""
         if key != "parameters" or key in self.data:
             return super().__getitem__(key)
         return _with_recipe(self._read_parameters())
 
-    def _read_parameters(self) -> dict[str, Any]:
+    def _read_parameters(self) -> Parameters:
         key, other = "parameters", self["globals"].get("extends")
         if other is None:
             return super().__getitem__(key)
@@ -46,7 +49,7 @@ class ExperimentLoader(OmegaConfigLoader):
 warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")
 
 
-def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
+def _with_recipe(parameters: Parameters) -> Parameters:
     """The parameters laid over what the source of images recommends."""
     try:
         data = DataConfig(**parameters.get("data", {}))
@@ -59,7 +62,7 @@ def _with_recipe(parameters: dict[str, Any]) -> dict[str, Any]:
 HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
-CONFIG_LOADER_ARGS: dict[str, Any] = {
+CONFIG_LOADER_ARGS: Parameters = {
     "base_env": "base",
     "default_run_env": "local",
     "merge_strategy": {"parameters": "soft"},

@@ -20,7 +20,8 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from weighmatch.data.files import Rejected, Shape, decode, decode_many, walk_images
+from weighmatch.data.decoding import decode_many
+from weighmatch.data.files import Rejected, Shape, decode, walk_images
 from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.gallery_page import OF_A_CLASS, OVERALL, render_gallery
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image
 
 from tests.data.folders import add_traps, make_folder, picture, state
+from weighmatch.data.decoding import decode_many
 from weighmatch.data.files import (
     Decoded,
     Rejected,
     RejectedFileError,
     decode,
-    decode_many,
     list_images,
     look_at,
 )
@@ -303,7 +303,7 @@ def test_what_is_found_decides_on_size_and_colour(tmp_path):
 def test_many_files_are_read_by_several_processes_as_by_one(tmp_path, monkeypatch, many, capsys):
     root = make_folder(tmp_path / "own", pool=70)
     add_traps(root, tmp_path / "outside.png")
-    monkeypatch.setattr("weighmatch.data.files.MANY_FILES", many)
+    monkeypatch.setattr("weighmatch.data.decoding.MANY_FILES", many)
     paths = [root / path for path in list_images(root).paths]
     found = dict(decode_many(paths, SHAPE, workers=2, title="looking"))
     assert sorted(found) == list(range(len(paths)))

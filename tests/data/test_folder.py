@@ -12,7 +12,7 @@ from PIL import Image
 
 from tests.data.folders import BAD, add_copies, add_traps, make_folder, picture, state
 from tests.project import ROOT
-from weighmatch.data import cache, files
+from weighmatch.data import cache, decoding, files
 from weighmatch.data.config import DataConfig
 from weighmatch.data.grid import GridConfig, make_cells, require_effect
 from weighmatch.data.recipes import COLOUR_OPERATIONS
@@ -350,13 +350,13 @@ def test_parameters_without_effect_are_refused():
 def reads(monkeypatch):
     """A list that fills with the files that are decoded."""
     found = []
-    read_file = files.read_file
+    read_file = decoding.read_file
 
     def read(path, *rest):
         found.append(os.path.basename(path))
         return read_file(path, *rest)
 
-    monkeypatch.setattr(files, "read_file", read)
+    monkeypatch.setattr(decoding, "read_file", read)
     return found
 
 
@@ -424,17 +424,17 @@ def test_a_damaged_cache_is_made_again(tmp_path, prepare, reads, damage, caplog)
 def test_a_run_that_is_killed_goes_on_from_what_it_read(tmp_path, prepare, reads, monkeypatch):
     root = make_folder(tmp_path / "own")
     monkeypatch.setattr(cache, "FILES_BETWEEN_SAVES", 10)
-    read_file = files.read_file
+    read_file = decoding.read_file
 
     def stop(path, *rest):
         if len(reads) == 25:
             raise KeyboardInterrupt
         return read_file(path, *rest)
 
-    monkeypatch.setattr(files, "read_file", stop)
+    monkeypatch.setattr(decoding, "read_file", stop)
     with pytest.raises(KeyboardInterrupt):
         prepare(root)
-    monkeypatch.setattr(files, "read_file", read_file)
+    monkeypatch.setattr(decoding, "read_file", read_file)
     reads.clear()
     prepare(root)
     assert len(reads) == 15

@@ -19,13 +19,13 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from weighmatch.data.decoding import decode_many
 from weighmatch.data.files import (
     Decoded,
     Fit,
     Listing,
     Rejected,
     Shape,
-    decode_many,
     is_of_the_moment,
 )
 from weighmatch.data.splits import Images

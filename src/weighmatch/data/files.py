@@ -8,7 +8,7 @@ import math
 import os
 import stat
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighmatch.data.splits import Images
-from weighmatch.workers import run_all
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -41,10 +40,6 @@ MAX_BYTES = 2**30
 # that are looked at to find out.
 SIDE, LOOKED_AT = 32, 64
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
-# Files that one process decodes before it says so.
-FILES_AT_ONCE = 64
-# From how many files on several processes start, which takes them seconds.
-MANY_FILES = 1_000
 
 
 class RejectedFileError(ValueError):
@@ -409,65 +404,3 @@ def look_at(listing: Listing) -> Look:
     middle = sorted(sides)[len(sides) // 2] if sides else SIDE
     # A multiple of 4, as networks halve the side twice.
     return Look(min(SIDE, max(8, 4 * math.ceil(middle / 4))), 3 if colours or not sides else 1)
-
-
-# --- many files ------------------------------------------------------------------------------
-
-
-def decode_many(
-    paths: Sequence[str | Path],
-    shape: Shape,
-    fit: Fit = "crop",
-    background: str = "white",
-    workers: int | Literal["auto"] = "auto",
-    title: str = "reading images",
-) -> Iterator[tuple[int, Decoded | Rejected]]:
-    """Read many files, in several processes where there are many; the time left is shown.
-
-    Args:
-        paths: the files.
-        shape: see `decode`, as are `fit` and `background`.
-        fit: see `decode`.
-        background: see `decode`.
-        workers: number of processes; "auto": one a core.
-        title: what the progress bar is called.
-
-    Yields:
-        The position of a file in `paths`, with what is in it or why it is rejected, in the order
-        in which they are read. No more than some hundred images are in memory at a time.
-    """
-    if len(paths) < MANY_FILES or workers == 1:
-        from tqdm import tqdm
-
-        for position, path in enumerate(tqdm(paths, desc=title, unit="file", disable=not paths)):
-            yield position, _read_or_reject(str(path), shape, fit, background)
-        return
-    chunks = [
-        ([str(path) for path in paths[first : first + FILES_AT_ONCE]], shape, fit, background)
-        for first in range(0, len(paths), FILES_AT_ONCE)
-    ]
-    answers = run_all(_read_all, chunks, workers, title=title, total=len(paths), unit="file")
-    for chunk, found in answers:
-        for position, one in enumerate(found):
-            yield chunk * FILES_AT_ONCE + position, one
-
-
-def _read_all(
-    paths: Sequence[str],
-    shape: Shape,
-    fit: Fit,
-    background: str,
-    progress: Callable[[int], None],
-) -> list[Decoded | Rejected]:
-    found = []
-    for path in paths:
-        found.append(_read_or_reject(path, shape, fit, background))
-        progress(1)
-    return found
-
-
-def _read_or_reject(path: str, shape: Shape, fit: Fit, background: str) -> Decoded | Rejected:
-    try:
-        return read_file(path, shape, fit, background)
-    except RejectedFileError as error:
-        return Rejected(path, error.reason)

@@ -31,6 +31,10 @@ from weighmatch.evaluation.tables import (
 )
 
 # Okabe & Ito (2008).
+# How something is drawn: arguments of matplotlib.
+Marks = dict[str, Any]
+
+
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
 
@@ -143,7 +147,7 @@ def _dots_and_interval(
     # Beside the interval, not on it; by rank, so that equal values do not hide each other.
     ranks = values.argsort(kind="stable").argsort(kind="stable")
     offsets = 0.14 + 0.1 * (ranks % 3)
-    dots: dict[str, Any] = {"color": colour, "edgecolors": "white"}
+    dots: Marks = {"color": colour, "edgecolors": "white"}
     axes.scatter(values, row + offsets, s=20, linewidths=0.6, zorder=2, **dots)
     axes.plot(_interval(values, overlap), [row, row], color=colour, linewidth=2.5, zorder=1)
     axes.scatter([values.mean()], [row], s=70, marker="D", zorder=3, **dots)
@@ -244,7 +248,7 @@ def draw_calibration(calibration: pd.DataFrame) -> Figure:
         full = cell[cell["count"] >= 10].sort_values("confidence")
         for series, label in label_series(calibration).items():
             bins, colour = of_series(full, series), get_arm(series[0]).colour
-            marks: dict[str, Any] = {"marker": "o", "markersize": 4, "color": colour}
+            marks: Marks = {"marker": "o", "markersize": 4, "color": colour}
             axes.plot(bins["confidence"], bins["accuracy"], label=label, **marks)
         axes.set_xlim(0.1, 1.01)
         axes.set_ylim(0, 1.03)
@@ -340,7 +344,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
         axes.plot([], [], label=label, **_marker(series))
     for place, arm in ((0, reference), (100, ORACLE)):
         axes.axvline(place, color=BLACK, linewidth=1, linestyle=":")
-        above: dict[str, Any] = {
+        above: Marks = {
             "transform": axes.get_xaxis_transform(),
             "ha": "center",
             "va": "bottom",
@@ -362,7 +366,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     return figure
 
 
-def _marker(series: Series) -> dict[str, Any]:
+def _marker(series: Series) -> Marks:
     """An arm's own colour and shape; hollow if it is not trained online."""
     name, schedule = series
     colour = get_arm(name).colour
