@@ -11,7 +11,7 @@ from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
 from weighmatch.arms import get_arm
-from weighmatch.checks import require_group
+from weighmatch.checks import ToldError, require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
@@ -38,7 +38,7 @@ KNOWN = (*GROUPS, "run_folder", "cache_folder", "data_folder")
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
 
-class RefusedError(ValueError):
+class RefusedError(ToldError, ValueError):
     """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
 
 

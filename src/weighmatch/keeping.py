@@ -15,6 +15,7 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
 from weighmatch import pipelines
+from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
 from weighmatch.hooks import RefusedError
 from weighmatch.io.files import UnfitFileError, remove_orphans
@@ -29,7 +30,6 @@ from weighmatch.io.provenance import (
     require_together,
     require_whole,
 )
-from weighmatch.workers import WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class KeepsFilesWhole:
     def on_pipeline_error(self, error: Exception, pipeline: Pipeline) -> None:
         """Give the locks back; say what was made by other code, as that may be the cause."""
         self._locks.release()
-        if isinstance(error, RefusedError | UnfitFileError | FloatingPointError | WorkerError):
+        if isinstance(error, ToldError | FloatingPointError):
             return
         older: dict[str, str] = {}
         with suppress(UnfitFileError):

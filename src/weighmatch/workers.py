@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -22,6 +23,8 @@ from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from tqdm import tqdm
 
+from weighmatch.checks import ToldError
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -29,11 +32,13 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 # Seconds between two reports of a worker's progress, and between two looks for its parent.
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
+# The bar of all jobs together, with the time that is left.
+BAR = "{desc}: {percentage:3.0f} % |{bar:30}| {elapsed} so far, {remaining} left"
 # What torch says where it gets no memory: on the CPU, and on a GPU.
 NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ToldError, RuntimeError):
     """A worker that was killed or got no memory; the message says how to go on."""
 
 
@@ -43,9 +48,8 @@ def run_all(
     workers: int | Literal["auto"] = "auto",
     *,
     title: str,
-    total: int,
-    unit: str = "run",
-    done: int = 0,
+    total: float,
+    done: float = 0,
 ) -> Iterator[tuple[int, T]]:
     """Do every job, several at a time, and hand over each answer as soon as it is there.
 
@@ -57,8 +61,8 @@ def run_all(
         jobs: the arguments of the calls; they are begun in this order, so put the longest first.
         workers: number of processes; "auto": one a core.
         title: what the progress bar is called.
-        total: units of all jobs together, and those of `done`.
-        unit: what the progress bar counts.
+        total: units of all jobs together, those of `done`, and those of a later call that goes on
+            with the bar.
         done: units that were done before this call.
 
     Yields:
@@ -72,14 +76,20 @@ def run_all(
     if not jobs:
         return
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
-    with tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=0.5) as bar:
+    # A file gets a line now and then, and no lines that overwrite one another.
+    often = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(
+        total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
+    ) as bar:
         if count > 1:
             yield from _run_in_processes(function, jobs, count, bar)
-            return
-        for position, job in enumerate(jobs):
-            with one_thread():
-                answer = function(*job, bar.update)
-            yield position, answer
+        else:
+            for position, job in enumerate(jobs):
+                with one_thread():
+                    answer = function(*job, bar.update)
+                yield position, answer
+        # Another call goes on with a bar that is not full.
+        bar.leave = round(bar.n) >= round(total)
 
 
 def run_in_order(
@@ -88,12 +98,11 @@ def run_in_order(
     workers: int | Literal["auto"] = "auto",
     *,
     title: str,
-    total: int,
-    unit: str = "run",
-    done: int = 0,
+    total: float,
+    done: float = 0,
 ) -> list[T]:
     """The answers of `run_all`, in the order of the jobs."""
-    found = dict(run_all(function, jobs, workers, title=title, total=total, unit=unit, done=done))
+    found = dict(run_all(function, jobs, workers, title=title, total=total, done=done))
     return [found[position] for position in range(len(jobs))]
 
 
@@ -139,7 +148,7 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     position: int | None = None
-    reported: int = 0
+    reported: float = 0
 
     @classmethod
     def start(cls) -> "_Worker":
@@ -295,9 +304,9 @@ class _Report:
     """Adds up progress and sends it now and then."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.units, self.sent = pipe, 0, 0.0
+        self.pipe, self.units, self.sent = pipe, 0.0, 0.0
 
-    def add(self, units: int) -> None:
+    def add(self, units: float) -> None:
         self.units += units
         if time.monotonic() - self.sent > REPORT_INTERVAL:
             self.flush()

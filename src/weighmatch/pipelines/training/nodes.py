@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
-from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.jobs import cost_of, finish_jobs, plan_jobs, read_job
 from weighmatch.semisup.training.time_limit import fit_steps
 
 Arrays = dict[str, NDArray[Any]]
@@ -59,7 +59,11 @@ def _train(
     """By name, what reads a finished run; and a row a run."""
     training = fit_steps(sets, training, runs, Path(run_folder))
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
-    finish_jobs(jobs, Path(run_folder), runs.workers)
+    # One bar for the runs of both nodes; those of clean pools come last.
+    others = [arm for arm in runs.arms if arm not in arms]
+    clean = any(get_arm(arm).pool == "clean" for arm in arms)
+    cost = cost_of(others, sets, training, runs)
+    finish_jobs(jobs, Path(run_folder), runs.workers, (cost, 0.0) if clean else (0.0, cost))
     columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
     rows = [
         (job.name, job.key, run.arm, run.schedule, run.seed, job.steps, job.cost)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +14,11 @@ from numpy.typing import NDArray
 from weighmatch.arms import Arm, get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.training.loop import CHECKPOINT
+from weighmatch.semisup.training.rounds import beyond
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.workers import default_workers, one_thread, run_all
 
@@ -22,6 +26,8 @@ log = logging.getLogger(__name__)
 
 # Bytes from which a pool is shared by processes rather than sent to each of them.
 LARGE = 2**24
+# How many unfinished runs are named.
+NAMED = 4
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -93,11 +99,20 @@ def _steps(arm: Arm, runs: RunsConfig, sizes: Sizes) -> int:
     return matched if arm.compute == "matched" else 2 * matched
 
 
+def cost_of(
+    arms: Sequence[str], sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> float:
+    """The cost of all runs of these arms, in steps of FixMatch; sets are as large as the first."""
+    first = dict(list(sets.items())[:1])
+    able = [arm for arm in arms if get_arm(arm).schedules_among(runs.schedule)]
+    return len(sets) * sum(job.cost for job in plan_jobs(able, first, training, runs))
+
+
 def finish_jobs(
     jobs: Sequence[Job],
     folder: Path,
     workers: int | Literal["auto"] = "auto",
-    others: tuple[int, int] = (0, 0),
+    others: tuple[float, float] = (0.0, 0.0),
 ) -> None:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
 
@@ -107,8 +122,11 @@ def finish_jobs(
         jobs: jobs with different names.
         folder: each run resumes from, and writes to, `Job.folder`.
         workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU.
-        others: steps of runs that another call has done, and that another call will do, which
+        others: cost of the runs that another call has done, and that another call will do, which
             the progress bar and its time left count too.
+
+    Raises:
+        KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
         return
@@ -116,16 +134,62 @@ def finish_jobs(
         workers = default_workers(pick_device(jobs[0].config.training.device).type)
     if min(workers, len(jobs)) > 1:
         jobs = [_shared(job, folder) for job in jobs]
-    log.info("training %d runs, %d at a time", len(jobs), min(workers, len(jobs)))
+    kept = [kept_steps(job, folder) for job in jobs]
+    state = f": {_in_words(jobs, kept)}" if any(kept) else ""
+    log.info("training %d runs, %d at a time%s", len(jobs), min(workers, len(jobs)), state)
     before, after = others
+    total = before + sum(job.cost for job in jobs) + after
+    done = before + sum(job.cost * k / job.steps for job, k in zip(jobs, kept, strict=True))
     # The longest first, so that no core waits at the end.
-    order = sorted(jobs, key=lambda job: -job.cost)
-    calls = [(job, folder) for job in order]
-    total = before + sum(job.steps for job in jobs) + after
-    title = f"training {len(jobs)} runs"
-    for _ in run_all(_train, calls, workers, title=title, total=total, unit="step", done=before):
-        pass
+    order = sorted(zip(jobs, kept, strict=True), key=lambda pair: -pair[0].cost)
+    calls = [(job, folder, k) for job, k in order]
+    try:
+        for _ in run_all(_train, calls, workers, title="training", total=total, done=done):
+            pass
+    except KeyboardInterrupt as stopped:
+        now = [kept_steps(job, folder) for job in jobs]
+        stopped.add_note(f"Of {len(jobs)} runs, {_in_words(jobs, now)}")
+        raise
     shutil.rmtree(folder / "pools", ignore_errors=True)
+
+
+def kept_steps(job: Job, folder: Path) -> int:
+    """Steps of all stages that `folder` keeps of a job, so that they are not done again."""
+    place, config = job.folder(folder), job.config
+    if (place / "run.pt").exists():
+        return job.steps
+    if config.schedule == "two_stages":
+        return sum(_step_in(place / stage) for stage in ("first_stage", "second_stage"))
+    if config.schedule != "rounds":
+        return _step_in(place)
+    for number in reversed(range(config.rounds)):
+        step = _step_in(place / f"round_{number}")
+        if step:
+            begin, end = (n * config.steps // config.rounds for n in (number, number + 1))
+            # As long as nothing is dropped, rounds count on from one another.
+            return step if step > end - begin else begin + step
+    return 0
+
+
+def _step_in(folder: Path) -> int:
+    """The step of a checkpoint; 0 if there is none, or a damaged one."""
+    state = None
+    with suppress(DamagedFileError):
+        state = read_state(folder / CHECKPOINT)
+    return 0 if state is None else int(state["step"])
+
+
+def _in_words(jobs: Sequence[Job], kept: Sequence[int]) -> str:
+    """How far the runs are, such as `5 are finished, a goes on from step 40 of 100, 3 begin`."""
+    pairs = list(zip(jobs, kept, strict=True))
+    going = [(job, steps) for job, steps in pairs if 0 < steps < job.steps]
+    finished = sum(steps >= job.steps for job, steps in pairs)
+    more, new = max(len(going) - NAMED, 0), len(jobs) - finished - len(going)
+    parts = [f"{finished} {'is' if finished == 1 else 'are'} finished"]
+    parts += [f"{job.name} goes on from step {n} of {job.steps}" for job, n in going[:NAMED]]
+    parts += [f"{more} more {'goes' if more == 1 else 'go'} on"] if more else []
+    parts += [f"{new} {'begins' if new == 1 else 'begin'}"] if new else []
+    return ", ".join(parts)
 
 
 def _shared(job: Job, folder: Path) -> Job:
@@ -147,5 +211,7 @@ def read_job(job: Job, folder: Path) -> TrainedRun:
         return make_schedule(job.config).fit(job.data, job.folder(folder))
 
 
-def _train(job: Job, folder: Path, progress: Callable[[int], None]) -> None:
-    make_schedule(job.config).fit(job.data, job.folder(folder), progress)
+def _train(job: Job, folder: Path, kept: int, progress: Callable[[float], None]) -> None:
+    """Finish a job; progress is told in parts of its cost, without the steps that were kept."""
+    told = beyond(kept, lambda steps: progress(steps * job.cost / job.steps))
+    make_schedule(job.config).fit(job.data, job.folder(folder), told)
