@@ -75,7 +75,7 @@ def is_alive(pid):
 @pytest.mark.parametrize("count", [1, 2])
 def test_answers_come_in_the_order_of_the_jobs_and_progress_adds_up(count, capsys):
     jobs = [(number,) for number in (5, 3, 4, 1)]
-    answers = run_in_order(square, jobs, count, title="squares", total=20, unit="step", done=7)
+    answers = run_in_order(square, jobs, count, title="squares", total=20, done=7)
     assert [answer[0] for answer in answers] == [25, 9, 16, 1]
     assert {answer[2] for answer in answers} == {1}
     assert (os.getpid() in {answer[1] for answer in answers}) == (count == 1)
