@@ -86,7 +86,7 @@ class ChecksBeforeWork:
         for name in {"params:run_folder", "params:cache_folder"} & inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
             folder = Path(run_params["project_path"]) / str(catalog.load(name))
-            catalog[name] = str(folder)
+            catalog.save(name, str(folder))
             folders.add(folder)
         for folder in sorted(folder for folder in folders if folder is not None):
             _check_writable(folder)

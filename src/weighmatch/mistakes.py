@@ -20,6 +20,8 @@ from weighmatch.pipeline_registry import BY_NAME_ONLY, DEFAULT
 
 Options = Mapping[str, Any]
 # Runtime parameters that Kedro puts into paths of the catalog.
+# How many names an error lists where none is near.
+LISTED = 20
 FOLDERS = ("data_folder", "run_folder", "cache_folder")
 # What a run of a part of the graph is chosen by: the option, what it names, and all such names.
 PARTS: dict[str, tuple[str, str, Callable[[Pipeline], Iterable[str]]]] = {
@@ -48,11 +50,16 @@ def require_known(options: Options) -> None:
     if options.get("env"):
         source = Path(options.get("conf_source") or project / settings.CONF_SOURCE)
         if source.is_dir():  # else an archive, which Kedro unpacks
-            _require("--env", "environment", options["env"], _environments(source))
+            _require("--env: there is no environment", options["env"], _environments(source))
     names = [*options.get("pipelines", ()), *filter(None, [options.get("pipeline")])]
     packages = [module.name for module in iter_modules(pipelines.__path__)]
     for name in names:
-        _require("--pipelines", "pipeline", name, [*packages, DEFAULT])
+        _require("--pipelines: there is no pipeline", name, [*packages, DEFAULT])
+    if options.get("runner") not in (None, "SequentialRunner"):
+        raise RefusedError(
+            f"--runner {options['runner']} keeps no records of files; leave it out: "
+            "runs.workers says how many runs are trained at a time"
+        )
     if any(options.get(part) for part in PARTS):
         _require_parts(options, _graph_of(names or [DEFAULT], packages))
     _require_folders(options.get("params") or {})
@@ -65,12 +72,14 @@ def nearest(name: str, known: Collection[str]) -> str:
     found = get_close_matches(name, known, n=1) or get_close_matches(name, short, n=1)
     if found:
         return f"did you mean {short.get(found[0], found[0])}?"
+    if len(known) > LISTED:
+        return "kedro registry describe lists the nodes, kedro catalog describe-datasets the rest"
     return f"choose from {', '.join(sorted(known))}"
 
 
-def _require(option: str, kind: str, name: str, known: Collection[str]) -> None:
+def _require(lack: str, name: str, known: Collection[str]) -> None:
     if name not in known:
-        raise RefusedError(f"{option}: there is no {kind} {name!r}; {nearest(name, known)}")
+        raise RefusedError(f"{lack} {name!r}; {nearest(name, known)}")
 
 
 def _require_parts(options: Options, graph: Pipeline) -> None:
@@ -82,7 +91,7 @@ def _require_parts(options: Options, graph: Pipeline) -> None:
                 "--pipelines"
             )
         for name in options.get(part) or ():
-            _require(option, f"{kind} in the pipelines of this run named", name, known)
+            _require(f"{option}: the pipelines of this run have no {kind}", name, known)
     arguments = {part: options.get(part) or None for part in PARTS}
     arguments["node_namespaces"] = arguments.pop("namespaces")
     try:
