@@ -180,15 +180,15 @@ def _step_in(folder: Path) -> int:
 
 
 def _in_words(jobs: Sequence[Job], kept: Sequence[int]) -> str:
-    """How far the runs are, such as `5 are finished, a goes on from step 40 of 100, 3 begin`."""
+    """How far runs are, as `5 are finished, a goes on from step 40 of 100, 3 begin anew`."""
     pairs = list(zip(jobs, kept, strict=True))
     going = [(job, steps) for job, steps in pairs if 0 < steps < job.steps]
     finished = sum(steps >= job.steps for job, steps in pairs)
     more, new = max(len(going) - NAMED, 0), len(jobs) - finished - len(going)
-    parts = [f"{finished} {'is' if finished == 1 else 'are'} finished"]
+    parts = [f"{finished} {'is' if finished == 1 else 'are'} finished"] if finished else []
     parts += [f"{job.name} goes on from step {n} of {job.steps}" for job, n in going[:NAMED]]
     parts += [f"{more} more {'goes' if more == 1 else 'go'} on"] if more else []
-    parts += [f"{new} {'begins' if new == 1 else 'begin'}"] if new else []
+    parts += [f"{new} {'begins' if new == 1 else 'begin'} anew"] if new else []
     return ", ".join(parts)
 
 
