@@ -140,7 +140,7 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
     result = command(f"data_folder={folder}", "--pipelines", "scoring")
     assert_one_sentence(result, message)
     run_project(folder, names=names[1:], params=one)
-    metrics = json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    metrics = json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
     assert metrics["setting"]["ratio"] == 0.25
 
 

@@ -107,7 +107,7 @@ def check_job(job):
     for copy, original in own.copies.items():
         # Of two equal files either may count as the original.
         assert named.get(copy) == original or named.get(original) == copy
-    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
+    pile = json.loads((job.reporting / "summary.json").read_text())["pile"]
     assert pile["primary"]["mean"] > 0
     assert f"{pile['primary']['mean']:+.1f} points" in pile["verdict"]
     assert len(pile["advice"]) == 3
@@ -138,13 +138,13 @@ def test_the_outputs_are_there_and_complete(job):
         page = html.unescape((job.reporting / name).read_text())
         assert "http://" not in page
         assert "https://" not in page
-    assert json.loads((job.reporting / "metrics.json").read_text())["pile"]["verdict"] in page
+    assert json.loads((job.reporting / "summary.json").read_text())["pile"]["verdict"] in page
     export = {path.name for path in (job.data / "06_models" / "test" / "export").iterdir()}
     assert export >= {"model.pt2", "run.pt", "classes.json", "model_card.md"}
 
 
 def test_20_labels_are_too_few_to_tell_and_that_is_said(job):
-    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
+    pile = json.loads((job.reporting / "summary.json").read_text())["pile"]
     assert pile["verdict"].startswith("Whether the pile helped cannot be told from 20 labels")
     assert pile["primary"]["test"] == "corrected resampled t test"
     assert pile["test_images_needed"] > 20

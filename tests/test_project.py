@@ -77,7 +77,7 @@ def table(folder, name, job="test", layer="08_reporting"):
 
 
 def metrics_of(folder):
-    return json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    return json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
 
 
 # --- the whole graph -------------------------------------------------------------------------
@@ -183,11 +183,11 @@ def test_one_arm_and_another_ratio(tmp_path):
 
 def test_a_second_run_trains_nothing_and_says_the_same(outputs, monkeypatch):
     trained = watch_training(monkeypatch)
-    before = (outputs / "08_reporting" / "test" / "metrics.json").read_bytes()
+    before = (outputs / "08_reporting" / "test" / "summary.json").read_bytes()
     for name in ("training", "scoring", "evaluation", "reporting"):
         run_project(outputs, names=[name])
     assert not trained
-    assert (outputs / "08_reporting" / "test" / "metrics.json").read_bytes() == before
+    assert (outputs / "08_reporting" / "test" / "summary.json").read_bytes() == before
 
 
 # --- the benchmark is the same graph over a grid ---------------------------------------------

@@ -61,7 +61,7 @@ class TellsProgress:
                 assert place is not None
                 log.info("%s: %s", name.replace("_", " "), _short(place))
         if "report" in pipeline.all_outputs():
-            log.info("%s", catalog.load("pile_verdict")["verdict"])
+            log.info("%s", catalog.load("summary")["verdict"])
 
 
 def in_words(seconds: float) -> str:

@@ -23,7 +23,7 @@ Row = Mapping[str, Any]
 
 
 def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> dict[str, Any]:
-    """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
+    """What `summary.json` holds: the setting, the verdict and the numbers of each arm.
 
     All of these belong to the first cell of the manifest; the settings of other cells are listed.
 

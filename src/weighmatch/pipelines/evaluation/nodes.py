@@ -5,6 +5,7 @@ import pandas as pd
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
 from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
 from weighmatch.evaluation.judging import Arrays, Predictions
+from weighmatch.evaluation.key_numbers import key_numbers
 from weighmatch.semisup.config import TrainingConfig
 
 Truth = dict[str, Arrays]
@@ -103,3 +104,8 @@ def summarise(
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
     return {**report.summarise(arm_table, comparison, manifest), "pile": pile_verdict}
+
+
+def pick_key_numbers(summary: report.Row, influences: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The numbers that DVC compares."""
+    return key_numbers(summary, influences)

@@ -35,7 +35,7 @@ def create_pipeline() -> Pipeline:
     report = Node(
         nodes.write_report,
         {
-            "metrics": "metrics",
+            "metrics": "summary",
             "table": "arm_table",
             "study": "ihvp_comparison",
             "manifest": "manifest",
@@ -56,6 +56,6 @@ def create_pipeline() -> Pipeline:
     )
     return Pipeline(
         [*drawings, page, report],
-        namespace="experiment.reporting",
+        namespace="train_and_rank.reporting",
         prefix_datasets_with_namespace=False,
     )
