@@ -98,7 +98,7 @@ def _without_prefix(problem: str) -> str:
 def _split_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Kedro's own reading of `--params`, for lists too: their commas separate no parameters."""
     from omegaconf import OmegaConf
-    from yaml import YAMLError
+    from yaml import YAMLError  # type: ignore[import-untyped]
 
     if isinstance(value, dict):  # from --config
         return value
