@@ -2,21 +2,27 @@
 
 import errno
 import logging
+import os
 import re
 import traceback
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
+import yaml  # type: ignore[import-untyped]
 from kedro.framework.cli.jupyter import jupyter as kedro_jupyter
 from kedro.framework.cli.project import run as kedro_run
 from kedro.framework.cli.utils import CONTEXT_SETTINGS, KedroCliError
+from kedro.framework.project import LOGGING
+from kedro.utils import find_config_file
 from kedro.validation.exceptions import ParameterValidationError
+from omegaconf import OmegaConf
 
 from weighmatch.checks import ToldError
 from weighmatch.hooks import GROUPS
-from weighmatch.mistakes import require_known
+from weighmatch.mistakes import require_known, require_project
 
 # What the operating system says that no change of this program cures.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
@@ -32,7 +38,9 @@ def _run(*, show_traceback: bool, **options: Any) -> Any:
     # Kedro logs each failed parameter and then raises them all: once is enough.
     logging.getLogger("kedro.validation").setLevel(logging.CRITICAL)
     try:
-        require_known(options)
+        project = require_project()
+        _configure_logging(project)
+        require_known(options, project)
         return kedro_run.callback(**options)  # type: ignore[misc]
     except KeyboardInterrupt as stopped:
         notes = getattr(stopped, "__notes__", [])
@@ -46,6 +54,14 @@ def _run(*, show_traceback: bool, **options: Any) -> Any:
         if show_traceback:
             traceback.print_exception(error)
         raise click.ClickException(sentence) from error
+
+
+def _configure_logging(project: Path) -> None:
+    """Log as the project says: Kedro looks for its file in the current folder alone."""
+    if find_config_file("conf/logging") is None and "KEDRO_LOGGING_CONFIG" not in os.environ:
+        text = (project / "conf" / "logging.yml").read_text("utf-8")
+        LOGGING.configure(yaml.safe_load(text))
+        LOGGING.set_project_logging(__package__)
 
 
 def _sentence_of(error: Exception) -> str | None:
@@ -97,9 +113,6 @@ def _without_prefix(problem: str) -> str:
 
 def _split_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
     """Kedro's own reading of `--params`, for lists too: their commas separate no parameters."""
-    from omegaconf import OmegaConf
-    from yaml import YAMLError  # type: ignore[import-untyped]
-
     if isinstance(value, dict):  # from --config
         return value
     given = [part.strip() for part in re.split(r",(?![^\[]*\])", value) if part.strip()]
@@ -110,7 +123,7 @@ def _split_params(context: click.Context, option: click.Parameter, value: Any) -
             )
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(given))
-    except YAMLError as error:
+    except yaml.YAMLError as error:
         raise click.BadParameter(f"{value!r} holds a value that cannot be read") from error
 
 

@@ -35,11 +35,11 @@ PARTS: dict[str, tuple[str, str, Callable[[Pipeline], Iterable[str]]]] = {
 }
 
 
-def require_known(options: Options) -> None:
-    """Refuse options of `kedro run` that name what does not exist.
+def require_project() -> Path:
+    """The folder of the project that the current folder is within.
 
     Raises:
-        RefusedError: with the nearest name that exists.
+        RefusedError: if there is none.
     """
     project = find_kedro_project(Path.cwd())
     if project is None:
@@ -47,6 +47,15 @@ def require_known(options: Options) -> None:
             f"{Path.cwd()} is not within a project; go to the folder that holds pyproject.toml "
             "and conf"
         )
+    return Path(project)
+
+
+def require_known(options: Options, project: Path) -> None:
+    """Refuse options of `kedro run` that name what does not exist, or folders that cannot be.
+
+    Raises:
+        RefusedError: with the nearest name that exists.
+    """
     if options.get("env"):
         source = Path(options.get("conf_source") or project / settings.CONF_SOURCE)
         if source.is_dir():  # else an archive, which Kedro unpacks
@@ -62,7 +71,7 @@ def require_known(options: Options) -> None:
         )
     if any(options.get(part) for part in PARTS):
         _require_parts(options, _graph_of(names or [DEFAULT], packages))
-    _require_folders(options.get("params") or {})
+    _require_folders({"data_folder": "data", **(options.get("params") or {})}, project)
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -103,7 +112,7 @@ def _require_parts(options: Options, graph: Pipeline) -> None:
         ) from error
 
 
-def _require_folders(given: Options) -> None:
+def _require_folders(given: Options, project: Path) -> None:
     for name in FOLDERS:
         if name not in given:
             continue
@@ -112,10 +121,11 @@ def _require_folders(given: Options) -> None:
             raise RefusedError(
                 f"{name} is empty; name a folder, such as {name}=results, or leave it out"
             )
-        if isinstance(place, dict | list) or any(brace in str(place) for brace in "{}"):
+        path = str(project / str(place))
+        if isinstance(place, dict | list) or any(brace in path for brace in "{}"):
             raise RefusedError(
                 f"{name} must be the path of a folder without braces, which stand for names in "
-                f"Kedro's catalog, got {place}; choose another folder"
+                f"Kedro's catalog, got {path}; choose another with --params {name}=…"
             )
 
 
