@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from weighmatch.checks import ToldError
 
@@ -78,9 +79,12 @@ def run_all(
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
     # A file gets a line now and then, and no lines that overwrite one another.
     often = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(
-        total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
-    ) as bar:
+    with (
+        logging_redirect_tqdm(),  # a line of the log begins a line of the terminal
+        tqdm(
+            total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
+        ) as bar,
+    ):
         if count > 1:
             yield from _run_in_processes(function, jobs, count, bar)
         else:
