@@ -70,7 +70,9 @@ class TrainingSet:
         object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
         shape = self.image_shape if self.has_features else mine[1:]
         if len(shape) != 3:
-            raise ValueError("stored features need image_shape, (C, H, W) of the images behind them")
+            raise ValueError(
+                "stored features need image_shape, (C, H, W) of the images behind them"
+            )
         object.__setattr__(self, "image_shape", tuple(int(side) for side in shape))
         names = tuple(str(name) for name in self.class_names)
         object.__setattr__(self, "class_names", names)
@@ -229,8 +231,22 @@ class RunConfig:
         """The configuration that `to_dict` wrote."""
         return cls(**{**content, "training": TrainingConfig(**content["training"])})
 
-    def check_labels(self, data: TrainingSet) -> None:
-        """Raise a ValueError if a label of `data` is none of the classes."""
+    def check_data(self, data: TrainingSet) -> None:
+        """Check that a run can train on `data`.
+
+        Raises:
+            ValueError: if a label is none of the classes, or a frozen backbone meets images
+                instead of features.
+        """
+        if self.training.frozen != data.has_features:
+            needed, given = (
+                ("features", "images") if self.training.frozen else ("images", "features")
+            )
+            raise ValueError(
+                f"training.network {self.training.network} with training.weights "
+                f"{self.training.weights} trains on {needed}, but the training set has {given}; "
+                "run the pipeline feature_extraction"
+            )
         highest = int(data.labels.max())
         if highest >= self.classes:
             raise ValueError(
