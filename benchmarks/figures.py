@@ -1,6 +1,7 @@
 """The figures of docs/results, drawn from the tables of the same pages.
 
-python -m benchmarks.figures [--out docs/results]
+python -m benchmarks.figures                      # every figure of docs/results
+python -m benchmarks.figures --gallery FILE       # docs/gallery.png from a job's gallery.png
 
 A figure therefore shows what its page says, and is drawn again when a table changes.
 """
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
 from weighmatch.arms import all_arms, get_arm
 
@@ -41,7 +43,7 @@ def read_table(page: str, *columns: str) -> list[Row]:
     for number, line in enumerate(lines):
         names = _cells(line)
         if set(columns) <= set(names) and lines[number + 1].startswith("|"):
-            rows = []
+            rows: list[Row] = []
             for row in lines[number + 2 :]:
                 if not row.startswith("|"):
                     return rows
@@ -224,14 +226,25 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 }
 
 
+def shrink(source: Path, target: Path, width: int = 1000) -> None:
+    """Write a picture anew at a width in pixels and with 256 colours, to be small in Git."""
+    with Image.open(source) as picture:
+        height = round(picture.height * width / picture.width)
+        small = picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    small.quantize(256, Image.Quantize.MAXCOVERAGE).save(target, optimize=True)
+
+
 def main() -> None:
-    """Draw every figure."""
+    """Draw every figure, or shrink the gallery of a job for the first page."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=PAGES)
-    folder = parser.parse_args().out
+    parser.add_argument("--gallery", type=Path, help="the file gallery.png that a job reported")
+    gallery = parser.parse_args().gallery
+    if gallery is not None:
+        shrink(gallery, PAGES.parent / "gallery.png")
+        return
     for name, draw in FIGURES.items():
         # Without the library's version in the file, equal figures are equal files.
-        draw().savefig(folder / f"{name}.png", metadata={"Software": None})
+        draw().savefig(PAGES / f"{name}.png", metadata={"Software": None})
 
 
 if __name__ == "__main__":
