@@ -126,3 +126,17 @@ def test_the_script_of_the_idea_trains_and_tells_known_images_from_others(capsys
     said = capsys.readouterr().out
     known, others = re.findall(r"mean weight of the digits \d to \d: (\S+)", said)
     assert float(known) > float(others)
+
+
+def test_the_examples_of_the_library_run_and_agree(capsys):
+    text = (ROOT / "docs" / "implicit.md").read_text()
+    first, second = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names = {}
+    exec(first, names)
+    assert capsys.readouterr().out.splitlines()[-1].startswith("converged")
+    by_hessian = names["hypergradient"]
+    exec(second, names)
+    by_gauss_newton = names["hypergradient"]
+    assert names["solution"].residual < 1e-4
+    # On a linear model the Gauss-Newton matrix and the damping make up the Hessian.
+    assert np.allclose(by_hessian, by_gauss_newton, rtol=1e-2, atol=1e-6)
