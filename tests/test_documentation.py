@@ -6,6 +6,7 @@ import re
 import runpy
 import subprocess
 import sys
+import tomllib
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from PIL import Image
 from tests.project import ROOT
 from weighmatch.semisup import TrainedRun
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 README = (ROOT / "README.md").read_text()
 PAGES = [
     ROOT / "README.md",
@@ -75,6 +77,9 @@ def test_links_lead_to_files_and_commands_to_what_is_there(page):
         assert (ROOT / "conf" / name).is_dir(), name
     for module in re.findall(r"python -m (benchmarks[.\w]*)", text):
         assert importlib.util.find_spec(module), module
+    extras = PROJECT["project"]["optional-dependencies"] | PROJECT["dependency-groups"]
+    for name in re.findall(r"--(?:extra|group) (\w+)", text):
+        assert name in extras, name
     for script in re.findall(r"python (\S+\.py)", text):
         assert (ROOT / script).is_file(), script
 
