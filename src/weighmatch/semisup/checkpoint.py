@@ -281,9 +281,7 @@ class TrainedRun:
             other = other.to(device)
         head = None
         if ranker.head is not None:
-            width = self.classifier.head.in_features
-            head = ConfidenceHead(width, self.config.classes, seed=0)
-            head.load_state_dict(ranker.head)
+            head = ConfidenceHead.from_state(ranker.head, self.config.classes)
             head.to(device)
 
         def score(images: Tensor, features: Tensor, logits: Tensor) -> Tensor:
