@@ -97,6 +97,23 @@ class AugmentationConfig:
 
 
 @dataclass(frozen=True)
+class FeaturesConfig:
+    """Which views of an image a frozen backbone sees; its features of them are stored.
+
+    Attributes:
+        weak_views: weak views of an image, beside the image itself; 0: the image stands in.
+        strong_views: strong views of an image; 0: the image stands in.
+    """
+
+    weak_views: int = 2
+    strong_views: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("weak_views", "strong_views"):
+            require_integer(f"training.features.{name}", getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
 class WeightingConfig:
     """How weights are learned while the classifier trains (schedules online and two_stages).
 
@@ -263,6 +280,7 @@ class TrainingConfig:
         pool_memory: where the pool lies: "device", "host" (streamed through pinned memory), or
             "auto": on the GPU if it takes no more than a quarter of what is free there.
         augmentation: see `AugmentationConfig`.
+        features: see `FeaturesConfig`.
         weighting: see `WeightingConfig`.
         influence: see `InfluenceConfig`.
         ranking: see `RankingConfig`.
@@ -292,6 +310,7 @@ class TrainingConfig:
     deterministic: bool = False
     pool_memory: Literal["auto", "device", "host"] = "auto"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)
@@ -345,6 +364,7 @@ class TrainingConfig:
 
 _GROUPS: dict[str, type] = {
     "augmentation": AugmentationConfig,
+    "features": FeaturesConfig,
     "weighting": WeightingConfig,
     "influence": InfluenceConfig,
     "ranking": RankingConfig,
@@ -419,7 +439,7 @@ def require_effect(given: Mapping[str, Any], arms: Sequence[str], runs: RunsConf
         for group in GROUPS_OF_SCHEDULE[schedule]
         if group in (*arm.reads, "two_stages") and arm.weighs
     }
-    for group in _GROUPS.keys() - {"augmentation"}:
+    for group in _GROUPS.keys() - {"augmentation", "features"}:
         if given.get(group) and group not in read:
             name = next(iter(given[group]))
             schedules = [s for s, groups in GROUPS_OF_SCHEDULE.items() if group in groups]

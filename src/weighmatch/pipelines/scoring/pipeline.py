@@ -5,6 +5,7 @@ from kedro.pipeline import Node, Pipeline
 from weighmatch.pipelines.scoring import nodes
 
 CHECKPOINTS = ["checkpoints", "oracle_checkpoints"]
+FEATURES = ["features", "params:training"]
 
 
 def create_pipeline() -> Pipeline:
@@ -19,13 +20,13 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.score_images,
-                ["runs", *CHECKPOINTS, "evaluation_images"],
+                ["runs", *CHECKPOINTS, "evaluation_images", *FEATURES],
                 "predictions",
                 name="score_images",
             ),
             Node(
                 nodes.describe_pool,
-                ["runs", *CHECKPOINTS, "training_sets"],
+                ["runs", *CHECKPOINTS, "training_sets", *FEATURES],
                 "ranked_pool",
                 name="describe_pool",
             ),

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from weighmatch.semisup.checkpoint import BATCH, History, TrainedRun, on_device
 from weighmatch.semisup.config import RankingConfig
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
-from weighmatch.semisup.parts.store import as_tensor
+from weighmatch.semisup.parts.store import Stored, as_tensor
 from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.parts.views import Views, make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
 from weighmatch.semisup.training.decision import Evidence, clean_chance, decide, decide_by_cut
 from weighmatch.semisup.weightings import Weighting
@@ -71,7 +71,7 @@ def rank_pool(
     kind = Weighting.kind(config.row.weighting)
     if kind.ranks_by_head:
         return _rank_by_head(run, measured if kind.measures_rounds else None, data, config)
-    found = run.score_unchecked(data.pool, pick_device(config.training.device))
+    found = run.score_unchecked(data.plain_pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
     _require_finite(scores)
     classes = torch.from_numpy(found.probabilities.argmax(axis=1))
@@ -84,10 +84,11 @@ def _rank_by_head(
 ) -> Ranking:
     classifier = on_device(run.classifier, pick_device(config.training.device))
     head, p_clean = fit_head(classifier, measured, data, config)
-    pool, found = data.pool, []
+    views = make_views(config.training)
+    pool, found = data.plain_pool, []
     with torch.no_grad():
         for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
-            features = _features(classifier, pool[start : start + HEAD_BATCH])
+            features = _features(classifier, pool[start : start + HEAD_BATCH], views)
             found.append((run.classifier.head(features).argmax(dim=1), head.parts(features)))
         pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
         head.standardise(parts)
@@ -145,7 +146,7 @@ def record_kept(
     snapshots = []
     for step, run, kept in stages:
         device = pick_device(run.config.training.device)
-        confidence, labels = run.classify(data.pool, device).max(dim=1)
+        confidence, labels = run.classify(data.plain_pool, device).max(dim=1)
         snapshots.append((step, mean_one(kept.float()), confidence))
     return History.of(snapshots), labels
 
@@ -169,16 +170,16 @@ def fit_head(
     Returns:
         The head, whose parts are not standardised yet; and p of `clean_chance`.
     """
-    augmentation = Augmentation(config.training.augmentation)
+    views_of = make_views(config.training)
     noise = Streams(config.seed)["augmentation for the head"]
     chosen = pool_sample(data.pool_size, config.seed)
-    pool = as_tensor(data.pool)[chosen]
+    pool = as_tensor(data.pool_images(chosen.numpy()))
     influence = None if measured is None else measured.to("cpu").standardised()[chosen]
     image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
-    copies = torch.from_numpy(data.labelled_images)[image]
-    positives = _augmented_features(classifier, copies, augmentation, noise)
+    copies = torch.from_numpy(np.asarray(data.labelled_images))[image]
+    positives = _augmented_features(classifier, copies, views_of, noise)
     views = torch.stack(
-        [_augmented_features(classifier, pool, augmentation, noise) for _ in range(POOL_VIEWS)]
+        [_augmented_features(classifier, pool, views_of, noise) for _ in range(POOL_VIEWS)]
     )
     return fit_to_features(positives, torch.from_numpy(data.labels), views, influence, config)
 
@@ -258,16 +259,16 @@ def pool_sample(size: int, seed: int) -> Tensor:
     return everyone[:MAX_HEAD_IMAGES]
 
 
-def _features(classifier: Classifier, images: NDArray[np.uint8]) -> Tensor:
+def _features(classifier: Classifier, images: Stored, views: Views) -> Tensor:
     """Features of images as they are, (n, width), on the CPU."""
-    return _in_batches(classifier, as_tensor(images), lambda batch: batch.float() / 255)
+    return _in_batches(classifier, as_tensor(images), views.plain)
 
 
 def _augmented_features(
-    classifier: Classifier, images: Tensor, augmentation: Augmentation, noise: torch.Generator
+    classifier: Classifier, images: Tensor, views: Views, noise: torch.Generator
 ) -> Tensor:
     """Features of strong views, (n, width), on the CPU."""
-    return _in_batches(classifier, images, lambda batch: augmentation.strong(batch, noise))
+    return _in_batches(classifier, images, lambda batch: views.strong(batch, noise))
 
 
 def _in_batches(
