@@ -367,7 +367,7 @@ def load_classifier(
     stored = image_shape
     if config.training.frozen:
         stored = (1, state["head.weight"].shape[1])
-    classifier = make_classifier(config.training, stored, config.classes, 0)
+    classifier = make_classifier(config.training, stored, config.classes, 0, filled=False)
     classifier.load_state_dict(state)
     return classifier.eval()
 

@@ -53,18 +53,32 @@ class FeatureClassifier(Classifier):
 
 
 def make_classifier(
-    training: TrainingConfig, stored: tuple[int, ...], classes: int, seed: int
+    training: TrainingConfig,
+    stored: tuple[int, ...],
+    classes: int,
+    seed: int,
+    filled: bool = True,
 ) -> Classifier:
-    """A freshly initialised classifier for what a run stores, the same for the same seed.
+    """A classifier before its training for what a run stores, the same for the same seed.
 
     Args:
         training: says which network.
         stored: the shape of a stored image: (C, H, W), or (views, width) of features.
         classes: number of logits.
         seed: decides the initial parameters.
+        filled: see `build_classifier`.
     """
     if len(stored) == 3:
-        return build_classifier(training.network, stored[0], classes, seed, training.width)
+        return build_classifier(
+            training.network,
+            stored[0],
+            classes,
+            seed,
+            training.width,
+            training.weights,
+            training.fine_tune,
+            filled,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FeatureClassifier(stored[1], classes)
