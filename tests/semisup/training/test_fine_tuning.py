@@ -90,6 +90,7 @@ def test_from_scratch_all_parameters_move(run_config, colours, tmp_path):
     moved, everything = changed(make_schedule(config).fit(colours, tmp_path / "run"), start)
     assert moved == {name for name, _ in start.classifier.named_parameters()}
     assert everything - moved == {"trunk.mean", "trunk.std"}
+    assert set(start.classifier.rates().values()) == {1.0}
 
 
 def test_learning_rates_fall_from_the_head_to_the_images(tuned, colours, tmp_path):
@@ -106,6 +107,14 @@ def test_learning_rates_fall_from_the_head_to_the_images(tuned, colours, tmp_pat
     for depth, block in enumerate(reversed(run.classifier.trunk.blocks()), 1):
         for name in block:
             assert rate_of[named[f"trunk.{name}"]] == pytest.approx(0.75**depth)
+
+
+def test_the_head_sees_features_of_length_one(tuned, colours, tmp_path):
+    run = Run(tuned(), colours, tmp_path)
+    with torch.no_grad():
+        features = run.classifier.features(torch.from_numpy(colours.unlabelled_images) / 255)
+    torch.testing.assert_close(features.mean(0), torch.zeros(features.shape[1]))
+    torch.testing.assert_close(features.square().sum(1).mean(), torch.tensor(1.0))
 
 
 @pytest.mark.integration

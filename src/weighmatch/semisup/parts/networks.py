@@ -6,6 +6,7 @@ per-image losses rely on: networks that are trained from scratch normalise with 
 """
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,6 +20,8 @@ from weighmatch.semisup.parts.backbones import Backbone, empty_backbone, load_ba
 # Blocks that are trained where the last ones are fine-tuned, and what the learning rate is
 # multiplied by from one block to the one before it.
 LAST_BLOCKS, RATE_DECAY = 2, 0.75
+# Below it a feature counts as constant, and is not blown up.
+SMALLEST_SPREAD = 1e-4
 
 
 class Classifier(nn.Module):
@@ -43,37 +46,82 @@ class Classifier(nn.Module):
         return {name: 1.0 for name, p in self.named_parameters() if p.requires_grad}
 
 
-class PretrainedClassifier(Classifier):
-    """A backbone and a linear head, of which a part is trained.
+class Standardise(nn.Module):
+    """Features (n, width) with mean 0 and spread 1 on the data, divided by √width."""
 
-    The learning rate falls from the head to the images, block by block (Howard & Ruder, 2018,
-    section 3.2), by the factor of He et al. (2022, table 9).
+    location: Tensor
+    scale: Tensor
 
-    Args:
-        backbone: the trunk; it normalises images by itself.
-        classes: number of logits.
-        fine_tune: see `TrainingConfig`.
-    """
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(width))
+        self.register_buffer("scale", torch.full((width,), math.sqrt(width)))
+
+    def fit(self, features: Tensor, together: bool = False) -> None:
+        """Take mean and spread of features.
+
+        Args:
+            features: (n, width).
+            together: whether they share one spread: a feature that hardly varies is not blown up
+                then, nor is its gradient in what computes it.
+        """
+        self.location.copy_(features.mean(0))
+        spread = features.std(0, correction=0)
+        if together:
+            spread = spread.square().mean().sqrt().expand_as(spread)
+        self.scale.copy_(spread.clamp(min=SMALLEST_SPREAD) * math.sqrt(features.shape[1]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        standard: Tensor = (features - self.location) / self.scale
+        return standard
+
+
+class BackboneClassifier(Classifier):
+    """A trunk that normalises images by itself, and a linear head; all of it is trained."""
 
     trunk: Backbone
 
-    def __init__(self, backbone: Backbone, classes: int, fine_tune: str) -> None:
+    def __init__(self, backbone: Backbone, classes: int) -> None:
         super().__init__(backbone, backbone.width, classes)
-        blocks = backbone.blocks()
-        trained = {"none": 0, "last": LAST_BLOCKS, "all": len(blocks)}[fine_tune]
-        self._depths = {
-            name: depth for depth, block in enumerate(reversed(blocks), 1) for name in block
-        }
-        for name, parameter in backbone.named_parameters():
-            parameter.requires_grad_(self._depths[name] <= trained)
+        self.requires_grad_(True)
 
     def features(self, images: Tensor) -> Tensor:
         features: Tensor = self.trunk(images)
         return features
 
+
+class PretrainedClassifier(BackboneClassifier):
+    """A backbone with weights and a linear head on its standardised features.
+
+    The learning rate falls from the head to the images, block by block (Howard & Ruder, 2018,
+    section 3.2), by the factor of He et al. (2022, table 9). Features that are not standardised
+    are so long that the head diverges at the learning rates of other networks.
+
+    Args:
+        backbone: the trunk.
+        classes: number of logits.
+        fine_tune: what is trained of the trunk; see `TrainingConfig`.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, fine_tune: str) -> None:
+        super().__init__(backbone, classes)
+        self.standardise = Standardise(backbone.width)
+        blocks = backbone.blocks()
+        trained = {"none": 0, "last": LAST_BLOCKS, "all": len(blocks)}[fine_tune]
+        self._depths = {
+            f"trunk.{name}": depth
+            for depth, block in enumerate(reversed(blocks), 1)
+            for name in block
+        }
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self._depths.get(name, 0) <= trained)
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.standardise(self.trunk(images))
+        return features
+
     def rates(self) -> dict[str, float]:
-        depths = {f"trunk.{name}": depth for name, depth in self._depths.items()}
-        return {name: RATE_DECAY ** depths.get(name, 0) for name in super().rates()}
+        return {name: RATE_DECAY ** self._depths.get(name, 0) for name in super().rates()}
 
 
 class WithFeatures(nn.Module):
@@ -234,8 +282,9 @@ def build_classifier(
             load = load_backbone if filled else empty_backbone
             # The one with weights is shared by all who ask for it.
             backbone = copy.deepcopy(load(name, weights))
-            part = "all" if weights == "none" else fine_tune
-            return PretrainedClassifier(backbone, classes, part)
+            if weights == "none":
+                return BackboneClassifier(backbone, classes)
+            return PretrainedClassifier(backbone, classes, fine_tune)
         require_choice("training.network", name, network_names())
         return _NETWORKS[name](channels, classes, width)
 
