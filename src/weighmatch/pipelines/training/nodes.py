@@ -29,7 +29,7 @@ def train_arms(
 ) -> tuple[Runs, pd.DataFrame]:
     """Train every arm on the contaminated pools, but those that need a clean one."""
     arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
-    sets = with_features(training_sets, features, training)
+    sets = with_features(training_sets, features)
     return _train(arms, sets, training, runs, run_folder)
 
 
@@ -53,7 +53,7 @@ def train_oracle(
     arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
     sets = {
         key: with_rows(arrays, oracle_sets[key]["rows"])
-        for key, arrays in with_features(training_sets, features, training).items()
+        for key, arrays in with_features(training_sets, features).items()
         if key in oracle_sets
     }
     return _train(arms, sets, training, runs, run_folder)

@@ -66,7 +66,9 @@ class Batches:
 
     def arranged(self, images: Tensor) -> Tensor:
         """The images in the memory layout of training."""
-        return images.contiguous(memory_format=self.layout if images.ndim == 4 else torch.contiguous_format)
+        return images.contiguous(
+            memory_format=self.layout if images.ndim == 4 else torch.contiguous_format
+        )
 
     def draw(self, size: int) -> list[Batch]:
         """The batches of `size` steps."""

@@ -232,8 +232,22 @@ class RunConfig:
         """The configuration that `to_dict` wrote."""
         return cls(**{**content, "training": TrainingConfig(**content["training"])})
 
-    def check_labels(self, data: TrainingSet) -> None:
-        """Raise a ValueError if a label of `data` is none of the classes."""
+    def check_data(self, data: TrainingSet) -> None:
+        """Check that a run can train on `data`.
+
+        Raises:
+            ValueError: if a label is none of the classes, or a frozen backbone meets images
+                instead of features.
+        """
+        if self.training.frozen != data.has_features:
+            needed, given = (
+                ("features", "images") if self.training.frozen else ("images", "features")
+            )
+            raise ValueError(
+                f"training.network {self.training.network} with training.weights "
+                f"{self.training.weights} trains on {needed}, but the training set has {given}; "
+                "run the pipeline feature_extraction"
+            )
         highest = int(data.labels.max())
         if highest >= self.classes:
             raise ValueError(
