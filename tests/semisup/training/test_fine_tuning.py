@@ -132,6 +132,9 @@ def test_a_run_is_kept_exported_and_read_without_its_weights(
 ):
     run = make_schedule(tuned()).fit(colours, tmp_path / "run")
     export_run(run, tmp_path / "export")
+    card = (tmp_path / "export" / "model_card.md").read_text("utf-8")
+    assert f"{NETWORK}, weights test_resnet.pth, head and last blocks trained, " in card
+    assert "mean 0.5, 0.5, 0.5, deviation 0.5, 0.5, 0.5, within" in card
 
     def fail(*args):
         raise AssertionError("weights are not needed again")
