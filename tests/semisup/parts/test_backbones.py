@@ -124,6 +124,7 @@ def test_a_network_of_one_size_gets_images_of_that_size():
         ("torchvision/resnet17", "none", "no classification model of that name"),
         ("torchvision/squeezenet1_0", "none", "no linear layer at its end"),
         ("timm/resnet18x", "none", "timm has no network of that name"),
+        ("timm/resnet10t.bogus", "none", "timm says: Invalid pretrained tag"),
         ("small_cnn", "none", "no pretrained network"),
     ],
 )
@@ -180,10 +181,12 @@ def test_weights_that_cannot_be_fetched_end_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"\(no network\); fetch their file from https.*\.pth"):
+    with pytest.raises(ValueError, match=r"\(no network\); fetch https.*\.pth"):
         load_backbone("torchvision/resnet18", "DEFAULT")
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
-    with pytest.raises(ValueError, match=r"fetch their file from https://huggingface\.co/timm/"):
+    with pytest.raises(
+        ValueError, match=r"fetch model.safetensors of https://huggingface\.co/timm/"
+    ):
         load_backbone("timm/resnet10t", "DEFAULT")
 
 

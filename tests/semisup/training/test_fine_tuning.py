@@ -127,6 +127,7 @@ def test_a_killed_run_resumes_to_the_same_end(schedule, tuned, colours, tmp_path
     assert same(whole, make_schedule(config).fit(colours, tmp_path / "killed"))
 
 
+@pytest.mark.integration
 def test_a_run_is_kept_exported_and_read_without_its_weights(
     tuned, colours, tmp_path, weights, monkeypatch
 ):

@@ -190,14 +190,18 @@ def _timm(name: str, weights: str) -> Found:
             f"training.network 'timm/{name}': timm has no network of that name"
             f"{f'; it has {near}' if near else ''}"
         )
-    described = timm.get_pretrained_cfg(name)
+    try:
+        described = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part after the dot is unknown
+        raise ValueError(f"training.network 'timm/{name}': timm says: {error}") from error
     published = weights == "DEFAULT"
     try:
         net: Any = timm.create_model(name, pretrained=published, num_classes=0)
     except Exception as error:  # its hub and its loader raise a dozen kinds
         if not published:
             raise
-        where = f"https://huggingface.co/{described.hf_hub_id}" if described else "its publisher"
+        where = described.hf_hub_id if described else name
+        where = f"model.safetensors of https://huggingface.co/{where}"
         raise ValueError(_not_fetched(f"timm/{name}", where, error)) from error
     config = net.pretrained_cfg
     heads = config.get("classifier") or ()
@@ -256,7 +260,7 @@ def _not_fetched(network: str, where: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"training.weights: DEFAULT: the weights of {network} could not be fetched ({reason[:200]})"
-        f"; fetch their file from {where} and set training.weights to its path"
+        f"; fetch {where} and set training.weights to the path of that file"
     )
 
 
