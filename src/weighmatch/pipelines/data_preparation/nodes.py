@@ -98,7 +98,7 @@ def _draw_all(
 ) -> Iterator[tuple[Cell, int, Splits]]:
     source = get_source(data.source)
     for cell in make_cells(grid, data):
-        for seed in cell.data.seeds:
+        for seed in source.seeds(raw_images, cell.data):
             yield cell, seed, source.draw(raw_images, cell.data, seed)
         everything = source.draw_all(raw_images, cell.data)
         if everything is not None:
