@@ -109,6 +109,8 @@ def test_without_a_test_folder_the_seeds_are_folds(tmp_path, prepare):
             [2, 2, 2],
         )
         assert "labelled/yak/only.png" in trained
+    # One object, which is stored and hashed once.
+    assert len({id(arrays["unlabelled_images"]) for arrays in made["training"].values()}) == 1
     everything = "folder-all-seed_0004"
     assert len(made["training"][everything]["labels"]) == 22
     assert made["evaluation"][everything] == {}

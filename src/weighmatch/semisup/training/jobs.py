@@ -70,8 +70,12 @@ def plan_jobs(
         if not arm.schedules_among(runs.schedule):
             log.warning("%s is left out: it can only be trained in rounds", arm.name)
     jobs: list[Job] = []
+    first: dict[int, TrainingSet] = {}
     for key, arrays in sets.items():
         data, seed = TrainingSet(**dict[str, Any](arrays)), int(key.rpartition("_")[2])
+        # A pool that several sets have is hashed once, and no worker process hashes it again.
+        pool = first.setdefault(id(data.unlabelled_images), data).images_fingerprint
+        data.__dict__["images_fingerprint"] = pool
         sizes = Sizes.of(data, data.classes, training)
         for arm in map(get_arm, arms):
             with one_thread():
