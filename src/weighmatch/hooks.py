@@ -17,6 +17,7 @@ from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
 from weighmatch.data.source import get_source
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
+from weighmatch.semisup.training.deadline import CLOCK
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.meta_config import MetaLearningConfig
 
@@ -59,9 +60,12 @@ class ChecksBeforeWork:
     def before_pipeline_run(self, run_params: Given, pipeline: Pipeline, catalog: Catalog) -> None:
         """Check runtime parameters, parameters that depend on one another, and folders.
 
+        A time limit counts from here.
+
         Raises:
             RefusedError: saying what to change.
         """
+        CLOCK.start()
         given = run_params.get("runtime_params") or {}
         inputs = pipeline.inputs()
         _check_groups(given)

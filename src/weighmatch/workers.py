@@ -46,6 +46,7 @@ def run_all(
     total: int,
     unit: str = "run",
     done: int = 0,
+    skips: Callable[[int], bool] = lambda position: False,
 ) -> Iterator[tuple[int, T]]:
     """Do every job, several at a time, and hand over each answer as soon as it is there.
 
@@ -60,6 +61,8 @@ def run_all(
         total: units of all jobs together, and those of `done`.
         unit: what the progress bar counts.
         done: units that were done before this call.
+        skips: asked with the position of a job when its turn comes; one that is skipped is not
+            begun and has no answer.
 
     Yields:
         The position of a job and its answer, in the order in which they are done.
@@ -74,9 +77,11 @@ def run_all(
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
     with tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=0.5) as bar:
         if count > 1:
-            yield from _run_in_processes(function, jobs, count, bar)
+            yield from _run_in_processes(function, jobs, count, bar, skips)
             return
         for position, job in enumerate(jobs):
+            if skips(position):
+                continue
             with one_thread():
                 answer = function(*job, bar.update)
             yield position, answer
@@ -171,7 +176,11 @@ _idle: list[_Worker] = []
 
 
 def _run_in_processes(
-    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], count: int, bar: "tqdm[Any]"
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    count: int,
+    bar: "tqdm[Any]",
+    skips: Callable[[int], bool],
 ) -> Iterator[tuple[int, T]]:
     waiting, unfinished = deque(range(len(jobs))), len(jobs)
     kills: Counter[int | None] = Counter()
@@ -179,9 +188,14 @@ def _run_in_processes(
     try:
         while unfinished:
             for worker in team:
-                if worker.ready and waiting:
+                while worker.ready and waiting:
                     position = waiting.popleft()
-                    worker.give(position, (function, jobs[position]))
+                    if skips(position):
+                        unfinished -= 1
+                    else:
+                        worker.give(position, (function, jobs[position]))
+            if not unfinished:
+                break
             pipes = {worker.pipe: worker for worker in team}
             for pipe in wait(list(pipes)):
                 worker = pipes[cast(Connection, pipe)]

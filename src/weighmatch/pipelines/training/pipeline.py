@@ -25,7 +25,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.train_oracle,
-                ["oracle_sets", *PARAMETERS],
+                ["oracle_sets", "trained_runs", *PARAMETERS],
                 ["oracle_checkpoints", "oracle_runs"],
                 name="train_oracle",
             ),
