@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from kedro.framework.project import pipelines
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
 from sklearn.metrics import roc_auc_score
 
 from tests.own_folder import LETTERS, OwnFolder, make_folder
@@ -141,6 +144,30 @@ def test_the_outputs_are_there_and_complete(job):
     assert json.loads((job.reporting / "metrics.json").read_text())["pile"]["verdict"] in page
     export = {path.name for path in (job.data / "06_models" / "test" / "export").iterdir()}
     assert export >= {"model.pt2", "run.pt", "classes.json", "model_card.md"}
+
+
+def test_the_study_of_digits_is_left_out(job):
+    assert "hypergradient" not in (job.reporting / "report.html").read_text()
+    assert not (job.reporting / "ihvp_figures").exists()
+
+
+def registered(**data):
+    """Names of the nodes of the default run, and of `ihvp_analysis`, for a source of images."""
+    bootstrap_project(ROOT)
+    with KedroSession.create(ROOT, env="test", runtime_params={"data": data}) as session:
+        session.load_context()
+    names = ("__default__", "ihvp_analysis")
+    return [{n.name.rpartition(".")[2] for n in pipelines[name].nodes} for name in names]
+
+
+def test_the_study_of_digits_runs_by_default_with_other_sources(tmp_path):
+    default, study = registered(source="folder", root=str(tmp_path))
+    assert "write_report" in default
+    assert not default & study
+    other, same = registered(source="digits")
+    assert other == default | study
+    assert same == study
+    assert not registered(source="stl10")[0] & study
 
 
 def test_20_labels_are_too_few_to_tell_and_that_is_said(job):

@@ -7,6 +7,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
@@ -15,7 +16,8 @@ from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
-from weighmatch.data.source import get_source
+from weighmatch.data.source import all_sources, get_source
+from weighmatch.pipeline_registry import register_pipelines
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.semisup.training.deadline import CLOCK
 from weighmatch.studies.config import StudyConfig
@@ -51,6 +53,21 @@ class Asked:
     grid: grid.GridConfig
     training: TrainingConfig
     runs: RunsConfig
+
+
+class LeavesOutTheStudy:
+    """Own images are ranked without the study of IHVPs on digits, which `--pipelines` still runs.
+
+    The registry of pipelines knows no parameters, so that it is told here.
+    """
+
+    @hook_impl
+    def after_context_created(self, context: Any) -> None:
+        """Register the pipelines that fit the source of images."""
+        source = context.config_loader.read_parameters().get("data", {}).get("source")
+        known = {one.name: one.contaminates for one in all_sources()}
+        for name, pipeline in register_pipelines(study=known.get(source, True)).items():
+            pipelines[name] = pipeline
 
 
 class ChecksBeforeWork:
