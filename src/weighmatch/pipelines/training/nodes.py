@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
-from weighmatch.semisup.training.jobs import Job, finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.jobs import Job, find_kept, finish_jobs, plan_jobs, read_job
 from weighmatch.semisup.training.time_limit import choose_runs, make_deadline, seed_of
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ def train_arms(
         training = replace(training, steps=choice.steps)
         sets = {key: arrays for key, arrays in sets.items() if seed_of(key) in choice.seeds}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
+    _say_which(jobs, folder)
     finished = finish_jobs(jobs, folder, runs.workers, deadline=deadline)
     late = sorted({job.seed for job in jobs} - {job.seed for job in finished})
     if late:
@@ -81,7 +82,27 @@ def train_oracle(
         training = replace(training, steps=choice.steps)
     sets = {key: arrays for key, arrays in oracle_sets.items() if key in trained or not trained}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
+    _say_which(jobs, folder)
     return _hand_over(finish_jobs(jobs, folder, runs.workers), folder)
+
+
+def _say_which(jobs: list[Job], folder: Path) -> None:
+    """Say which runs are used where others of the same names lie beside them."""
+    kept = find_kept(jobs, folder)
+    if not kept.older:
+        return
+    used = [f"{path.name}{' (new)' if path in kept.new else ''}" for path in kept.new + kept.known]
+    log.warning(
+        "%d runs are new and %d go on or are read, such as %s; %d runs of other data, settings or "
+        "code are kept beside them in %s, such as %s. Ranking and report are made of the runs of "
+        "this command and replace those that lie there; --params data_folder=… keeps both",
+        len(kept.new),
+        len(kept.known),
+        used[0],
+        len(kept.older),
+        folder,
+        kept.older[0].name,
+    )
 
 
 def _hand_over(jobs: list[Job], folder: Path) -> tuple[Runs, pd.DataFrame]:

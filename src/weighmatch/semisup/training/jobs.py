@@ -100,6 +100,34 @@ def _steps(arm: Arm, runs: RunsConfig, sizes: Sizes) -> int:
     return matched if arm.compute == "matched" else 2 * matched
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What lies in a folder of runs beside the runs of some jobs.
+
+    Attributes:
+        new: the folders of jobs of which nothing lies there.
+        known: the folders of the others, which go on or are read.
+        older: the folders of runs of the same names, of other data, settings or code.
+    """
+
+    new: list[Path]
+    known: list[Path]
+    older: list[Path]
+
+
+def find_kept(jobs: Sequence[Job], folder: Path) -> Kept:
+    """Tell the runs of jobs from older ones of the same names, which nothing ever removes."""
+    _hash_pools(jobs)
+    mine = {job.folder(folder): job.name for job in jobs}
+    # The name of a folder ends in the 16 digits of a fingerprint.
+    alike = {path for name in mine.values() for path in folder.glob(f"{name}-{'?' * 16}")}
+    return Kept(
+        new=[path for path in mine if path not in alike],
+        known=[path for path in mine if path in alike],
+        older=sorted(alike - mine.keys()),
+    )
+
+
 def finish_jobs(
     jobs: Sequence[Job],
     folder: Path,
