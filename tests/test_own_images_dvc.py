@@ -60,7 +60,7 @@ def test_a_fresh_clone_pulls_everything_and_runs_nothing(tmp_path):
     call(first, "git", "init", "-q")
     make_folder(first / "photos", useful=40, foreign=20)
     make_folder(first / "later_photos", useful=10, foreign=10, seed=1)
-    for folder in ("photos", "later_photos"):  # DVC keeps no links that lead out of a folder
+    for folder in ("photos", "later_photos"):  # DVC puts a file in the place of a link
         (first / folder / "unlabelled" / "link.png").unlink()
     call(first, "dvc", "add", "photos", "later_photos")
     call(first, "dvc", "remote", "add", "-d", "store", str(tmp_path / "store"))

@@ -76,7 +76,7 @@ def test_what_a_time_limit_left_out_is_said():
     assert part["source"] == "folder"
     assert describe_limit(manifest, runs, 1500, None) is None
     assert describe_limit(manifest, runs, 1500, "15m") == (
-        "Within runs.time_limit 15m runs have 800 of 1500 steps each, and 3 of 6 seeds were "
+        "Within runs.time_limit 15m runs have 800 of 1,500 steps each, and 3 of 6 seeds were "
         "trained."
     )
     assert describe_limit(manifest, staged, 1500, "15m") == (

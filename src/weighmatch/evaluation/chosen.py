@@ -56,7 +56,7 @@ def describe_limit(
     # In two stages a run has more steps, and matched arms have others.
     plain = runs["arm"].map(lambda arm: get_arm(arm).compute == "equal")
     taken = runs.loc[plain & (runs["schedule"] != "two_stages"), "steps"]
-    each = f"runs have {taken.min()} of {steps} steps each, and " if len(taken) else ""
+    each = f"runs have {taken.min():,} of {steps:,} steps each, and " if len(taken) else ""
     trained = runs["seed"].nunique()
     return f"Within runs.time_limit {limit} {each}{trained} of {len(asked)} seeds were trained."
 
