@@ -29,8 +29,12 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 # Seconds between two reports of a worker's progress, and between two looks for its parent.
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
-# What torch says where it gets no memory: on the CPU, and on a GPU.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# What torch says where it gets no memory: itself on the CPU and on a GPU, its convolutions (oneDNN)
+# and C++.
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("could not create a primitive", "could not create a memory", "bad_alloc"),
+)
 
 
 class WorkerError(RuntimeError):
