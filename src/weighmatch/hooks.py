@@ -64,9 +64,10 @@ class LeavesOutTheStudy:
     @hook_impl
     def after_context_created(self, context: Any) -> None:
         """Register the pipelines that fit the source of images."""
-        source = context.config_loader.read_parameters().get("data", {}).get("source")
-        known = {one.name: one.contaminates for one in all_sources()}
-        for name, pipeline in register_pipelines(study=known.get(source, True)).items():
+        data = context.config_loader.read_parameters().get("data")
+        found = {one.name for one in all_sources() if not one.contaminates}
+        study = not isinstance(data, dict) or data.get("source") not in found
+        for name, pipeline in register_pipelines(study).items():
             pipelines[name] = pipeline
 
 
@@ -97,7 +98,8 @@ class ChecksBeforeWork:
                 source.check_found(asked.data)
             if "params:training" in inputs:
                 source.recipe(asked.data)  # otherwise settings would silently be others
-            if "params:runs" in inputs:
+            # The evaluation reads their time limit alone.
+            if {"params:runs", "params:run_folder"} <= inputs:
                 _check_runs(given, asked)
             if "params:rank" in inputs:
                 require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()
