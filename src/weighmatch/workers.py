@@ -35,8 +35,12 @@ MAX_RESTARTS = 2
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
 # The bar of all jobs together, with the time that is left.
 BAR = "{desc}: {percentage:3.0f} % |{bar:30}| {elapsed} so far, {remaining} left"
-# What torch says where it gets no memory: on the CPU, and on a GPU.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# What torch says where it gets no memory: itself on the CPU and on a GPU, its convolutions (oneDNN)
+# and C++.
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("could not create a primitive", "could not create a memory", "bad_alloc"),
+)
 
 
 class WorkerError(ToldError, RuntimeError):
@@ -51,6 +55,7 @@ def run_all(
     title: str,
     total: float,
     done: float = 0,
+    skips: Callable[[int], bool] = lambda position: False,
 ) -> Iterator[tuple[int, T]]:
     """Do every job, several at a time, and hand over each answer as soon as it is there.
 
@@ -65,6 +70,8 @@ def run_all(
         total: units of all jobs together, those of `done`, and those of a later call that goes on
             with the bar.
         done: units that were done before this call.
+        skips: asked with the position of a job when its turn comes; one that is skipped is not
+            begun and has no answer.
 
     Yields:
         The position of a job and its answer, in the order in which they are done.
@@ -86,9 +93,11 @@ def run_all(
         ) as bar,
     ):
         if count > 1:
-            yield from _run_in_processes(function, jobs, count, bar)
+            yield from _run_in_processes(function, jobs, count, bar, skips)
         else:
             for position, job in enumerate(jobs):
+                if skips(position):
+                    continue
                 with one_thread():
                     answer = function(*job, bar.update)
                 yield position, answer
@@ -184,7 +193,11 @@ _idle: list[_Worker] = []
 
 
 def _run_in_processes(
-    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], count: int, bar: "tqdm[Any]"
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    count: int,
+    bar: "tqdm[Any]",
+    skips: Callable[[int], bool],
 ) -> Iterator[tuple[int, T]]:
     waiting, unfinished = deque(range(len(jobs))), len(jobs)
     kills: Counter[int | None] = Counter()
@@ -192,9 +205,14 @@ def _run_in_processes(
     try:
         while unfinished:
             for worker in team:
-                if worker.ready and waiting:
+                while worker.ready and waiting:
                     position = waiting.popleft()
-                    worker.give(position, (function, jobs[position]))
+                    if skips(position):
+                        unfinished -= 1
+                    else:
+                        worker.give(position, (function, jobs[position]))
+            if not unfinished:
+                break
             pipes = {worker.pipe: worker for worker in team}
             for pipe in wait(list(pipes)):
                 worker = pipes[cast(Connection, pipe)]

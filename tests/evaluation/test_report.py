@@ -232,12 +232,11 @@ def test_the_page_begins_with_the_verdict_on_the_pile_and_shows_the_recipe():
         "advice": ["Label more cats."],
     }
     manifest = {**MANIFEST, "recipe": {"training": {"steps": 1500, "influence": {"damping": 0.1}}}}
-    names = "accuracy differences weights auroc calibration gallery ihvp samples"
+    names = "accuracy differences weights auroc calibration gallery samples"
     pictures = dict.fromkeys(names.split(), b"")
     sizes = {"model.pt2": 564_000, "gallery.html": 1_300_000}
-    html = render_report(
-        {**found, "pile": pile}, arm_table(runs), study(), manifest, pictures, sizes
-    )
+    html = render_report({**found, "pile": pile}, arm_table(runs), None, manifest, pictures, sizes)
+    assert "hypergradient?" not in html
     assert "<code>model.pt2</code> (0.56 MB)." in html
     assert "gallery.html</a> (1.3 MB)" in html
     assert html.index("The pile helped &amp; more.") < html.index(found["verdict"][:20])

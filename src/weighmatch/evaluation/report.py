@@ -169,7 +169,7 @@ def _towards_oracle(learned: Row, oracle: float) -> str:
 def render_report(
     metrics: Row,
     table: pd.DataFrame,
-    study: pd.DataFrame,
+    study: pd.DataFrame | None,
     manifest: Row,
     figures: Mapping[str, bytes],
     sizes: Mapping[str, int] = MappingProxyType({}),
@@ -179,11 +179,11 @@ def render_report(
     Args:
         metrics: from `summarise`.
         table: from `arm_table`.
-        study: from `weighmatch.studies.runs.compare_all`.
+        study: from `weighmatch.studies.ihvp.compare_all`, or None for a page without it.
         manifest: `cells`, a list with the counts, fingerprints and names of classes of each set
             of splits.
         figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
-            ihvp and samples.
+            samples and, with a study, ihvp.
         sizes: bytes of the gallery and of the files of the exported model, by name.
     """
     environment = jinja2.Environment(
@@ -202,7 +202,7 @@ def render_report(
         learned_arm=LEARNED.name,
         learned=metrics["arms"].get(LEARNED.name),
         update_in_steps=_update_in_steps(metrics["arms"]),
-        study=_summarise_study(study),
+        study=None if study is None else _summarise_study(study),
         manifest=manifest,
         recipe=list(_flat(manifest.get("recipe") or {})),
         figures=encoded,

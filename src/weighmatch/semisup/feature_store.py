@@ -38,7 +38,7 @@ CHUNK, AT_ONCE = 32, 32
 RECORD = np.dtype([("content", "S32"), ("check", "<u4")])
 # Images that are timed before a long computation is begun, and how long counts as long.
 TIMED, LONG_SECONDS = 4, 60.0
-TRAINED, SEEN = "trained", "seen"
+TRAINED, SEEN, ROWS = "trained", "seen", "rows.npz"
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class FeatureStore:
     def __init__(self, folder: Path) -> None:
         self._trained, self._seen = _Table(folder / TRAINED), _Table(folder / SEEN)
         try:
-            with np.load(folder / "rows.npz", allow_pickle=False) as file:
+            with np.load(folder / ROWS, allow_pickle=False) as file:
                 self._rows = dict(file)
         except (OSError, ValueError) as error:
             raise DamagedFileError(
@@ -159,15 +159,20 @@ class FeatureStore:
         partial = folder / f"rows.{os.getpid()}.partial"
         with partial.open("wb") as file:
             np.savez_compressed(file, **rows)  # type: ignore[arg-type]
-        os.replace(partial, folder / "rows.npz")
+        os.replace(partial, folder / ROWS)
         return cls(folder)
+
+    @staticmethod
+    def is_in(folder: Path) -> bool:
+        """Whether a folder holds features."""
+        return (folder / ROWS).exists()
 
     @staticmethod
     def clear(folder: Path) -> None:
         """Remove what `extract` wrote to a folder."""
         for name in (TRAINED, SEEN):
             _Table(folder / name).clear()
-        (folder / "rows.npz").unlink(missing_ok=True)
+        (folder / ROWS).unlink(missing_ok=True)
 
     def training_set(self, key: str, arrays: Arrays) -> dict[str, NDArray[Any]]:
         """The arrays of a training set of pixels, with stored features in their place."""
@@ -195,21 +200,17 @@ class FeatureStore:
         return self._rows[place]
 
 
-def with_features(
-    sets: Mapping[str, Arrays], folder: Path, training: TrainingConfig
-) -> dict[str, Arrays]:
-    """The training sets, with the features of `folder` where the backbone is frozen."""
-    if not training.frozen:
+def with_features(sets: Mapping[str, Arrays], folder: Path) -> dict[str, Arrays]:
+    """The training sets, with the features of `folder` if it holds any."""
+    if not FeatureStore.is_in(folder):
         return dict(sets)
     store = FeatureStore(folder)
     return {key: store.training_set(key, arrays) for key, arrays in sets.items()}
 
 
-def evaluation_inputs(
-    images: Mapping[str, Arrays], folder: Path, training: TrainingConfig
-) -> dict[str, Arrays]:
-    """Evaluation images, or their features (n, 1, width) where the backbone is frozen."""
-    if not training.frozen:
+def evaluation_inputs(images: Mapping[str, Arrays], folder: Path) -> dict[str, Arrays]:
+    """Evaluation images, or their features (n, 1, width) if `folder` holds any."""
+    if not FeatureStore.is_in(folder):
         return dict(images)
     store = FeatureStore(folder)
     return {
@@ -252,7 +253,10 @@ class _Table:
     ) -> dict[str, NDArray[np.int64]]:
         """Compute what is missing; returns the row of each image of each array."""
         self._begin(recipe)
-        known = {content: row for row, content in enumerate(self._records()["content"].astype("U32").tolist())}
+        known = {
+            content: row
+            for row, content in enumerate(self._records()["content"].astype("U32").tolist())
+        }
         wanted, rows, contents = _Wanted(), {}, _Contents()
         for name, array in images.items():
             found = np.empty(len(array), np.int64)
@@ -291,9 +295,7 @@ class _Table:
             path.touch()
             os.truncate(path, whole * size)
 
-    def _append(
-        self, recipe: Recipe, wanted: "_Wanted", workers: int | Literal["auto"]
-    ) -> None:
+    def _append(self, recipe: Recipe, wanted: "_Wanted", workers: int | Literal["auto"]) -> None:
         if not len(wanted):
             return
         count = default_workers() if workers == "auto" else workers
@@ -305,9 +307,7 @@ class _Table:
             for position, features in _in_order(answers):
                 write_rows(data, index, wanted.contents(position), features)
 
-    def _mend(
-        self, recipe: Recipe, images: Arrays, rows: Mapping[str, NDArray[np.int64]]
-    ) -> None:
+    def _mend(self, recipe: Recipe, images: Arrays, rows: Mapping[str, NDArray[np.int64]]) -> None:
         """Compute rows again whose content is not what was written."""
         records, stored = self._records(), self.features()
         damaged = {

@@ -62,9 +62,7 @@ def describe_pool(
     }
 
 
-def _outputs(
-    run: TrainedRun, images: Stored, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _outputs(run: TrainedRun, images: Stored, device: torch.device) -> tuple[Tensor, Tensor]:
     """Normalised features (n, width) and probabilities (n, classes), on the CPU."""
     classifier, shown, found = on_device(run.classifier, device), run.inputs(images, device), []
     with torch.no_grad():

@@ -3,10 +3,17 @@
 import pandas as pd
 
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
-from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
+from weighmatch.evaluation.chosen import (
+    EVERYTHING,
+    choose_run,
+    describe_limit,
+    files_of,
+    held_out,
+    trained_part,
+)
 from weighmatch.evaluation.judging import Arrays, Predictions
 from weighmatch.evaluation.key_numbers import key_numbers
-from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.config import RunsConfig, TrainingConfig
 
 Truth = dict[str, Arrays]
 
@@ -78,6 +85,8 @@ def judge_pile(
     test_labels: Truth,
     image_files: pd.DataFrame,
     rejected_files: pd.DataFrame,
+    training: TrainingConfig,
+    limits: RunsConfig,
     **tables: pd.DataFrame,
 ) -> report.Row:
     """Whether the pile helped, how much of it is useful, and what would help most."""
@@ -93,7 +102,9 @@ def judge_pile(
         temperature=ranking.fit_temperature(held),
         **tables,
     )
-    return pile.judge_pile(run_scores, run, manifest, found)
+    judged = pile.judge_pile(run_scores, run, manifest, found)
+    limit = describe_limit(manifest, runs, training.steps, limits.time_limit)
+    return judged if limit is None else {**judged, "verdict": f"{judged['verdict']} {limit}"}
 
 
 def summarise(
@@ -101,9 +112,16 @@ def summarise(
     comparison: pd.DataFrame,
     manifest: report.Row,
     pile_verdict: report.Row,
+    runs_done: pd.DataFrame,
+    training: TrainingConfig,
+    runs: RunsConfig,
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    return {**report.summarise(arm_table, comparison, manifest), "pile": pile_verdict}
+    summary = report.summarise(arm_table, comparison, trained_part(manifest, runs_done))
+    limit = describe_limit(manifest, runs_done, training.steps, runs.time_limit)
+    if limit is not None:
+        summary["verdict"] = f"{summary['verdict']} {limit}"
+    return {**summary, "time_limit": limit, "pile": pile_verdict}
 
 
 def pick_key_numbers(summary: report.Row, influences: pd.DataFrame) -> dict[str, dict[str, float]]:

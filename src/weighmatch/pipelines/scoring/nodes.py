@@ -15,7 +15,6 @@ from weighmatch.evaluation.chosen import choose_run
 from weighmatch.export import export_run
 from weighmatch.semisup import ranked_pool
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.feature_store import evaluation_inputs, with_features
 from weighmatch.semisup.training.config import TrainingSet, pick_device
 
@@ -61,11 +60,10 @@ def score_images(
     oracle_checkpoints: Runs,
     evaluation_images: dict[str, Arrays],
     features: Path,
-    training: TrainingConfig,
 ) -> dict[str, Callable[[], Arrays]]:
     """By run, what makes its predictions; one run at a time is read, used and forgotten."""
     load = {**checkpoints, **oracle_checkpoints}
-    images = evaluation_inputs(evaluation_images, features, training)
+    images = evaluation_inputs(evaluation_images, features)
     return {
         name: partial(_predict, load[name], images.get(key, {}))
         for name, key in zip(runs["run"], runs["key"], strict=True)
@@ -114,13 +112,12 @@ def describe_pool(
     oracle_checkpoints: Runs,
     training_sets: dict[str, Arrays],
     features: Path,
-    training: TrainingConfig,
 ) -> Arrays:
     """What the run whose ranking is handed out says of its whole pool."""
     run = choose_run(runs)
     trained = {**checkpoints, **oracle_checkpoints}[run["run"]]()
     key = run["key"]
-    sets = with_features({key: training_sets[key]}, features, training)
+    sets = with_features({key: training_sets[key]}, features)
     device = pick_device(trained.config.training.device)
     return ranked_pool.describe_pool(trained, TrainingSet(**dict[str, Any](sets[key])), device)
 

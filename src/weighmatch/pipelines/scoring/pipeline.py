@@ -5,7 +5,6 @@ from kedro.pipeline import Node, Pipeline
 from weighmatch.pipelines.scoring import nodes
 
 CHECKPOINTS = ["checkpoints", "oracle_checkpoints"]
-FEATURES = ["features", "params:training"]
 
 
 def create_pipeline() -> Pipeline:
@@ -20,13 +19,13 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.score_images,
-                ["runs", *CHECKPOINTS, "evaluation_images", *FEATURES],
+                ["runs", *CHECKPOINTS, "evaluation_images", "features"],
                 "predictions",
                 name="score_images",
             ),
             Node(
                 nodes.describe_pool,
-                ["runs", *CHECKPOINTS, "training_sets", *FEATURES],
+                ["runs", *CHECKPOINTS, "training_sets", "features"],
                 "ranked_pool",
                 name="describe_pool",
             ),

@@ -54,10 +54,20 @@ class ImageStore:
 
     def __getitem__(self, indices: Tensor) -> Tensor:
         """Images at `indices` (n,), which may lie anywhere, on the device."""
+        return self._given_out(self._images, self._places(indices))
+
+    def view(self, indices: Tensor, views: Tensor) -> Tensor:
+        """Of stored features at `indices` (n,) one view each, named by `views` (n,): (n, width)."""
+        places = self._places(indices) * self.shape[1]
+        views = views.to(places.device, non_blocking=self.resident)
+        return self._given_out(self._images.flatten(0, 1), places + views)
+
+    def _places(self, indices: Tensor) -> Tensor:
         indices = indices.to(self._images.device, non_blocking=self.resident)
-        if self._rows is not None:
-            indices = self._rows.index_select(0, indices)
-        batch = self._images.index_select(0, indices)
+        return indices if self._rows is None else self._rows.index_select(0, indices)
+
+    def _given_out(self, images: Tensor, places: Tensor) -> Tensor:
+        batch = images.index_select(0, places)
         if self.resident:
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)

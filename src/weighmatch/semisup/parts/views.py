@@ -11,6 +11,7 @@ from torch import Tensor
 
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.store import ImageStore
 
 
 class Views(Protocol):
@@ -46,13 +47,31 @@ class StoredViews:
     def strong(self, images: Tensor, generator: torch.Generator) -> Tensor:
         return self._drawn(images, 1 + self._weak, self._strong, generator)
 
+    def weak_of(self, pool: ImageStore, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Weak views of the images of a pool at `indices` (n,); no other view is read."""
+        return self._drawn_of(pool, indices, 1, self._weak, generator)
+
+    def strong_of(self, pool: ImageStore, indices: Tensor, generator: torch.Generator) -> Tensor:
+        """Strong views of the images of a pool at `indices` (n,); no other view is read."""
+        return self._drawn_of(pool, indices, 1 + self._weak, self._strong, generator)
+
     def _drawn(self, images: Tensor, first: int, count: int, generator: torch.Generator) -> Tensor:
         """One of `count` views of each image, which begin at `first`."""
-        if not count:
-            return self.plain(images)
-        drawn = torch.randint(count, (len(images),), generator=generator).to(images.device)
+        views = _draw(len(images), first, count, generator).to(images.device)
         rows = torch.arange(len(images), device=images.device)
-        return images[rows, first + drawn].float()
+        return images[rows, views].float()
+
+    def _drawn_of(
+        self, pool: ImageStore, indices: Tensor, first: int, count: int, generator: torch.Generator
+    ) -> Tensor:
+        return pool.view(indices, _draw(len(indices), first, count, generator)).float()
+
+
+def _draw(images: int, first: int, count: int, generator: torch.Generator) -> Tensor:
+    """For each image one of `count` views that begin at `first`, or the plain one; (images,)."""
+    if not count:
+        return torch.zeros(images, dtype=torch.long)
+    return first + torch.randint(count, (images,), generator=generator)
 
 
 def make_views(training: TrainingConfig) -> Views:

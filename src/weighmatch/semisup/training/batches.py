@@ -8,7 +8,7 @@ from torch import Tensor
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
-from weighmatch.semisup.parts.views import Views
+from weighmatch.semisup.parts.views import StoredViews, Views
 
 # Steps whose images are augmented together, and the bytes that their views may take.
 CHUNK, CHUNK_BYTES = 100, 2**28
@@ -62,11 +62,15 @@ class Batches:
     def chunk(self) -> int:
         """How many steps' images are augmented together; no result depends on it."""
         views = self.batch + 2 * self.unlabelled
-        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * self.pool.shape[1:].numel())))
+        # What a step sees of stored features is one view.
+        numbers = self.pool.shape[1:].numel() if len(self.pool.shape) == 4 else self.pool.shape[-1]
+        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * numbers)))
 
     def arranged(self, images: Tensor) -> Tensor:
         """The images in the memory layout of training."""
-        return images.contiguous(memory_format=self.layout if images.ndim == 4 else torch.contiguous_format)
+        return images.contiguous(
+            memory_format=self.layout if images.ndim == 4 else torch.contiguous_format
+        )
 
     def draw(self, size: int) -> list[Batch]:
         """The batches of `size` steps."""
@@ -80,10 +84,16 @@ class Batches:
             parts = self.arranged(labelled).split(batch)
             return [Batch(*pair) for pair in zip(parts, labels, strict=True)]
         chosen = self.streams.draw(len(self.pool), size * unlabelled, "unlabelled batches")
-        images = self.pool[chosen]
-        weak = self.views.weak(images, self.streams["weak views of unlabelled images"])
+        weak_noise = self.streams["weak views of unlabelled images"]
+        strong_noise = self.streams["strong views of unlabelled images"]
+        if isinstance(self.views, StoredViews):
+            weak = self.views.weak_of(self.pool, chosen, weak_noise)
+            strong = self.views.strong_of(self.pool, chosen, strong_noise)
+        else:
+            images = self.pool[chosen]
+            weak = self.views.weak(images, weak_noise)
+            strong = self.views.strong(images, strong_noise)
         weak_batches = self.arranged(weak).split(unlabelled)
-        strong = self.views.strong(images, self.streams["strong views of unlabelled images"])
         # Only what is differentiated shares a pass: the weak view needs no backward.
         both = torch.cat(
             [labelled.unflatten(0, (size, batch)), strong.unflatten(0, (size, unlabelled))], dim=1

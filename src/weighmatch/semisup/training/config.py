@@ -17,6 +17,7 @@ from torch import Tensor
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.backbones import load_backbone
 from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import Stored
 from weighmatch.semisup.training.code import training_code
@@ -70,7 +71,9 @@ class TrainingSet:
         object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
         shape = self.image_shape if self.has_features else mine[1:]
         if len(shape) != 3:
-            raise ValueError("stored features need image_shape, (C, H, W) of the images behind them")
+            raise ValueError(
+                "stored features need image_shape, (C, H, W) of the images behind them"
+            )
         object.__setattr__(self, "image_shape", tuple(int(side) for side in shape))
         names = tuple(str(name) for name in self.class_names)
         object.__setattr__(self, "class_names", names)
@@ -229,8 +232,22 @@ class RunConfig:
         """The configuration that `to_dict` wrote."""
         return cls(**{**content, "training": TrainingConfig(**content["training"])})
 
-    def check_labels(self, data: TrainingSet) -> None:
-        """Raise a ValueError if a label of `data` is none of the classes."""
+    def check_data(self, data: TrainingSet) -> None:
+        """Check that a run can train on `data`.
+
+        Raises:
+            ValueError: if a label is none of the classes, or a frozen backbone meets images
+                instead of features.
+        """
+        if self.training.frozen != data.has_features:
+            needed, given = (
+                ("features", "images") if self.training.frozen else ("images", "features")
+            )
+            raise ValueError(
+                f"training.network {self.training.network} with training.weights "
+                f"{self.training.weights} trains on {needed}, but the training set has {given}; "
+                "run the pipeline feature_extraction"
+            )
         highest = int(data.labels.max())
         if highest >= self.classes:
             raise ValueError(
@@ -246,6 +263,10 @@ def fingerprint(
     parts = [json.dumps(config.to_dict(), sort_keys=True), json.dumps(data.class_names)]
     parts += [array_fingerprint(array) for array in (data.labelled_images, data.labels)]
     parts.append(data.pool_fingerprint)
+    if config.training.fine_tune != "none":
+        # A file of weights counts by its content.
+        weights = load_backbone(config.training.network, config.training.weights)
+        parts.append(weights.info.digest)
     if start is not None:
         parts += [array_fingerprint(value.cpu().numpy()) for value in start.values()]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

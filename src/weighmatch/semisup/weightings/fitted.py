@@ -65,7 +65,9 @@ class ImageWeighting(FittedWeighting):
         """Score the pool or a sample of it; move the cut to where the scores fall apart."""
         sample = self.pool_sample()
         with torch.no_grad():
-            scores = torch.sigmoid(self.network(self.context.views.plain(self.context.pool[sample])))
+            scores = torch.sigmoid(
+                self.network(self.context.views.plain(self.context.pool[sample]))
+            )
         self.pool_scores = scores if len(sample) == len(self.context.pool) else None
         if self.context.training.weighting.weights == "hard":
             self.cut = otsu_cut(scores)
