@@ -17,7 +17,7 @@ from weighmatch.settings import ExperimentLoader
 
 pytestmark = pytest.mark.integration
 
-UP_TO_METRICS = ["data_preparation", "training", "scoring", "evaluation"]
+UP_TO_METRICS = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
 ARMS = {"supervised", "fixmatch", "fixmatch_matched", "max_prob", "pu", "learned", "oracle"}
 TRUTH = {"draw_samples", "find_useful", "judge_runs", "trace_weights", "draw_gallery"}
 
