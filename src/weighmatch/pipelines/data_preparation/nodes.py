@@ -87,6 +87,7 @@ def draw_splits(
     manifest = {
         "parameters": data.parameters(),
         "recipe": source.recipe(data),
+        "primary": source.primary.names(),
         "cells": described,
     }
     table = pd.DataFrame([asdict(one) for one in rejected], columns=["path", "reason"])

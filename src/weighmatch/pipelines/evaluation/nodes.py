@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from weighmatch.arms import get_arm
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
 from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
 from weighmatch.evaluation.judging import Arrays, Predictions
@@ -47,9 +48,12 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
     return judging.collect_influences(runs, predictions)
 
 
-def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_arms(
+    run_scores: pd.DataFrame, manifest: report.Row
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
-    return tables.arm_table(run_scores), tables.compare_arms(run_scores)
+    against = get_arm(manifest["primary"]["against"])
+    return tables.arm_table(run_scores, against), tables.compare_arms(run_scores)
 
 
 def rank_files(
@@ -102,4 +106,4 @@ def summarise(
     pile_verdict: report.Row,
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    return {**report.summarise(arm_table, comparison, manifest), "pile": pile_verdict}
+    return report.summarise(arm_table, comparison, manifest, pile_verdict)

@@ -33,7 +33,7 @@ def create_pipeline() -> Pipeline:
             Node(nodes.collect_influences, PREDICTED, "influences", name="collect_influences"),
             Node(
                 nodes.compare_arms,
-                "run_scores",
+                ["run_scores", "manifest"],
                 ["arm_table", "comparison"],
                 name="compare_arms",
             ),
