@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 
 from weighmatch.evaluation import ihvp_figures as figures
@@ -100,7 +101,8 @@ def labels_at_the_lines(axes):
 
 def test_cost_shows_the_median_error_of_every_method_by_counted_products(study):
     figure = figures.draw_cost(study)
-    figure.canvas.draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
     assert titles == ["softmax, P = 650, Hessian", "mlp-4, P = 1,210, Hessian"]
     for axes, network in zip(figure.axes, ("softmax", "mlp-4"), strict=True):
@@ -119,7 +121,7 @@ def test_cost_shows_the_median_error_of_every_method_by_counted_products(study):
     # No label lies on another one, or outside of the figure.
     for axes in figure.axes:
         for text in axes.texts:
-            text.update_positions(figure.canvas.get_renderer())
+            text.update_positions(canvas.get_renderer())
         boxes = sorted((Text.get_window_extent(t) for t in axes.texts), key=lambda box: box.y0)
         assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
         assert all(axes.bbox.x1 < box.x0 < box.x1 <= figure.bbox.width for box in boxes)
