@@ -277,8 +277,8 @@ class Comparison:
         return {"arm": self.arm.name, "against": self.against.name}
 
 
-# The comparison that a job is about is one of these, declared before anything runs. Every other
-# one is secondary.
+# The comparison that a job is about is one of these, declared before anything runs; the manifest
+# repeats it. Every other one is secondary.
 WEIGHTS_PAY = Comparison(
     LEARNED,
     MATCHED,
@@ -297,6 +297,11 @@ POOL_HELPS = Comparison(
     worse="The pile did harm",
     unknown="Whether the pile helped cannot be told yet",
 )
+
+
+def declare(contaminated: bool) -> Comparison:
+    """The comparison that a job is about: OOD is mixed into the pool, or the pool is as found."""
+    return WEIGHTS_PAY if contaminated else POOL_HELPS
 
 
 def get_comparison(against: str) -> Comparison:

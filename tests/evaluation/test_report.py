@@ -216,7 +216,8 @@ def page(runs, manifest=MANIFEST, **more):
     pictures = {name: name.encode() for name in NAMES}
     found = {**metrics(runs, manifest), **more.pop("changes", {})}
     table = arm_table(runs, get_arm(manifest["primary"]["against"]))
-    return found, render_report(found, table, study(), manifest, pictures, **more)
+    shown = more.pop("study", study())
+    return found, render_report(found, table, shown, manifest, pictures, **more)
 
 
 def cells_of(html, name):
@@ -372,6 +373,12 @@ def test_the_page_copes_without_truth_and_test_labels():
     assert cells_of(section(html, "accuracy"), "learned weights")[0] == "–"
     assert cells_of(section(html, "data"), "1")[1:3] == ["600", "–"]
     assert "nan" not in html
+
+
+def test_the_page_can_be_without_the_study_and_tells_of_a_limit():
+    _, html = page(scores(**RUNS), study=None, changes={"time_limit": "Within 5 min."})
+    assert "hypergradient behind" not in html
+    assert "Within 5 min.</p>" in html
 
 
 def test_the_page_tells_what_is_in_the_pile_and_names_the_lists():

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from weighmatch.arms import POOL_HELPS, WEIGHTS_PAY, get_comparison
+from weighmatch.arms import POOL_HELPS, WEIGHTS_PAY, declare, get_comparison
 from weighmatch.evaluation.statistics import LEVEL, paired_difference, seeds_to_show, sign_flip_test
 from weighmatch.evaluation.verdict import judge, judge_nothing
 
@@ -97,5 +97,7 @@ def test_comparisons_are_declared_by_name():
         names = comparison.names()
         assert names["arm"] == "learned"
         assert get_comparison(names["against"]) is comparison
+    assert declare(contaminated=True) is WEIGHTS_PAY
+    assert declare(contaminated=False) is POOL_HELPS
     with pytest.raises(ValueError, match="choose from fixmatch_matched, supervised"):
         get_comparison("fixmatch")

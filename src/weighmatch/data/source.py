@@ -11,7 +11,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from weighmatch.arms import POOL_HELPS, WEIGHTS_PAY, Comparison
 from weighmatch.checks import require_choice
 from weighmatch.data.ood import MIXED
 from weighmatch.data.splits import Arrays, Splits
@@ -64,11 +63,6 @@ class Source(ABC, Generic[Own]):
     ood_kinds: ClassVar[tuple[str, ...]] = MIXED
     has_domains: ClassVar[bool] = False
     without_effect: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def primary(self) -> Comparison:
-        """The comparison that a job of this source is about, declared before it runs."""
-        return WEIGHTS_PAY if self.contaminates else POOL_HELPS
 
     def own(self, config: "DataConfig") -> Own:
         """The source's own parameters; a TypeError if the configuration is of another source."""

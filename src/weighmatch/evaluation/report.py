@@ -147,7 +147,7 @@ def describe(setting: Row) -> str:
 def render_report(
     metrics: Row,
     table: pd.DataFrame,
-    study: pd.DataFrame,
+    study: pd.DataFrame | None,
     manifest: Row,
     figures: Mapping[str, bytes],
     sizes: Mapping[str, int] = MappingProxyType({}),
@@ -159,11 +159,11 @@ def render_report(
     Args:
         metrics: from `summarise`.
         table: from `arm_table`, against the rival of the declared comparison.
-        study: from `weighmatch.studies.ihvp.compare_all`.
+        study: from `weighmatch.studies.ihvp.compare_all`, or None for a page without it.
         manifest: `cells`, a list with the counts, fingerprints and names of classes of each set
             of splits; `primary`; and the `recipe` of the source.
         figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
-            ihvp and samples.
+            samples and, with a study, ihvp.
         sizes: bytes of the gallery and of the files of the exported model, by name.
         parameters: groups of parameters, such as `training`.
         origin: how the page was made; None: it is not told.
@@ -178,7 +178,7 @@ def render_report(
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
     chosen = dict(_flat(manifest.get("recipe") or {}))
     return environment.from_string(template).render(
-        metrics={"pile": None, **metrics},
+        metrics={"pile": None, "time_limit": None, **metrics},
         other_settings=metrics["setting"].get("others", []),
         comparison=get_comparison(manifest["primary"]["against"]),
         setting=describe(metrics["setting"]),
@@ -196,8 +196,8 @@ def render_report(
             if arm.name in metrics["learned_minus"]
         ],
         update_in_steps=_update_in_steps(metrics["arms"]),
-        network=largest_network(study),
-        study=summarise_study(study),
+        network="" if study is None else largest_network(study),
+        study=[] if study is None else summarise_study(study),
         manifest=manifest,
         parameters=[
             (name, value, chosen.get(name) == value)
