@@ -85,7 +85,7 @@ def test_differences_are_those_to_fixmatch_on_the_same_seed():
     check_seeds(axes, 0, get_arm("oracle").colour, [10, 6, 13])
     check_seeds(axes, 1, LEARNED, [5, 4, 2])
     assert figures.BLACK in [colour for colour, places in lines(axes) if (places[:, 0] == 0).all()]
-    assert axes.get_xlabel() == "accuracy minus that of FixMatch (points)"
+    assert axes.get_xlabel() == "accuracy minus that of\nFixMatch (points)"
 
 
 def test_differences_can_be_those_to_another_arm():
@@ -94,7 +94,7 @@ def test_differences_can_be_those_to_another_arm():
     assert rows_of(axes) == ["learned weights", "FixMatch"]
     check_seeds(axes, 0, LEARNED, [25, 23])
     check_seeds(axes, 1, get_arm("fixmatch").colour, [20, 19])
-    assert axes.get_xlabel() == "accuracy minus that of supervised only (points)"
+    assert axes.get_xlabel() == "accuracy minus that of\nsupervised only (points)"
     (axes,) = figures.draw_differences(runs, get_arm("oracle")).axes
     assert not dots(axes)
 

@@ -10,6 +10,8 @@ def test_command_commit_date_and_versions_are_found(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/somewhere/kedro/__main__.py", "run", "--env", "a b"])
     found = origin.find_origin()
     assert found.command == "kedro run --env 'a b'"
+    monkeypatch.setattr(sys, "argv", ["python -m kedro", "run"])
+    assert origin.find_origin().command == "python -m kedro run"
     folder = origin.__file__.rpartition("/")[0]
     head = subprocess.run(
         ["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=False

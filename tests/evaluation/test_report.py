@@ -387,10 +387,10 @@ def test_the_page_tells_what_is_in_the_pile_and_names_the_lists():
         "files": {"rejected": 3, "copies": 0},
         "advice": ["Label more cats & dogs."],
     }
-    sizes = {"model.pt2": 564_000, "gallery.html": 1_300_000}
+    sizes = {"classes.json": 240, "model.pt2": 564_000, "gallery.html": 1_300_000}
     _, html = page(scores(**RUNS), changes={"pile": pile}, sizes=sizes)
     found = section(html, "pile")
-    assert "<code>model.pt2</code> (0.56 MB)." in found
+    assert "<code>classes.json</code> (0.2 kB), <code>model.pt2</code> (0.56 MB)." in found
     assert "gallery.html</a> (1.3 MB)" in found
     assert "<li>Label more cats &amp; dogs.</li>" in found
     assert "60 % of the pile looks useful. 3 files could not be used." in found

@@ -120,7 +120,7 @@ def draw_differences(scores: pd.DataFrame, against: Arm = FIXMATCH) -> Figure:
     figure = _draw_seeds(scores, minus_baseline, message)
     for axes in figure.axes:
         axes.axvline(0, color=BLACK, linewidth=1)
-        axes.set_xlabel(f"accuracy minus that of {against.label} (points)")
+        axes.set_xlabel(f"accuracy minus that of\n{against.label} (points)")
     return figure
 
 
@@ -187,7 +187,7 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
     panels[0].set_ylim(0, 1.05 * highest)
     for axes in panels[::columns]:
         axes.set_ylabel("mean weight (1: plain FixMatch)")
-    _name(panels[0], panels, loc="lower left")
+    _name(panels[0], panels, loc="upper left")
     figure.suptitle(
         "Which pool images are weighed up:\nmean over seeds, band from lowest to highest",
         fontsize=11,

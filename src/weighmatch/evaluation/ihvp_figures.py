@@ -61,7 +61,7 @@ def draw_cost(study: pd.DataFrame) -> Figure:
     rows = _without_exact(at_the_end(study))
     rows = rows.assign(cost=rows["products"].fillna(rows["max_products"]).astype(float))
     networks = _networks(rows)
-    figure = Figure(figsize=(7.0, 0.6 + 3.6 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.6 + 3.6 * len(networks)), layout="constrained")
     panels = make_grid(figure, len(networks), 1, sharex=True)
     for axes, network in zip(panels, networks, strict=True):
         mine = rows[rows["network"] == network]
@@ -96,7 +96,7 @@ def draw_progress(study: pd.DataFrame) -> Figure:
     budgets = sorted(rows.loc[rows["method"] == "neumann", "max_products"].unique())
     budget = budgets[len(budgets) // 2]
     networks = _networks(rows)
-    figure = Figure(figsize=(7.0, 0.6 + 3.0 * len(networks)), layout="constrained")
+    figure = Figure(figsize=(6.4, 0.6 + 3.0 * len(networks)), layout="constrained")
     panels = make_grid(figure, len(networks), 1, sharex=True)
     for axes, network in zip(panels, networks, strict=True):
         mine = rows[(rows["network"] == network) & rows["max_products"].isin([1, budget])]

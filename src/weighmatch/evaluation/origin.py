@@ -39,7 +39,8 @@ def find_origin() -> Origin:
     called = Path(sys.argv[0])
     program = called.parent.name if called.name == "__main__.py" else called.stem
     return Origin(
-        command=shlex.join([program, *sys.argv[1:]]),
+        # Kedro calls itself "python -m kedro" where it was started so.
+        command=shlex.join([*program.split(), *sys.argv[1:]]),
         commit=_git("rev-parse", "HEAD") if tracked else "",
         changed=bool(tracked and _git("status", "--porcelain", "--untracked-files=no")),
         date=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",

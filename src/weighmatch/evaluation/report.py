@@ -204,8 +204,8 @@ def render_report(
             for name, value in {**chosen, **dict(_flat(parameters))}.items()
         ],
         figures=encoded,
-        model=[(name, size / 1e6) for name, size in sizes.items() if name != "gallery.html"],
-        gallery=sizes.get("gallery.html", 0) / 1e6,
+        model=[(name, _size(size)) for name, size in sizes.items() if name != "gallery.html"],
+        gallery=_size(sizes["gallery.html"]) if "gallery.html" in sizes else "",
         origin=origin,
     )
 
@@ -246,6 +246,11 @@ def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
     if _is_unknown(value):
         return "–"
     return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def _size(count: int) -> str:
+    """A number of bytes, such as "0.56 MB"."""
+    return f"{count / 1e6:.2g} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
 def summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
