@@ -93,7 +93,7 @@ def _verdict(
     return judge_nothing(comparison, accuracy)
 
 
-def _differences(against: Mapping[str, PairedDifference], primary: str) -> dict[str, Any]:
+def _differences(against: Mapping[str, PairedDifference], primary: str) -> dict[str, Row]:
     """The differences as JSON holds them; the declared one is not corrected, the others are."""
     others = [arm for arm in against if arm != primary]
     corrected = dict(zip(others, holm([against[arm].p_value for arm in others]), strict=True))
@@ -253,7 +253,7 @@ def _size(count: int) -> str:
     return f"{count / 1e6:.2g} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
 
 
-def summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
+def summarise_study(study: pd.DataFrame) -> list[Row]:
     """The main methods on the largest network: medians over seeds at the middle budget.
 
     Returns:

@@ -52,9 +52,9 @@ def plot_lines(axes: Axes, lines: Sequence[Line]) -> None:
     for number, line in enumerate(lines):
         alike = [k for k, other in enumerate(places) if _hides(places[number], other)]
         rank, above = alike.index(number), len(alike) - 1 - alike.index(number)
-        style: dict[str, Any] = {"linestyle": (0, (3, 2))} if rank else {}
-        style |= {"markersize": 4.5 + 2.5 * above, "linewidth": 1.3 + 1.5 * above}
-        plot_method(axes, line.method, line.x, line.y, **style, **line.look)
+        broad = {"markersize": 4.5 + 2.5 * above, "linewidth": 1.3 + 1.5 * above}
+        dashes = {"dashes": (3, 2)} if rank else {}
+        plot_method(axes, line.method, line.x, line.y, **broad, **dashes, **line.look)
     ends = [float(place[-1, 1]) for place in places]
     box = axes.get_position()
     height = box.height * axes.get_figure().get_size_inches()[1]  # type: ignore[union-attr]
