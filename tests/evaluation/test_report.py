@@ -161,6 +161,23 @@ def test_every_source_has_words(source, words):
     assert describe({**SETTING, "ood_source": source}).endswith(words)
 
 
+def test_folds_are_called_so_and_the_set_of_every_label_is_no_setting_of_its_own():
+    folds = {"ratio": None, "ood_source": None, "setting": "mine", "source": "folder"}
+    cells = [{**cell, **folds, "test": 6} for cell in MANIFEST["cells"]]
+    for cell in cells:
+        cell["fingerprints"] = {**cell["fingerprints"], "test_images": cell["key"]}
+    every = {**cells[0], "setting": "all", "labelled": 30, "test": 0}
+    manifest = {"cells": [*cells, every], "primary": POOL_HELPS.names()}
+    runs = scores(supervised=[60.0, 61.0], learned=[80.0, 81.0])
+    runs = runs.assign(ratio=np.nan, setting="mine", source="folder", auroc_confidence=np.nan)
+    found, html = page(runs, manifest)
+    assert "others" not in found["setting"]
+    assert "repeated over three folds of the labelled images." in html
+    assert cells_of(section(html, "data"), "every label")[0] == "30"
+    # Without a truth there are no figures that need one.
+    assert html.count("<img") == 6
+
+
 def test_an_update_is_told_in_steps_of_fixmatch():
     fixmatch = {"seconds": 6.0, "steps": 1000, "update_seconds": None}
     learned = {"seconds": 8.0, "steps": 1000, "update_seconds": 0.06}

@@ -20,9 +20,11 @@ from weighmatch.arms import (
     get_comparison,
 )
 from weighmatch.data.ood import describe_ood
+from weighmatch.evaluation.chosen import EVERYTHING
 from weighmatch.evaluation.ihvp_figures import at_the_end, largest_network
 from weighmatch.evaluation.judging import CELL, SERIES
 from weighmatch.evaluation.origin import Origin
+from weighmatch.evaluation.pile import fold_overlap
 from weighmatch.evaluation.statistics import PairedDifference, holm
 from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
 from weighmatch.evaluation.verdict import Verdict, in_words, judge, judge_nothing
@@ -107,9 +109,11 @@ def _differences(against: Mapping[str, PairedDifference], primary: str) -> dict[
 
 
 def _settings(manifest: Row) -> list[dict[str, Any]]:
-    """The setting of each cell of the manifest, in order, with its seeds."""
+    """The setting of each cell of the manifest that is judged, in order, with its seeds."""
     settings = []
-    for _, cell in pd.DataFrame(manifest["cells"]).groupby(list(CELL), sort=False, dropna=False):
+    cells = pd.DataFrame(manifest["cells"])
+    judged = cells[cells["setting"] != EVERYTHING]
+    for _, cell in judged.groupby(list(CELL), sort=False, dropna=False):
         first = cell.to_dict("records")[0]
         names = ("ood_source", "ratio", "regime", "labels_per_class")
         known = {name: None if _is_unknown(first[name]) else first[name] for name in names}
@@ -128,9 +132,10 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def describe(setting: Row) -> str:
-    """The setting in a sentence."""
+def describe(setting: Row, folds: bool = False) -> str:
+    """The setting in a sentence; `folds`: seeds are folds of the labelled images."""
     count = len(setting["seeds"])
+    repeats = "folds of the labelled images" if folds else "seed" if count == 1 else "seeds"
     pool = ""
     if not _is_unknown(setting["ratio"]):
         pool = (
@@ -140,7 +145,7 @@ def describe(setting: Row) -> str:
     labels = setting["labels_per_class"]
     return (
         f"Training had {labels} {'label' if labels == 1 else 'labels'} a class and was repeated "
-        f"over {in_words(count)} {'seed' if count == 1 else 'seeds'}.{pool}"
+        f"over {in_words(count)} {repeats}.{pool}"
     )
 
 
@@ -181,7 +186,9 @@ def render_report(
         metrics={"pile": None, "time_limit": None, **metrics},
         other_settings=metrics["setting"].get("others", []),
         comparison=get_comparison(manifest["primary"]["against"]),
-        setting=describe(metrics["setting"]),
+        setting=describe(metrics["setting"], bool(fold_overlap(manifest))),
+        knows_truth=bool(table["auroc_confidence"].notna().any()),
+        everything=EVERYTHING,
         towards_oracle=_towards_oracle(metrics["arms"]),
         cells=[
             (title, rows.sort_values("accuracy").to_dict("records"))
