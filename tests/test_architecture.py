@@ -11,12 +11,13 @@ from tests.project import SOURCE, imported
 # top: they may import everything, and nothing may import them.
 FLOORS = {
     "checks": set(),
+    "extras": set(),
     "code": set(),
     "workers": set(),
     "arms": {"checks"},
     "implicit": {"checks"},
-    "data": {"checks", "workers"},
-    "semisup": {"checks", "arms", "code", "workers", "implicit"},
+    "data": {"checks", "extras", "workers"},
+    "semisup": {"checks", "extras", "arms", "code", "workers", "implicit"},
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.
     "evaluation": {"checks", "arms", "data", "studies"},
@@ -26,7 +27,7 @@ FLOORS = {
     "io": {"semisup"},
 }
 READ_BY_EVALUATION = ("weighmatch.studies.methods",)
-WITHOUT_TORCH = ("checks", "arms", "data", "evaluation")
+WITHOUT_TORCH = ("checks", "extras", "arms", "data", "evaluation")
 ROOMS = {
     # Within semisup: parts know no weighting, weightings no training.
     "semisup.parts": {"semisup.config", "semisup.parts"},

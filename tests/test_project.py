@@ -15,7 +15,7 @@ pytestmark = pytest.mark.integration
 
 UP_TO_METRICS = ["data_preparation", "training", "scoring", "evaluation"]
 ARMS = {"supervised", "fixmatch", "fixmatch_matched", "pu", "learned", "oracle"}
-TRUTH = {"draw_samples", "remove_intruders", "judge_runs", "trace_weights", "draw_gallery"}
+TRUTH = {"draw_samples", "find_useful", "judge_runs", "trace_weights", "draw_gallery"}
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +271,7 @@ def test_only_the_oracle_and_the_evaluation_start_from_the_truth(graph):
 def test_no_test_image_or_label_reaches_training(graph):
     for dataset in ("evaluation_images", "test_labels"):
         found = reached(graph, dataset)
-        assert not found & {"train_arms", "train_oracle", "remove_intruders", "compare_ihvps"}
+        assert not found & {"train_arms", "train_oracle", "find_useful", "compare_ihvps"}
     (training,) = (set(node.inputs) for node in graph.nodes if node.name.endswith(".train_arms"))
     assert training == {"training_sets", "params:training", "params:runs", "params:run_folder"}
 

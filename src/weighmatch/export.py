@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import CPU, TrainedRun
+from weighmatch.semisup.parts.backbones import load_backbone
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,11 @@ class Portable(nn.Module):
     def __init__(self, run: TrainedRun) -> None:
         super().__init__()
         self.classifier = run.classifier
+        training = run.config.training
+        # A run on stored features has no backbone of its own.
+        self.backbone = (
+            load_backbone(training.network, training.weights) if training.frozen else None
+        )
         weighting = run._load_weighting(run.classifier, CPU)
         self.ranks = run._criterion(weighting, CPU)
         # An arm that ranks no new image scores each of them 1.
@@ -47,6 +53,8 @@ class Portable(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         batch = images.float() / 255
+        if self.backbone is not None:
+            batch = self.backbone(batch)
         features = self.classifier.features(batch)
         logits = self.classifier.head(features)
         if not self.tells_apart:

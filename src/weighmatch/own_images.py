@@ -32,6 +32,7 @@ from weighmatch.evaluation.ranking import ranking_table
 from weighmatch.export import export_run
 from weighmatch.semisup.checkpoint import Scored, TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.feature_store import FeatureStore, with_features
 from weighmatch.semisup.ranked_pool import describe_pool
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
 from weighmatch.streaming import rank_folder
@@ -181,14 +182,18 @@ def fit(
         "unlabelled_images": splits.pool.images,
         "class_names": np.array(splits.class_names, np.str_),
     }
-    config = RunsConfig(**{**(runs or {}), "arms": (arm,)})
-    (job,) = plan_jobs(
-        config.arms, {f"folder-all-seed_{SEED:04d}": arrays}, TrainingConfig(**given), config
-    )
+    config, settings = RunsConfig(**{**(runs or {}), "arms": (arm,)}), TrainingConfig(**given)
     place = default_cache() / "runs" if folder is None else Path(folder)
+    sets = {f"folder-all-seed_{SEED:04d}": arrays}
+    if settings.frozen:
+        features = default_cache() / "features" if folder is None else place / "features"
+        with _script_not_run_again():
+            FeatureStore.extract(features, sets, {}, settings, config.workers)
+        sets = with_features(sets, features)
+    (job,) = plan_jobs(config.arms, sets, settings, config)
     finish_jobs([job], place, workers=1)
     trained = read_job(job, place)
-    pool = describe_pool(trained, splits.labelled_images, splits.labels, splits.pool.images)
+    pool = describe_pool(trained, job.data)
     files = data.files
     return FittedRun(
         trained,

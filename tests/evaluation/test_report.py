@@ -364,6 +364,14 @@ def test_the_page_ends_with_settings_and_how_it_was_made():
     assert "The commit of the code is not known." in section(html, "origin")
 
 
+def test_a_frozen_backbone_is_told_of():
+    parameters = {"training": {"network": "timm/some_network"}}
+    words = "a pretrained backbone, timm/some_network, which was frozen"
+    for frozen in (True, False):
+        _, html = page(scores(**RUNS), parameters=parameters, frozen=frozen)
+        assert (words in section(html, "parameters")) == frozen
+
+
 def test_the_page_has_a_table_a_cell_and_names_classes():
     near = scores(fixmatch_matched=[80.0, 82.0], learned=[85.0, 88.0])
     runs = pd.concat([near, near.assign(ratio=0.5)])

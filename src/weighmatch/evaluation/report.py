@@ -158,6 +158,7 @@ def render_report(
     sizes: Mapping[str, int] = MappingProxyType({}),
     parameters: Row = MappingProxyType({}),
     origin: Origin | None = None,
+    frozen: bool = False,
 ) -> str:
     """The page, with its figures inside.
 
@@ -172,6 +173,7 @@ def render_report(
         sizes: bytes of the gallery and of the files of the exported model, by name.
         parameters: groups of parameters, such as `training`.
         origin: how the page was made; None: it is not told.
+        frozen: whether the network is a pretrained backbone that was not trained further.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -214,6 +216,7 @@ def render_report(
         model=[(name, _size(size)) for name, size in sizes.items() if name != "gallery.html"],
         gallery=_size(sizes["gallery.html"]) if "gallery.html" in sizes else "",
         origin=origin,
+        backbone=parameters["training"]["network"] if frozen else "",
     )
 
 

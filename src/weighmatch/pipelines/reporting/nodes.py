@@ -99,5 +99,13 @@ def write_report(
     sizes = {path.name: path.stat().st_size for path in sorted(exported_model.iterdir())}
     sizes |= {"gallery.html": len(gallery_page.encode())}
     return report.render_report(
-        metrics, table, study, manifest, shown, sizes, parameters, find_origin()
+        metrics,
+        table,
+        study,
+        manifest,
+        shown,
+        sizes,
+        parameters,
+        find_origin(),
+        frozen=training.frozen,
     )

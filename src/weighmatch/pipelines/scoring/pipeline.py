@@ -19,13 +19,13 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.score_images,
-                ["runs", *CHECKPOINTS, "evaluation_images"],
+                ["runs", *CHECKPOINTS, "evaluation_images", "features"],
                 "predictions",
                 name="score_images",
             ),
             Node(
                 nodes.describe_pool,
-                ["runs", *CHECKPOINTS, "training_sets"],
+                ["runs", *CHECKPOINTS, "training_sets", "features"],
                 "ranked_pool",
                 name="describe_pool",
             ),

@@ -5,12 +5,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.feature_store import with_features, with_rows
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
 from weighmatch.semisup.training.time_limit import fit_steps
 
@@ -19,34 +21,42 @@ Runs = dict[str, Callable[[], TrainedRun]]
 
 
 def train_arms(
-    training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
+    training_sets: dict[str, Arrays],
+    features: Path,
+    training: TrainingConfig,
+    runs: RunsConfig,
+    run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
     """Train every arm on the contaminated pools, but those that need a clean one."""
     arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
-    return _train(arms, training_sets, training, runs, run_folder)
+    sets = with_features(training_sets, features)
+    return _train(arms, sets, training, runs, run_folder)
 
 
-def remove_intruders(
-    training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays]
-) -> dict[str, Arrays]:
-    """The training sets without the OOD images of the pool; sets without a truth have none."""
+def find_useful(ood_truth: dict[str, Arrays]) -> dict[str, Arrays]:
+    """The positions of those images of each pool that are no OOD; none without a truth."""
     return {
-        key: {
-            **training_sets[key],
-            "unlabelled_images": training_sets[key]["unlabelled_images"][
-                truth["pool_sources"] == 0
-            ],
-        }
+        key: {"rows": np.flatnonzero(truth["pool_sources"] == 0)}
         for key, truth in ood_truth.items()
     }
 
 
 def train_oracle(
-    oracle_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
+    oracle_sets: dict[str, Arrays],
+    training_sets: dict[str, Arrays],
+    features: Path,
+    training: TrainingConfig,
+    runs: RunsConfig,
+    run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
     """Train the arms of a clean pool, if there are any among the arms."""
     arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
-    return _train(arms, oracle_sets, training, runs, run_folder)
+    sets = {
+        key: with_rows(arrays, oracle_sets[key]["rows"])
+        for key, arrays in with_features(training_sets, features).items()
+        if key in oracle_sets
+    }
+    return _train(arms, sets, training, runs, run_folder)
 
 
 def _train(

@@ -196,3 +196,26 @@ class ConfidenceNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.head(self.trunk(images - 0.5)).squeeze(1)
         return scores
+
+
+class FeatureConfidenceNetwork(nn.Module):
+    """One raw score an image from features of a frozen backbone, (n, width) -> (n,)."""
+
+    def __init__(self, features: int, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            norm = nn.LayerNorm(features, elementwise_affine=False)
+            self.trunk = nn.Sequential(norm, nn.Linear(features, 4 * width), nn.ReLU())
+            self.head = nn.Linear(4 * width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.trunk(features)).squeeze(1)
+        return scores
+
+
+def make_confidence_network(stored: tuple[int, ...], width: int, seed: int) -> nn.Module:
+    """A fresh Confidence Network for stored images: pixels (C, H, W) or (views, features)."""
+    if len(stored) == 3:
+        return ConfidenceNetwork(stored[0], width, seed)
+    return FeatureConfidenceNetwork(stored[1], width, seed)
