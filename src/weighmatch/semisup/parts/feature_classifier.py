@@ -1,40 +1,20 @@
 """The classifier on a frozen backbone: a linear head on its stored features."""
 
-import math
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.parts.networks import Classifier, build_classifier
+from weighmatch.semisup.parts.networks import (
+    Classifier,
+    PretrainedClassifier,
+    Standardise,
+    build_classifier,
+)
 from weighmatch.semisup.parts.store import ImageStore
 
-# Images whose features say where these lie and how far they spread.
-FITTED_IMAGES = 4096
-# Below it a feature counts as constant, and is not blown up.
-SMALLEST_SPREAD = 1e-4
-
-
-class Standardise(nn.Module):
-    """Features (n, width) with mean 0 and spread 1 on the data, divided by √width."""
-
-    location: Tensor
-    scale: Tensor
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.register_buffer("location", torch.zeros(width))
-        self.register_buffer("scale", torch.full((width,), math.sqrt(width)))
-
-    def fit(self, features: Tensor) -> None:
-        """Take mean and spread of features (n, width)."""
-        self.location.copy_(features.mean(0))
-        spread = features.std(0, correction=0).clamp(min=SMALLEST_SPREAD)
-        self.scale.copy_(spread * math.sqrt(features.shape[1]))
-
-    def forward(self, features: Tensor) -> Tensor:
-        standard: Tensor = (features - self.location) / self.scale
-        return standard
+# Images whose features say where these lie and how far they spread: stored features, or those
+# that a backbone computes first.
+FITTED_IMAGES, PASSED_IMAGES = 4096, 256
 
 
 class FeatureClassifier(Classifier):
@@ -53,25 +33,48 @@ class FeatureClassifier(Classifier):
 
 
 def make_classifier(
-    training: TrainingConfig, stored: tuple[int, ...], classes: int, seed: int
+    training: TrainingConfig,
+    stored: tuple[int, ...],
+    classes: int,
+    seed: int,
+    filled: bool = True,
 ) -> Classifier:
-    """A freshly initialised classifier for what a run stores, the same for the same seed.
+    """A classifier before its training for what a run stores, the same for the same seed.
 
     Args:
         training: says which network.
         stored: the shape of a stored image: (C, H, W), or (views, width) of features.
         classes: number of logits.
         seed: decides the initial parameters.
+        filled: see `build_classifier`.
     """
     if len(stored) == 3:
-        return build_classifier(training.network, stored[0], classes, seed, training.width)
+        return build_classifier(
+            training.network,
+            stored[0],
+            classes,
+            seed,
+            training.width,
+            training.weights,
+            training.fine_tune,
+            filled,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FeatureClassifier(stored[1], classes)
 
 
 def fit_to_data(classifier: Classifier, pool: ImageStore) -> None:
-    """Set what a new classifier takes from the pool's features, where it is one of features."""
+    """Set what a new classifier takes from the pool, where it standardises features."""
     if isinstance(classifier, FeatureClassifier):
-        rows = torch.arange(min(len(pool), FITTED_IMAGES))
-        classifier.trunk.fit(pool[rows][:, 0].float())
+        classifier.trunk.fit(pool[_spread_out(len(pool), FITTED_IMAGES)][:, 0].float())
+    if isinstance(classifier, PretrainedClassifier):
+        images = pool[_spread_out(len(pool), PASSED_IMAGES)].float() / 255
+        with torch.no_grad():
+            classifier.standardise.fit(classifier.trunk(images), together=True)
+
+
+def _spread_out(size: int, count: int) -> Tensor:
+    """Up to `count` of `size` positions, evenly."""
+    count = min(size, count)
+    return torch.arange(count) * size // count

@@ -17,6 +17,7 @@ from torch import Tensor
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.backbones import load_backbone
 from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import Stored
 from weighmatch.semisup.training.code import training_code
@@ -262,6 +263,10 @@ def fingerprint(
     parts = [json.dumps(config.to_dict(), sort_keys=True), json.dumps(data.class_names)]
     parts += [array_fingerprint(array) for array in (data.labelled_images, data.labels)]
     parts.append(data.pool_fingerprint)
+    if config.training.fine_tune != "none":
+        # A file of weights counts by its content.
+        weights = load_backbone(config.training.network, config.training.weights)
+        parts.append(weights.info.digest)
     if start is not None:
         parts += [array_fingerprint(value.cpu().numpy()) for value in start.values()]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]

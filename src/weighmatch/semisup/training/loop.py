@@ -25,6 +25,7 @@ from weighmatch.semisup.checkpoint import (
 )
 from weighmatch.semisup.parts.feature_classifier import fit_to_data, make_classifier
 from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
+from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.running import DistributionAlignment
 from weighmatch.semisup.parts.state_file import State, read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
@@ -165,10 +166,12 @@ class Run:
         if training.compile:
             self._forward = torch.compile(self.classifier)
         self.average = copy.deepcopy(self.classifier).requires_grad_(False)
-        self._tensors: list[Tensor] = list(self.classifier.parameters())
-        self._average_tensors: list[Tensor] = list(self.average.parameters())
+        averages = dict(self.average.named_parameters())
+        trained = {n: p for n, p in self.classifier.named_parameters() if p.requires_grad}
+        self._tensors: list[Tensor] = list(trained.values())
+        self._average_tensors: list[Tensor] = [averages[name] for name in trained]
         self.optimizer = torch.optim.SGD(
-            decay_groups(self._tensors, training.weight_decay),
+            decay_groups(self.classifier, training.weight_decay),
             lr=training.learning_rate,
             momentum=training.momentum,
             nesterov=True,
@@ -261,7 +264,7 @@ class Run:
                 self.training.unlabelled_weight,
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self._learning_rate() * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -413,16 +416,19 @@ _NUMBERS = ("step", "seconds", "updates", "updates_skipped", "update_seconds", "
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
 
 
-def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[State]:
+def decay_groups(classifier: Classifier, weight_decay: float) -> list[State]:
     """Groups for an optimiser in which kernels decay, and biases and norms do not.
 
-    That is FixMatch's own choice (Sohn et al., 2020, its code).
+    That is FixMatch's own choice (Sohn et al., 2020, its code). The learning rate is multiplied by
+    the group's `rate`; parameters that are not trained are in none.
     """
-    kernels = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    parameters = dict(classifier.named_parameters())
+    for name, rate in classifier.rates().items():
+        groups.setdefault((rate, parameters[name].ndim > 1), []).append(parameters[name])
     return [
-        {"params": kernels, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": members, "weight_decay": weight_decay if kernels else 0.0, "rate": rate}
+        for (rate, kernels), members in groups.items()
     ]
 
 

@@ -320,10 +320,11 @@ def head_gradient_norm(probabilities: Tensor, labels: Tensor, features: Tensor) 
 
 
 def parameters_of(network: nn.Module) -> Parameters:
-    """A copy of the parameters by name, without a graph."""
+    """A copy of the parameters that are trained, by name, without a graph."""
     # In the plain layout whatever that of training is: forward mode through group norm needs it
     # in torch 2.11. Cloned, since kernels of one channel pass for contiguous in either.
     return {
         name: p.detach().clone(memory_format=torch.contiguous_format)
         for name, p in network.named_parameters()
+        if p.requires_grad
     }
