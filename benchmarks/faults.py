@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -321,8 +321,8 @@ def require_same_study(folder: Path, other: Path) -> None:
         raise LostError("another table")
 
 
-def killed_worker(shop: Workshop) -> None:
-    """A worker process is killed; its job is done again, and nothing is missing."""
+def hit_worker(shop: Workshop, hit: Callable[[int], None]) -> None:
+    """A worker process is killed or starved; training goes on or says so, and loses nothing."""
     expected = result(shop.finished(STAGES[:3]))
     folder = shop.copy(STAGES[:1])
     process = start(folder, "training", **{"runs.workers": 2})
@@ -331,19 +331,20 @@ def killed_worker(shop: Workshop) -> None:
         time.sleep(0.05)
     workers = [number for number in descendants(process.pid) if is_worker(number)]
     time.sleep(shop.random.uniform(0, 1))
-    if workers:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(shop.random.choice(workers), signal.SIGKILL)
+    if not workers:
+        raise LostError("no worker was found")
+    with contextlib.suppress(ProcessLookupError):
+        hit(shop.random.choice(workers))
     output, _ = process.communicate()
-    said = sentence(output, process.returncode) or run(folder, "scoring")
-    if said or not workers:
-        raise LostError(said or "no worker was found")
+    said = sentence(output, process.returncode)
+    names = "training,scoring" if "memory ran out" in said else "scoring"
+    if (said and names == "scoring") or (said := run(folder, names)):
+        raise LostError(said)
     require_same(folder, expected)
 
 
 def begun(folder: Path) -> bool:
-    """Whether a training has begun."""
-    # os.walk goes on where a folder is removed at the same time.
+    """Whether a training has begun; os.walk goes on where a folder is removed meanwhile."""
     return any("metrics.jsonl" in names for _, _, names in os.walk(folder))
 
 

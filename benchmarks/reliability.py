@@ -8,6 +8,9 @@ error is no clear sentence, or if following it does not help. Trials write to te
 """
 
 import argparse
+import os
+import resource
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +39,16 @@ class Row:
         return self.fault, str(self.tries), str(self.survived), str(len(self.lost))
 
 
+def kill_one(process: int) -> None:
+    """End a process as the kernel does."""
+    os.kill(process, signal.SIGKILL)
+
+
+def starve(process: int) -> None:
+    """Let a process get no more memory from the kernel (Linux)."""
+    resource.prlimit(process, resource.RLIMIT_AS, (1, 1))
+
+
 # --- the table -------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[str, Callable[[Workshop], None]]] = {
@@ -61,7 +74,14 @@ FAULTS: dict[str, tuple[str, Callable[[Workshop], None]]] = {
     "kill -9 twice, rounds": ("killed", lambda shop: faults.killed(shop, "rounds")),
     "kill -9 of a preparation of other data": ("killed", faults.killed_preparation),
     "kill -9 of a study": ("killed", faults.killed_study),
-    "kill -9 of a worker in training": ("killed", faults.killed_worker),
+    "kill -9 of a worker in training": (
+        "killed",
+        lambda shop: faults.hit_worker(shop, kill_one),
+    ),
+    "a worker in training gets no more memory": (
+        "memory",
+        lambda shop: faults.hit_worker(shop, starve),
+    ),
     "kill -9 of a worker of a study": ("study", faults.killed_study_worker),
     "two runs at once, the same": ("two", lambda shop: faults.two_at_once(shop, other=False)),
     "two runs at once, other parameters": (
@@ -103,7 +123,9 @@ def main() -> None:
     """Try every fault, print the table, and write it where asked."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tries", type=int, default=3, help="of each fault")
-    parser.add_argument("--only", default="", help="groups: flipped, killed, two, mixed, diverging")
+    parser.add_argument(
+        "--only", default="", help="groups: flipped, killed, memory, study, two, mixed, diverging"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--write", type=Path, help="a file for the table, in Markdown")
     given = parser.parse_args()

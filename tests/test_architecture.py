@@ -79,6 +79,7 @@ def test_every_floor_has_its_place():
     assert there == top | set(FLOORS)
 
 
+@pytest.mark.integration
 def test_floors_work_without_kedro():
     floors = ("implicit", "data", "semisup", "studies", "evaluation")
     names = [

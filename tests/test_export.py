@@ -82,6 +82,7 @@ def test_every_arm_can_be_exported(arm, schedule, training_set, run_config, tmp_
         assert scores.detach().numpy() == pytest.approx(scored.scores, abs=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("shape", [(1, 8, 8), (3, 11, 9)])
 def test_both_files_say_the_same_without_weighmatch(shape, run_config, tmp_path):
     from weighmatch.semisup import TrainingSet

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from kedro.framework.startup import bootstrap_project
 
 from benchmarks import faults
+from benchmarks.reliability import kill_one, starve
 from tests.project import ROOT, run_project
 from weighmatch.io.lock import Lock
 from weighmatch.io.provenance import Records
@@ -261,9 +262,14 @@ def test_of_two_runs_at_once_one_is_done_and_one_refused(other, shop):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trial", [faults.killed_worker, faults.killed_study_worker])
-def test_a_worker_that_is_killed_loses_nothing(trial, shop):
-    assert survived(trial, shop)
+@pytest.mark.parametrize("hit", [kill_one, starve])
+def test_a_worker_that_is_killed_or_starved_loses_nothing(hit, shop):
+    assert survived(faults.hit_worker, shop, hit)
+
+
+@pytest.mark.slow
+def test_a_worker_of_a_study_that_is_killed_loses_nothing(shop):
+    assert survived(faults.killed_study_worker, shop)
 
 
 @pytest.mark.slow

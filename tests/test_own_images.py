@@ -2,6 +2,7 @@
 
 import html
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,12 +12,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from kedro.framework.project import pipelines
+from kedro.framework.session import KedroSession
+from kedro.framework.startup import bootstrap_project
+from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from tests.own_folder import LETTERS, OwnFolder, make_folder
-from tests.project import ROOT
+from tests.project import ROOT, run_project
 from weighmatch.evaluation.lists import CHECK_COLUMNS, NEXT_COLUMNS
 from weighmatch.evaluation.ranking import COLUMNS
+from weighmatch.pipelines.training import nodes
 
 pytestmark = pytest.mark.integration
 
@@ -146,6 +152,30 @@ def test_the_outputs_are_there_and_complete(job):
     assert export >= {"model.pt2", "run.pt", "classes.json", "model_card.md"}
 
 
+def test_the_study_of_digits_is_left_out(job):
+    assert "hypergradient" not in (job.reporting / "report.html").read_text()
+    assert not (job.reporting / "ihvp_figures").exists()
+
+
+def registered(**data):
+    """Names of the nodes of the default run, and of `ihvp_analysis`, for a source of images."""
+    bootstrap_project(ROOT)
+    with KedroSession.create(ROOT, env="test", runtime_params={"data": data}) as session:
+        session.load_context()
+    names = ("__default__", "ihvp_analysis")
+    return [{n.name.rpartition(".")[2] for n in pipelines[name].nodes} for name in names]
+
+
+def test_the_study_of_digits_runs_by_default_with_other_sources(tmp_path):
+    default, study = registered(source="folder", root=str(tmp_path))
+    assert "write_report" in default
+    assert not default & study
+    other, same = registered(source="digits")
+    assert other == default | study
+    assert same == study
+    assert not registered(source="stl10")[0] & study
+
+
 def test_20_labels_are_too_few_to_tell_and_that_is_said(job):
     pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
     assert pile["verdict"].startswith("Whether the pile helped cannot be told yet")
@@ -173,6 +203,39 @@ def check_later_ranking(job, folder):
 
 def test_the_stored_model_ranks_another_folder_in_another_process(job, tmp_path):
     assert check_later_ranking(job, tmp_path) >= 0.85
+
+
+def test_runs_of_other_data_are_kept_and_the_log_says_which_is_used(tmp_path, caplog, monkeypatch):
+    # Kedro sets up all loggers anew, but not one that it does not know.
+    monkeypatch.setattr(nodes, "log", logging.Logger("of this test"))
+    nodes.log.addHandler(caplog.handler)
+    own = make_folder(tmp_path / "photos", useful=20, foreign=10)
+    data = {"source": "folder", "root": str(own.root)}
+    params = {"data": data, "runs": {"arms": "supervised"}, "training": {"steps": 4}}
+    runs = tmp_path / "data" / "06_models" / "test" / "runs"
+
+    def train():
+        caplog.clear()
+        run_project(tmp_path / "data", names=["data_preparation", "training"], params=params)
+        return {path: path.stat().st_mtime_ns for path in runs.glob("*/run.pt")}
+
+    first = train()
+    assert "are new" not in caplog.text
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(
+        own.root / "unlabelled" / "one more.png"
+    )
+    both = train()
+    new = both.keys() - first.keys()
+    assert len(first) == len(new) == 3
+    assert first.items() <= both.items()
+    assert "3 runs are new and 0 go on or are read" in caplog.text
+    assert f"3 runs of other data, settings or code are kept beside them in {runs}" in caplog.text
+    assert any(f"{path.parent.name} (new)" in caplog.text for path in new)
+    assert any(f"such as {path.parent.name}. Ranking" in caplog.text for path in first)
+    assert "--params data_folder=… keeps both" in caplog.text
+    (own.root / "unlabelled" / "one more.png").unlink()
+    assert train() == both
+    assert "0 runs are new and 3 go on or are read" in caplog.text
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ print("read", len(Folder(sys.argv[1]).splits.labels), __file__, __spec__)
 """
 
 
+@pytest.mark.integration
 def test_a_script_needs_no_guard_for_the_processes_that_read_files(own, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     command = [sys.executable, str(tmp_path / "script.py"), str(own.root)]

@@ -8,6 +8,8 @@ import pytest
 
 from tests.project import ROOT
 
+pytestmark = pytest.mark.integration
+
 # Prints the CPU seconds of this process, and which modules it imported, before the first node.
 MEASURED = """
 import sys, time

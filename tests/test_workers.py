@@ -13,6 +13,8 @@ import torch
 from weighmatch import workers
 from weighmatch.workers import default_workers, one_thread, run_all, run_in_order
 
+pytestmark = pytest.mark.integration
+
 
 def square(number, progress):
     progress(number)

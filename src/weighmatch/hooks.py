@@ -7,6 +7,7 @@ from tempfile import TemporaryFile
 from typing import Any
 
 from kedro.framework.hooks import hook_impl
+from kedro.framework.project import pipelines
 from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
@@ -15,8 +16,10 @@ from weighmatch.checks import require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
-from weighmatch.data.source import get_source
+from weighmatch.data.source import all_sources, get_source
+from weighmatch.pipeline_registry import register_pipelines
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
+from weighmatch.semisup.training.deadline import CLOCK
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.meta_config import MetaLearningConfig
 
@@ -52,6 +55,22 @@ class Asked:
     runs: RunsConfig
 
 
+class LeavesOutTheStudy:
+    """Own images are ranked without the study of IHVPs on digits, which `--pipelines` still runs.
+
+    The registry of pipelines knows no parameters, so that it is told here.
+    """
+
+    @hook_impl
+    def after_context_created(self, context: Any) -> None:
+        """Register the pipelines that fit the source of images."""
+        data = context.config_loader.read_parameters().get("data")
+        found = {one.name for one in all_sources() if not one.contaminates}
+        study = not isinstance(data, dict) or data.get("source") not in found
+        for name, pipeline in register_pipelines(study).items():
+            pipelines[name] = pipeline
+
+
 class ChecksBeforeWork:
     """Refuses to start work that could not be finished, or that was not asked for."""
 
@@ -59,9 +78,12 @@ class ChecksBeforeWork:
     def before_pipeline_run(self, run_params: Given, pipeline: Pipeline, catalog: Catalog) -> None:
         """Check runtime parameters, parameters that depend on one another, and folders.
 
+        A time limit counts from here.
+
         Raises:
             RefusedError: saying what to change.
         """
+        CLOCK.start()
         given = run_params.get("runtime_params") or {}
         inputs = pipeline.inputs()
         _check_groups(given)
@@ -76,7 +98,8 @@ class ChecksBeforeWork:
                 source.check_found(asked.data)
             if "params:training" in inputs:
                 source.recipe(asked.data)  # otherwise settings would silently be others
-            if "params:runs" in inputs:
+            # The evaluation reads their time limit alone.
+            if {"params:runs", "params:run_folder"} <= inputs:
                 _check_runs(given, asked)
             if "params:rank" in inputs:
                 require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()

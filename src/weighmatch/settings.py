@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from weighmatch.data.config import DataConfig, merge_groups
 from weighmatch.data.source import get_source
-from weighmatch.hooks import ChecksBeforeWork
+from weighmatch.hooks import ChecksBeforeWork, LeavesOutTheStudy
 from weighmatch.keeping import KeepsFilesWhole
 
 # Parameters by name, and groups of them.
@@ -28,9 +28,10 @@ class ExperimentLoader(OmegaConfigLoader):
         """The merged configuration of a kind, such as "parameters"."""
         if key != "parameters" or key in self.data:
             return super().__getitem__(key)
-        return _with_recipe(self._read_parameters())
+        return _with_recipe(self.read_parameters())
 
-    def _read_parameters(self) -> Parameters:
+    def read_parameters(self) -> Parameters:
+        """The parameters as they are given, without what the source of images recommends."""
         key, other = "parameters", self["globals"].get("extends")
         if other is None:
             return super().__getitem__(key)
@@ -59,7 +60,7 @@ def _with_recipe(parameters: Parameters) -> Parameters:
     return {**parameters, **merge_groups(recipe, {k: parameters.get(k) or {} for k in recipe})}
 
 
-HOOKS = (ChecksBeforeWork(), KeepsFilesWhole())
+HOOKS = (LeavesOutTheStudy(), ChecksBeforeWork(), KeepsFilesWhole())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS: Parameters = {

@@ -29,8 +29,12 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 # Seconds between two reports of a worker's progress, and between two looks for its parent.
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
-# What torch says where it gets no memory: on the CPU, and on a GPU.
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+# What torch says where it gets no memory: itself on the CPU and on a GPU, its convolutions (oneDNN)
+# and C++.
+NO_MEMORY = (
+    *("can't allocate memory", "not enough memory", "out of memory"),
+    *("could not create a primitive", "could not create a memory", "bad_alloc"),
+)
 
 
 class WorkerError(RuntimeError):
@@ -46,6 +50,7 @@ def run_all(
     total: int,
     unit: str = "run",
     done: int = 0,
+    skips: Callable[[int], bool] = lambda position: False,
 ) -> Iterator[tuple[int, T]]:
     """Do every job, several at a time, and hand over each answer as soon as it is there.
 
@@ -60,6 +65,8 @@ def run_all(
         total: units of all jobs together, and those of `done`.
         unit: what the progress bar counts.
         done: units that were done before this call.
+        skips: asked with the position of a job when its turn comes; one that is skipped is not
+            begun and has no answer.
 
     Yields:
         The position of a job and its answer, in the order in which they are done.
@@ -74,9 +81,11 @@ def run_all(
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
     with tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=0.5) as bar:
         if count > 1:
-            yield from _run_in_processes(function, jobs, count, bar)
+            yield from _run_in_processes(function, jobs, count, bar, skips)
             return
         for position, job in enumerate(jobs):
+            if skips(position):
+                continue
             with one_thread():
                 answer = function(*job, bar.update)
             yield position, answer
@@ -171,7 +180,11 @@ _idle: list[_Worker] = []
 
 
 def _run_in_processes(
-    function: Callable[..., T], jobs: Sequence[tuple[Any, ...]], count: int, bar: "tqdm[Any]"
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    count: int,
+    bar: "tqdm[Any]",
+    skips: Callable[[int], bool],
 ) -> Iterator[tuple[int, T]]:
     waiting, unfinished = deque(range(len(jobs))), len(jobs)
     kills: Counter[int | None] = Counter()
@@ -179,9 +192,14 @@ def _run_in_processes(
     try:
         while unfinished:
             for worker in team:
-                if worker.ready and waiting:
+                while worker.ready and waiting:
                     position = waiting.popleft()
-                    worker.give(position, (function, jobs[position]))
+                    if skips(position):
+                        unfinished -= 1
+                    else:
+                        worker.give(position, (function, jobs[position]))
+            if not unfinished:
+                break
             pipes = {worker.pipe: worker for worker in team}
             for pipe in wait(list(pipes)):
                 worker = pipes[cast(Connection, pipe)]

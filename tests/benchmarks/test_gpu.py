@@ -21,6 +21,8 @@ from benchmarks.gpu.records import PARTS, Document, Learned, problems
 from benchmarks.gpu.session import Bench, Budget, OutOfTimeError, Row, run_parts
 from benchmarks.gpu.table import ENTRIES, NOT_MEASURED, lines
 
+pytestmark = pytest.mark.integration
+
 ROOT = Path(__file__).parents[2]
 # As on a machine without these, and without a network.
 BARE_MACHINE = """

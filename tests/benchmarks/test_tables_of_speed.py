@@ -13,6 +13,8 @@ from benchmarks import augmentation, startup, steps
 from benchmarks.timing import by_turns
 from weighmatch.data.config import DataConfig
 
+pytestmark = pytest.mark.integration
+
 
 def test_calls_take_turns_and_the_first_round_is_for_warming_up():
     calls = []

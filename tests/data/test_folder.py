@@ -17,6 +17,7 @@ from weighmatch.data.config import DataConfig
 from weighmatch.data.grid import GridConfig, make_cells, require_effect
 from weighmatch.data.recipes import COLOUR_OPERATIONS
 from weighmatch.data.source import UnusableDataError, get_source
+from weighmatch.evaluation.pile import fold_overlap
 from weighmatch.pipelines.data_preparation import nodes
 from weighmatch.semisup.config import OPERATIONS, TrainingConfig
 from weighmatch.settings import ExperimentLoader
@@ -108,6 +109,8 @@ def test_without_a_test_folder_the_seeds_are_folds(tmp_path, prepare):
             [2, 2, 2],
         )
         assert "labelled/yak/only.png" in trained
+    # One object, which is stored and hashed once.
+    assert len({id(arrays["unlabelled_images"]) for arrays in made["training"].values()}) == 1
     everything = "folder-all-seed_0004"
     assert len(made["training"][everything]["labels"]) == 22
     assert made["evaluation"][everything] == {}
@@ -122,10 +125,41 @@ def test_without_a_test_folder_the_seeds_are_folds(tmp_path, prepare):
 def test_a_single_seed_tests_on_a_fifth(tmp_path, prepare):
     made = prepare(make_folder(tmp_path / "own", labels=10), seeds=(3,))
     assert len(made["labels"]["folder-seed_0003"]["labels"]) == 6
-    one = prepare(make_folder(tmp_path / "few", labels=1), seeds=(3, 4))
+
+
+def test_there_are_no_more_folds_than_images_to_test_on(tmp_path, prepare, caplog):
+    root = make_folder(tmp_path / "few", labels=2)
+    (root / "labelled" / "yak").mkdir()
+    picture(np.random.default_rng(9)).save(root / "labelled" / "yak" / "only.png")
+    made = prepare(root, seeds=range(10, 18))
+    # Two images of each of three classes, and one that is always trained on.
+    assert [len(labels["labels"]) for labels in made["labels"].values()] == [1] * 6
+    assert [len(arrays["labels"]) for arrays in made["training"].values()] == [6] * 6 + [7]
+    assert all(cell["test"] for cell in made["manifest"]["cells"][:-1])
+    assert fold_overlap(made["manifest"]) == 1 / 6
+    assert caplog.text.count("there are 6 folds instead of 8") == 1
+    one = prepare(make_folder(tmp_path / "one", labels=1), seeds=(3, 4))
     assert one["labels"] == {}
-    assert one["evaluation"]["folder-seed_0003"] == {}
-    assert len(one["training"]["folder-seed_0004"]["labels"]) == 3
+    assert list(one["training"]) == ["folder-seed_0003", "folder-all-seed_0003"]
+
+
+def test_a_class_with_fewer_images_than_folds_is_tested_in_some(tmp_path, prepare):
+    root = make_folder(tmp_path / "own", classes=("cat", "dog"), labels=9)
+    for path in (root / "labelled" / "dog").rglob("[3-8].*"):
+        path.unlink()
+    made = prepare(root, seeds=range(6))
+    counts = [np.bincount(part["labels"], minlength=2) for part in made["labels"].values()]
+    assert np.sum(counts, axis=0).tolist() == [9, 3]
+    assert {tuple(count) for count in counts} == {(2, 0), (1, 1)}
+    assert all((np.bincount(part["labels"]) >= 2).all() for part in made["training"].values())
+
+
+def test_there_are_six_folds_where_nothing_else_is_asked_for(tmp_path):
+    given = {"data": {"source": "folder", "root": str(make_folder(tmp_path / "own"))}}
+    loader = ExperimentLoader(
+        str(ROOT / "conf"), base_env="base", env="local", runtime_params=given
+    )
+    assert len(loader["parameters"]["data"]["seeds"]) == 6
 
 
 def test_a_test_folder_is_the_test_set_of_every_seed(tmp_path, prepare):

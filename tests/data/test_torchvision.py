@@ -2,6 +2,7 @@
 
 import pickle
 import struct
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -127,7 +128,7 @@ def test_every_data_set_is_read_upright_with_its_labels(folder, name):
 
 def test_files_without_the_published_checksum_are_not_unpickled(folder):
     config = DataConfig(**{**SMALL, "ood_source": "noise"}, root=str(folder))
-    with pytest.raises(UnusableDataError, match=r"cannot read CIFAR10 .* or set data\.download"):
+    with pytest.raises(UnusableDataError, match=r"cannot read CIFAR10 .*; set data\.download=true"):
         get_source("torchvision").load(config)
 
 
@@ -231,3 +232,40 @@ def test_the_standard_protocols_fit_their_data_sets(name):
     assert config.pool_ood <= train * unseen
     assert config.test_size + config.heldout_size == test * config.classes
     assert config.heldout_size <= test * unseen
+
+
+@pytest.mark.parametrize(
+    ("dataset", "folder", "address"),
+    [
+        ("cifar10", "", "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"),
+        ("stl10", "", "http://ai.stanford.edu/~acoates/stl10/stl10_binary.tar.gz"),
+        ("svhn", "", "http://ufldl.stanford.edu/housenumbers/train_32x32.mat"),
+        ("fashion_mnist", "FashionMNIST/raw", "train-labels-idx1-ubyte.gz"),
+        ("emnist", "EMNIST/raw", "https://biometrics.nist.gov/cs_links/EMNIST/gzip.zip"),
+    ],
+)
+def test_a_download_that_fails_says_what_to_put_where(
+    tmp_path, monkeypatch, dataset, folder, address
+):
+    def fail(*_, **__):
+        raise URLError("Name or service not known")
+
+    for module in ("cifar", "stl10", "svhn", "mnist"):
+        for name in ("download_url", "download_and_extract_archive"):
+            monkeypatch.setattr(f"torchvision.datasets.{module}.{name}", fail, raising=False)
+    config = DataConfig(
+        seeds=[0],
+        source="torchvision",
+        root=str(tmp_path),
+        download=True,
+        torchvision={"dataset": dataset, "seen": 2},
+    )
+    with pytest.raises(UnusableDataError) as error:
+        get_source("torchvision").load(config)
+    text = str(error.value)
+    assert text.startswith(
+        f"torchvision could not download {DATA_SETS[dataset].kind} in {tmp_path}"
+    )
+    assert address in text
+    assert f"into {tmp_path / folder} and run again with data.download=true" in text
+    assert "\n" not in text

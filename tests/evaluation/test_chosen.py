@@ -3,7 +3,13 @@
 import numpy as np
 import pandas as pd
 
-from weighmatch.evaluation.chosen import choose_run, held_out, paths_of
+from weighmatch.evaluation.chosen import (
+    choose_run,
+    describe_limit,
+    held_out,
+    paths_of,
+    trained_part,
+)
 
 from .pools import files
 
@@ -56,3 +62,23 @@ def test_a_place_has_its_original_and_not_its_copies():
     rows["index"] = [1, 1, 0, -1]
     rows["duplicate_of"] = ["c.png", "", "", "x.png"]
     assert paths_of(rows, "k", "pool") == ["pool/002.png", "pool/001.png"]
+
+
+def test_what_a_time_limit_left_out_is_said():
+    manifest = {"cells": [{"key": f"f-{k}", "seed": k} for k in range(6)], "source": "folder"}
+    manifest["cells"].append({"key": "all", "seed": 0})
+    runs = folder_runs().assign(steps=800)
+    matched = runs.assign(arm="fixmatch_matched", steps=1900)
+    staged = runs.assign(schedule="two_stages", steps=700)
+    runs = pd.concat([runs, matched, staged])
+    part = trained_part(manifest, runs)
+    assert [cell["key"] for cell in part["cells"]] == ["f-0", "f-1", "f-2", "all"]
+    assert part["source"] == "folder"
+    assert describe_limit(manifest, runs, 1500, None) is None
+    assert describe_limit(manifest, runs, 1500, "15m") == (
+        "Within runs.time_limit 15m runs have 800 of 1,500 steps each, and 3 of 6 seeds were "
+        "trained."
+    )
+    assert describe_limit(manifest, staged, 1500, "15m") == (
+        "Within runs.time_limit 15m 3 of 6 seeds were trained."
+    )

@@ -70,6 +70,7 @@ def finite_differences(value, hyper, name, step=1e-5):
     return gradient.view_as(hyper[name])
 
 
+@pytest.mark.integration
 def test_implicit_gradient_is_that_of_the_retrained_problem(data):
     inputs, labels, outer_inputs, outer_labels = data
 
@@ -110,6 +111,7 @@ def test_outer_loss_that_does_not_see_the_hyperparameters(data):
     torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.integration
 def test_weight_gradient_is_that_of_the_retrained_problem(data):
     inputs, labels, outer_inputs, outer_labels = data
 

@@ -1,4 +1,5 @@
 import json
+import pickle
 
 import numpy as np
 import pytest
@@ -7,7 +8,8 @@ from matplotlib.figure import Figure
 
 from weighmatch.io import CheckpointDataset, FigureDataset, FigureFolder, NpzDataset, Partitions
 from weighmatch.io.files import UnfitFileError
-from weighmatch.semisup import make_schedule
+from weighmatch.io.provenance import Record, require_whole
+from weighmatch.semisup import TrainingSet, make_schedule
 
 
 def test_arrays_come_back(tmp_path):
@@ -114,3 +116,86 @@ def test_partitions_make_and_load_one_file_at_a_time_where_asked(tmp_path):
     assert loaders["run_2"]()["x"] == 2
     with pytest.raises(UnfitFileError, match=r"run_0.npz is missing"):
         loaders["run_0"]()
+
+
+# --- arrays that several files share ---------------------------------------------------------
+
+
+@pytest.fixture
+def sets(tmp_path):
+    """A folder of sets that are folds of one pool of 2 MiB, and what was saved there."""
+    rng = np.random.default_rng(0)
+    pool = rng.integers(0, 256, (2048, 1, 32, 32), np.uint8)
+    saved = {
+        f"folder-seed_{k}": {"labels": np.arange(k), "unlabelled_images": pool} for k in range(7)
+    }
+    dataset = Partitions(str(tmp_path / "sets"), "weighmatch.io.NpzDataset", ".npz")
+    dataset.save(saved)
+    return dataset, saved
+
+
+def shared_files(folder):
+    return sorted(path.name for path in folder.glob("shared-*"))
+
+
+def test_a_pool_of_several_sets_is_stored_once(sets, tmp_path):
+    dataset, saved = sets
+    sizes = [path.stat().st_size for path in (tmp_path / "sets").iterdir()]
+    pool = saved["folder-seed_0"]["unlabelled_images"]
+    assert pool.nbytes < sum(sizes) < pool.nbytes + 20_000
+    (name,) = shared_files(tmp_path / "sets")
+    assert name in dataset.files()
+    loaded = dataset.load()
+    assert list(loaded) == list(saved)
+    for key, arrays in saved.items():
+        assert list(loaded[key]) == ["labels", "unlabelled_images"]
+        for part, array in arrays.items():
+            np.testing.assert_array_equal(loaded[key][part], array)
+    maps = [arrays["unlabelled_images"] for arrays in loaded.values()]
+    assert all(isinstance(one, np.memmap) and one is maps[0] for one in maps)
+    # So it travels to processes as the name of its file.
+    given = TrainingSet(np.zeros((1, 1, 32, 32), np.uint8), np.zeros(1, int), maps[0])
+    assert len(pickle.dumps(given)) < 5_000
+    assert json.loads(dataset.preview())["first"]["unlabelled_images"]
+    assert json.loads(dataset.preview())["files"] == list(saved)
+
+
+def test_arrays_that_are_small_or_in_one_set_alone_stay_in_its_file(sets, tmp_path):
+    dataset, saved = sets
+    pool = saved["folder-seed_0"]["unlabelled_images"]
+    labels = np.arange(7)
+    dataset.save({"a": {"x": pool, "y": labels}, "b": {"x": pool + 1, "y": labels}})
+    # Nothing refers to the shared file any more.
+    assert shared_files(tmp_path / "sets") == []
+    assert sorted(dataset.files()) == ["a.npz", "b.npz"]
+    np.testing.assert_array_equal(dataset.load()["b"]["x"], pool + 1)
+
+
+def test_a_shared_file_that_is_damaged_or_missing_is_named_and_made_again(sets, tmp_path):
+    dataset, saved = sets
+    (name,) = shared_files(tmp_path / "sets")
+    path = tmp_path / "sets" / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DatasetError, match=rf"{name} is not as it was written.*; run the pipel"):
+        dataset.load()
+    with pytest.raises(UnfitFileError, match=name):
+        require_whole(dataset, Record("sets", "p", "n", dataset.files()))
+    dataset.save(saved)
+    assert dataset.load()["folder-seed_6"]["unlabelled_images"][-1, -1, -1, -1] == content[-1] ^ 1
+    path.unlink()
+    with pytest.raises(DatasetError, match=f"{name} is missing"):
+        dataset.load()
+
+
+def test_what_was_loaded_can_be_saved_again(sets, tmp_path):
+    dataset, saved = sets
+    written = shared_files(tmp_path / "sets")
+    loaded = dataset.load()
+    dataset.save({key: loaded[key] for key in list(saved)[:2]})
+    assert shared_files(tmp_path / "sets") == written
+    assert len(dataset.load()) == 2
+    pool = saved["folder-seed_0"]["unlabelled_images"]
+    for arrays in dataset.load().values():
+        np.testing.assert_array_equal(arrays["unlabelled_images"], pool)

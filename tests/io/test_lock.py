@@ -117,6 +117,7 @@ def test_all_locks_are_taken_or_none_and_no_empty_folder_stays(other, tmp_path):
     assert locks.paths == []
 
 
+@pytest.mark.integration
 def test_of_many_processes_one_gets_the_lock(tmp_path):
     code = HOLD.replace(
         "Lock(Path(sys.argv[1])).take()",

@@ -28,6 +28,7 @@ def study():
     return compare_all(*load_digits(), StudyConfig(**SMALL))
 
 
+@pytest.mark.integration
 def test_the_study_finds_what_theory_says(study):
     table = study[0]
     end = table[(table["stage"] == "1.0") & (table["damping_ratio"] == 0.1)]
@@ -43,12 +44,14 @@ def test_the_study_finds_what_theory_says(study):
     assert end.loc[("exact", 310)]["hypergradient_error"] == 0
 
 
+@pytest.mark.integration
 def test_every_certificate_of_the_study_holds(study):
     known = study[0].dropna(subset=["error_bound", "true_error"])
     assert len(known) > 50
     assert (known["true_error"] <= known["error_bound"] * (1 + 1e-6) + 1e-10).all()
 
 
+@pytest.mark.integration
 def test_stages_precisions_and_batches_are_there(study):
     table, spectra = study
     assert {"0.0", "1.0", "indefinite"} == set(table["stage"])
@@ -59,6 +62,7 @@ def test_stages_precisions_and_batches_are_there(study):
     assert np.isfinite(table["hypergradient_error"]).all()
 
 
+@pytest.mark.integration
 def test_a_training_so_short_that_stages_fall_together():
     config = {**SMALL, "steps": 3, "stages": (0.0, 0.1, 0.2), "budgets": (5,), "batches": 0}
     table, _ = compare_all(*load_digits(), StudyConfig(**{**config, "dampings": (0.1,)}))
@@ -75,6 +79,7 @@ def test_memory_is_linear_in_the_number_of_parameters():
     assert large["nystrom, rank 40"] > 3 * large["nystrom, rank 10"]
 
 
+@pytest.mark.integration
 def test_two_processes_say_what_one_says():
     config = {**SMALL, "networks": ("softmax",), "batches": 0, "budgets": (5,), "stages": (0.0,)}
     config = {**config, "dampings": (0.1,), "indefinite": False}

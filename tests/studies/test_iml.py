@@ -14,6 +14,8 @@ from weighmatch.studies.methods import METHOD_NAMES, all_methods
 from weighmatch.studies.minimise import minimise
 from weighmatch.studies.problems import PROBLEMS, Size
 
+pytestmark = pytest.mark.integration
+
 IMAGES, LABELS = load_digits()
 SIZE = Size(inner=40, outer=40, test=60, hidden=3)
 SHORT = Training(outer_steps=3, inner_steps=4, budget=4)

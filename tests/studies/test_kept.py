@@ -73,6 +73,7 @@ def test_a_damaged_file_is_named_and_made_again(damage, tmp_path, caplog):
     assert finish([3, 1], tmp_path)[1] == []
 
 
+@pytest.mark.integration
 def test_a_study_goes_on_with_other_seeds_networks_and_workers(tmp_path, monkeypatch):
     config = StudyConfig(
         networks=("softmax",),
@@ -138,6 +139,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.integration
 def test_a_killed_study_has_kept_what_was_finished(tmp_path):
     script, folder = tmp_path / "study.py", tmp_path / "kept"
     script.write_text(SCRIPT)

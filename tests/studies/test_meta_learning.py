@@ -59,6 +59,7 @@ def study():
     return meta_learning.run_all(*load_digits(), SMALL)
 
 
+@pytest.mark.integration
 def test_reruns_give_the_same_numbers(study):
     steps, quality = study
     runs = [
@@ -83,6 +84,7 @@ def test_reruns_give_the_same_numbers(study):
     pd.testing.assert_frame_equal(quality, again, check_exact=True)
 
 
+@pytest.mark.integration
 def test_every_experiment_is_there_and_a_run_is_a_row(study):
     steps, quality = study
     experiments = {"generalisation", "map", "forgetting", "instability", "efficiency"}
@@ -103,10 +105,14 @@ def test_every_experiment_is_there_and_a_run_is_a_row(study):
     assert quality["auroc"].between(0, 1).all()
 
 
+@pytest.mark.integration
 def test_a_training_that_a_remedy_leaves_as_it_is_runs_once(monkeypatch):
     trained = []
     original = meta_learning._train
     monkeypatch.setattr(meta_learning, "_train", lambda *a: trained.append(a[2]) or original(*a))
+    for other in ("efficiency", "forgetting", "generalisation", "overfitting"):
+        monkeypatch.setattr(meta_learning, other, lambda config: [])
+    monkeypatch.setattr(meta_learning, "influence_quality", lambda *_: pd.DataFrame())
     # One batch for curvature and mixed derivative is what there is without a remedy.
     small = replace(SMALL, sources=("none",), remedies=("shared batch",), steps=(1.0, 2.0))
     steps, _ = meta_learning.run_all(*load_digits(), small)

@@ -71,6 +71,7 @@ def steepest_descent(forget):
     return SteepestDescent
 
 
+@pytest.mark.integration
 def test_a_new_method_is_in_the_table_and_in_every_figure_of_the_ihvp_study(steepest_descent):
     table, _ = compare_all(*load_digits(), STUDY)
     rows = table[table["method"] == "steepest_descent"]

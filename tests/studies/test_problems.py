@@ -13,6 +13,8 @@ from weighmatch.studies.names import LABELLED
 from weighmatch.studies.problems import PROBLEMS, Size
 from weighmatch.studies.problems.contaminated_pool import SEEN
 
+pytestmark = pytest.mark.integration
+
 IMAGES, LABELS = load_digits()
 SOFTMAX = Size(inner=40, outer=40, test=60, hidden=0, l2=0.05)
 MLP = Size(inner=40, outer=40, test=60, hidden=4)

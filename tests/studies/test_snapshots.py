@@ -16,6 +16,8 @@ from weighmatch.studies import snapshots
 from weighmatch.studies.snapshot_config import SnapshotConfig
 from weighmatch.studies.snapshots import SnapshotProblem, draw_splits, influence_quality, train
 
+pytestmark = pytest.mark.integration
+
 SMALL = SnapshotConfig(
     seeds=(0,),
     pool_size=60,

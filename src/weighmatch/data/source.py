@@ -117,6 +117,10 @@ class Source(ABC, Generic[Own]):
             seed: the seed of every draw.
         """
 
+    def seeds(self, raw: Arrays, config: "DataConfig") -> tuple[int, ...]:
+        """The seeds that splits are drawn for, the first of `config.seeds` or all of them."""
+        return config.seeds
+
     def draw_all(self, raw: Arrays, config: "DataConfig") -> Splits | None:
         """Splits that train on every labelled image, for a model to hand out.
 

@@ -127,5 +127,7 @@ def proportional(sizes: list[int], total: int) -> list[int]:
 def fingerprint(array: NDArray[Any]) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of an array's type, shape and content."""
     digest = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).tobytes())
+    # Text has no buffer; other arrays are hashed without a copy.
+    content = np.ascontiguousarray(array)
+    digest.update(content.tobytes() if array.dtype.kind == "U" else content.data)
     return digest.hexdigest()[:16]

@@ -33,6 +33,34 @@ def choose_run(runs: pd.DataFrame) -> Mapping[Any, Any]:
     return min(first.to_dict("records"), key=rank)
 
 
+def trained_part(manifest: Mapping[str, Any], runs: pd.DataFrame) -> Mapping[str, Any]:
+    """The manifest with the cells that have a run; `runs.time_limit` may leave out the others."""
+    cells = [cell for cell in manifest["cells"] if cell["key"] in set(runs["key"])]
+    return {**manifest, "cells": cells}
+
+
+def describe_limit(
+    manifest: Mapping[str, Any], runs: pd.DataFrame, steps: int, limit: str | None
+) -> str | None:
+    """A sentence on what was trained within `runs.time_limit`, or None where there is no limit.
+
+    Args:
+        manifest: `cells`, a list with `key` and `seed` of each set of splits.
+        runs: as in `judge_runs`.
+        steps: `training.steps` as it was asked for.
+        limit: `runs.time_limit`.
+    """
+    if limit is None:
+        return None
+    asked = {cell["seed"] for cell in manifest["cells"]}
+    # In two stages a run has more steps, and matched arms have others.
+    plain = runs["arm"].map(lambda arm: get_arm(arm).compute == "equal")
+    taken = runs.loc[plain & (runs["schedule"] != "two_stages"), "steps"]
+    each = f"runs have {taken.min():,} of {steps:,} steps each, and " if len(taken) else ""
+    trained = runs["seed"].nunique()
+    return f"Within runs.time_limit {limit} {each}{trained} of {len(asked)} seeds were trained."
+
+
 @dataclass(frozen=True)
 class HeldOut:
     """What classifiers say of labelled images that they were not trained on.

@@ -382,8 +382,8 @@ class RunsConfig:
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
-        time_limit: how long all may take, such as "15m", "2h" or "90s"; fewer steps are taken where
-            `training.steps` would take longer. None: as long as they take.
+        time_limit: how long a command may take, such as "15m", "2h" or "90s"; fewer steps are taken
+            and seeds left out where all would take longer. None: as long as they take.
     """
 
     arms: tuple[str, ...] = field(default_factory=arm_names)

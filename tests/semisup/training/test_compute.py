@@ -21,6 +21,7 @@ def sizes(training_set, run_config):
     return Sizes.of(training_set, 3, run_config().training)
 
 
+@pytest.mark.integration
 def test_matched_fixmatch_has_the_learned_arms_operations(sizes):
     training = sizes.training
     steps = matched_steps("online", 1, sizes)

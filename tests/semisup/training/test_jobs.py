@@ -4,6 +4,7 @@ import pytest
 
 from tests.semisup.helpers import arrays_of, parameters, same
 from weighmatch.semisup.config import RunsConfig
+from weighmatch.semisup.training import config as training_config
 from weighmatch.semisup.training.compute import Sizes, matched_steps
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.training.jobs import Job, finish_jobs, plan_jobs, read_job
@@ -46,6 +47,22 @@ def test_jobs_have_the_seed_of_their_data(sets, run_config):
         ("supervised-online-seed_0000", "seed_0000", 0),
         ("supervised-online-seed_0001", "seed_0001", 1),
     ]
+
+
+def test_a_pool_of_several_sets_is_hashed_once(sets, run_config, tmp_path, monkeypatch):
+    hashed = []
+    fingerprint = training_config.array_fingerprint
+    monkeypatch.setattr(
+        training_config,
+        "array_fingerprint",
+        lambda array: hashed.append(array) or fingerprint(array),
+    )
+    shared = next(iter(sets.values()))["unlabelled_images"]
+    folds = {key: {**arrays, "unlabelled_images": shared} for key, arrays in sets.items()}
+    jobs = plan(("fixmatch",), folds, run_config(steps=2))
+    trained = train_all(jobs, tmp_path)
+    assert {run.pool_fingerprint for run in trained.values()} == {fingerprint(shared)}
+    assert sum(array is shared for array in hashed) == 1
 
 
 def test_converged_fixmatch_has_twice_the_matched_steps(sets, run_config):

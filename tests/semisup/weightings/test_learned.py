@@ -61,6 +61,7 @@ def test_learned_updates_with_every_solver(solver, make_context):
         assert p.grad is None
 
 
+@pytest.mark.integration
 def test_gradient_through_the_weights_is_the_hypergradient():
     """−mean(s_i w_φ(u_i)) has the gradient of double backward through the inner loss."""
     generator = torch.Generator().manual_seed(0)

@@ -121,13 +121,24 @@ class Folder(Source[FolderParameters]):
             channels = found.channels if channels == "auto" else channels
         return channels, size, size
 
+    def seeds(self, raw: Arrays, config: DataConfig) -> tuple[int, ...]:
+        found = _seeds(untag_arrays(raw, config.own), config)
+        if len(found) < len(config.seeds):
+            log.warning(
+                "so few labelled images can be tested on that there are %d folds instead of %d",
+                len(found),
+                len(config.seeds),
+            )
+        return found
+
     def draw(self, raw: Arrays, config: DataConfig, seed: int) -> Splits:
         raw = untag_arrays(raw, config.own)
         if len(raw["test_images"]):
             test = (raw["test_images"], raw["test_labels"])
             return _splits(raw, np.arange(len(raw["labels"])), test, np.empty(0, np.int64))
-        position = config.seeds.index(seed)
-        fold = _folds(raw["labels"], config.seeds) == position
+        seeds = _seeds(raw, config)
+        count = len(seeds) if len(config.seeds) > 1 else FOLDS_OF_ONE_SEED
+        fold = _folds(raw["labels"], count, seeds[0]) == seeds.index(seed)
         tested = np.flatnonzero(fold)
         test = (raw["labelled_images"][tested], raw["labels"][tested])
         return _splits(raw, np.flatnonzero(~fold), test, tested)
@@ -299,14 +310,22 @@ class _Sorted:
                 )
 
 
-def _folds(labels: Labels, seeds: tuple[int, ...]) -> Labels:
+def _seeds(raw: Arrays, config: DataConfig) -> tuple[int, ...]:
+    """The seeds that have a fold of their own; all of them where there is a test set."""
+    if len(raw["test_images"]):
+        return config.seeds
+    _, sizes = np.unique(raw["labels"], return_counts=True)
+    return config.seeds[: max(int(sizes[sizes > 1].sum()), 1)]
+
+
+def _folds(labels: Labels, count: int, seed: int) -> Labels:
     """The fold of each labelled image, (n,); −1 for the image of a class that has no other.
 
-    Folds have about as many images of each class as one another. No fold holds all of a class.
+    Folds are numbered from 0 to `count` − 1. They have about as many images of each class as one
+    another. No fold holds all of a class.
     """
-    count = len(seeds) if len(seeds) > 1 else FOLDS_OF_ONE_SEED
     folds = np.full(len(labels), -1, np.int64)
-    rng, start = stream(seeds[0], "folds of the labelled images"), 0
+    rng, start = stream(seed, "folds of the labelled images"), 0
     for code in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == code))
         if len(members) > 1:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from weighmatch.checks import require_boolean, require_choice, require_group, require_integer
 from weighmatch.data.config import DataConfig
 from weighmatch.data.contamination import Place, contaminate, load_photographs
+from weighmatch.data.downloads import how_to_fetch
 from weighmatch.data.ood import MIXED
 from weighmatch.data.recipes import make_recipe
 from weighmatch.data.source import (
@@ -414,9 +415,11 @@ def _read(
             found = kind(root, download=download, **asked, **dict(known.options))
     except (RuntimeError, OSError) as error:
         first = str(error).strip().partition("\n")[0] or type(error).__name__
+        done = "could not download" if download else "cannot read"
+        cure = "" if download else "set data.download=true, or "
         raise UnusableDataError(
-            f"torchvision cannot read {known.kind} in {root} ({first}); put its files there as "
-            "torchvision expects them, or set data.download=true"
+            f"torchvision {done} {known.kind} in {root} ({first}); {cure}"
+            f"{how_to_fetch(kind, split, root)}"
         ) from error
     labels = found.labels if hasattr(found, "labels") else found.targets
     images = np.asarray(found.data)

@@ -61,6 +61,7 @@ def draw_splits(
     source = get_source(data.source)
     training, evaluation, truth, labels = {}, {}, {}, {}
     described, files = [], []
+    hashed: dict[int, str] = {}
     rejected: dict[Rejected, None] = {}
     for cell, seed, splits in _draw_all(raw_images, grid, data):
         key = cell.key(seed)
@@ -80,7 +81,12 @@ def draw_splits(
         if splits.test_labels is not None:
             labels[key] = _present(labels=splits.test_labels, shifted=splits.test_shifted)
         images = {**training[key], **evaluation[key]}
-        described.append(_describe(cell, seed, splits, images))
+        # All folds of a folder have the same pool, which is hashed once.
+        for array in images.values():
+            if id(array) not in hashed:
+                hashed[id(array)] = fingerprint(array)
+        found = {name: hashed[id(array)] for name, array in images.items()}
+        described.append(_describe(cell, seed, splits, found))
         described[-1] |= source.describe(raw_images, cell.data)
         rejected |= dict.fromkeys(source.rejected(raw_images, cell.data))
         files.append(pd.DataFrame({"key": key, **vars(splits.name_files())}))
@@ -100,7 +106,7 @@ def _draw_all(
 ) -> Iterator[tuple[Cell, int, Splits]]:
     source = get_source(data.source)
     for cell in make_cells(grid, data):
-        for seed in cell.data.seeds:
+        for seed in source.seeds(raw_images, cell.data):
             yield cell, seed, source.draw(raw_images, cell.data, seed)
         everything = source.draw_all(raw_images, cell.data)
         if everything is not None:
@@ -118,7 +124,9 @@ def _truth(place: str, images: Unlabelled | None) -> Arrays:
     return {f"{place}_{name}": array for name, array in truth.items()}
 
 
-def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str, object]:
+def _describe(
+    cell: Cell, seed: int, splits: Splits, fingerprints: dict[str, str]
+) -> dict[str, object]:
     """Describe one set of splits: an entry of the manifest's list `cells`."""
     data = cell.data
     labelled = np.bincount(splits.labels, minlength=len(splits.class_names))
@@ -137,7 +145,7 @@ def _describe(cell: Cell, seed: int, splits: Splits, arrays: Arrays) -> dict[str
         "pool": _count(splits.pool, data),
         "heldout": _count(splits.heldout, data),
         "test": 0 if splits.test_images is None else len(splits.test_images),
-        "fingerprints": {name: fingerprint(array) for name, array in arrays.items()},
+        "fingerprints": fingerprints,
     }
 
 

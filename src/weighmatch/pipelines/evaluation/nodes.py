@@ -4,9 +4,16 @@ import pandas as pd
 
 from weighmatch.arms import get_arm
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
-from weighmatch.evaluation.chosen import EVERYTHING, choose_run, files_of, held_out
+from weighmatch.evaluation.chosen import (
+    EVERYTHING,
+    choose_run,
+    describe_limit,
+    files_of,
+    held_out,
+    trained_part,
+)
 from weighmatch.evaluation.judging import Arrays, Predictions
-from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.config import RunsConfig, TrainingConfig
 
 Truth = dict[str, Arrays]
 
@@ -104,6 +111,12 @@ def summarise(
     comparison: pd.DataFrame,
     manifest: report.Row,
     pile_verdict: report.Row,
+    runs_done: pd.DataFrame,
+    training: TrainingConfig,
+    runs: RunsConfig,
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    return report.summarise(arm_table, comparison, manifest, pile_verdict)
+    done = trained_part(manifest, runs_done)
+    summary = report.summarise(arm_table, comparison, done, pile_verdict)
+    limit = describe_limit(manifest, runs_done, training.steps, runs.time_limit)
+    return {**summary, "time_limit": limit}

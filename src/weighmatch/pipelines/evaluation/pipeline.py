@@ -57,7 +57,10 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.summarise,
-                ["arm_table", "comparison", "manifest", "pile_verdict"],
+                [
+                    *("arm_table", "comparison", "manifest", "pile_verdict", "runs"),
+                    *("params:training", "params:runs"),
+                ],
                 "metrics",
                 name="summarise",
             ),

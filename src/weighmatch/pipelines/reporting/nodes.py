@@ -83,17 +83,17 @@ def write_gallery(
 def write_report(
     metrics: report.Row,
     table: pd.DataFrame,
-    study: pd.DataFrame,
     manifest: report.Row,
-    ihvp_figures: dict[str, bytes],
     gallery_page: str,
     exported_model: Path,
     training: TrainingConfig,
     runs: RunsConfig,
+    study: pd.DataFrame | None = None,
+    ihvp_figures: dict[str, bytes] | None = None,
     **drawn: bytes,
 ) -> str:
     """One self-contained page, which names the gallery and the files of the model."""
-    shown = {**drawn, "ihvp": ihvp_figures["summary"]}
+    shown = drawn if ihvp_figures is None else {**drawn, "ihvp": ihvp_figures["summary"]}
     groups = {"training": asdict(training), "runs": asdict(runs)}
     parameters = {"data": manifest["parameters"], **groups}
     sizes = {path.name: path.stat().st_size for path in sorted(exported_model.iterdir())}

@@ -26,8 +26,11 @@ DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
 }
 
 
-def create_pipeline() -> Pipeline:
-    """From tables to figures and the report."""
+STUDY = {"study": "ihvp_comparison", "ihvp_figures": "ihvp_figures"}
+
+
+def create_pipeline(study: bool = True) -> Pipeline:
+    """From tables to figures and the report, with or without the study of IHVPs."""
     drawings = [
         Node(function, inputs, f"{name}_figure", name=f"draw_{name}")
         for name, (function, inputs) in DRAWN.items()
@@ -37,15 +40,14 @@ def create_pipeline() -> Pipeline:
         {
             "metrics": "metrics",
             "table": "arm_table",
-            "study": "ihvp_comparison",
             "manifest": "manifest",
-            "ihvp_figures": "ihvp_figures",
             "samples": "samples_figure",
             "gallery_page": "gallery_page",
             "exported_model": "exported_model",
             "training": "params:training",
             "runs": "params:runs",
             **{name: f"{name}_figure" for name in DRAWN},
+            **(STUDY if study else {}),
         },
         "report",
         name="write_report",

@@ -1,6 +1,8 @@
 """Nodes of `training`."""
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.feature_store import with_features, with_rows
-from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
-from weighmatch.semisup.training.time_limit import fit_steps
+from weighmatch.semisup.training.jobs import Job, find_kept, finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.time_limit import choose_runs, make_deadline, seed_of
+
+log = logging.getLogger(__name__)
 
 Arrays = dict[str, NDArray[Any]]
 Runs = dict[str, Callable[[], TrainedRun]]
@@ -27,10 +31,32 @@ def train_arms(
     runs: RunsConfig,
     run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
-    """Train every arm on the contaminated pools, but those that need a clean one."""
+    """Train every arm on the contaminated pools, but those that need a clean one.
+
+    Under `runs.time_limit` runs may have fewer steps, and seeds may be left out.
+    """
     arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
+    folder, deadline = Path(run_folder), None
     sets = with_features(training_sets, features)
-    return _train(arms, sets, training, runs, run_folder)
+    choice = choose_runs(sets, training, runs, folder)
+    if choice is not None:
+        deadline = make_deadline(choice, sets, training, runs)
+        training = replace(training, steps=choice.steps)
+        sets = {key: arrays for key, arrays in sets.items() if seed_of(key) in choice.seeds}
+    jobs = plan_jobs(arms, sets, training, runs) if arms else []
+    _say_which(jobs, folder)
+    finished = finish_jobs(jobs, folder, runs.workers, deadline=deadline)
+    late = sorted({job.seed for job in jobs} - {job.seed for job in finished})
+    if late:
+        log.warning(
+            "the time of runs.time_limit %s is up: the seeds %s are left out; what is trained of "
+            "them is kept, and the same command goes on with them, as does training.steps=%d "
+            "without a limit",
+            runs.time_limit,
+            ", ".join(map(str, late)),
+            training.steps,
+        )
+    return _hand_over(finished, folder)
 
 
 def find_useful(ood_truth: dict[str, Arrays]) -> dict[str, Arrays]:
@@ -45,36 +71,54 @@ def train_oracle(
     oracle_sets: dict[str, Arrays],
     training_sets: dict[str, Arrays],
     features: Path,
+    trained_runs: pd.DataFrame,
     training: TrainingConfig,
     runs: RunsConfig,
     run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
-    """Train the arms of a clean pool, if there are any among the arms."""
+    """Train the arms of a clean pool, if there are any, on the sets that the others have."""
     arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
-    sets = {
+    folder, trained = Path(run_folder), set(trained_runs["key"])
+    clean = {
         key: with_rows(arrays, oracle_sets[key]["rows"])
         for key, arrays in with_features(training_sets, features).items()
         if key in oracle_sets
     }
-    return _train(arms, sets, training, runs, run_folder)
-
-
-def _train(
-    arms: list[str],
-    sets: Mapping[str, Arrays],
-    training: TrainingConfig,
-    runs: RunsConfig,
-    run_folder: str,
-) -> tuple[Runs, pd.DataFrame]:
-    """By name, what reads a finished run; and a row a run."""
-    training = fit_steps(sets, training, runs, Path(run_folder))
+    choice = choose_runs(clean, training, runs, folder) if arms else None
+    if choice is not None:
+        training = replace(training, steps=choice.steps)
+    sets = {key: arrays for key, arrays in clean.items() if key in trained or not trained}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
-    finish_jobs(jobs, Path(run_folder), runs.workers)
+    _say_which(jobs, folder)
+    return _hand_over(finish_jobs(jobs, folder, runs.workers), folder)
+
+
+def _say_which(jobs: list[Job], folder: Path) -> None:
+    """Say which runs are used where others of the same names lie beside them."""
+    kept = find_kept(jobs, folder)
+    if not kept.older:
+        return
+    used = [f"{path.name}{' (new)' if path in kept.new else ''}" for path in kept.new + kept.known]
+    log.warning(
+        "%d runs are new and %d go on or are read, such as %s; %d runs of other data, settings or "
+        "code are kept beside them in %s, such as %s. Ranking and report are made of the runs of "
+        "this command and replace those that lie there; --params data_folder=… keeps both",
+        len(kept.new),
+        len(kept.known),
+        used[0],
+        len(kept.older),
+        folder,
+        kept.older[0].name,
+    )
+
+
+def _hand_over(jobs: list[Job], folder: Path) -> tuple[Runs, pd.DataFrame]:
+    """By name, what reads a finished run; and a row a run."""
     columns = ["run", "key", "arm", "schedule", "seed", "steps", "cost"]
     rows = [
         (job.name, job.key, run.arm, run.schedule, run.seed, job.steps, job.cost)
         for job in jobs
         for run in [job.config]
     ]
-    finished: Runs = {job.name: partial(read_job, job, Path(run_folder)) for job in jobs}
+    finished: Runs = {job.name: partial(read_job, job, folder) for job in jobs}
     return finished, pd.DataFrame(rows, columns=columns)

@@ -25,7 +25,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.train_oracle,
-                ["oracle_sets", "training_sets", "features", *PARAMETERS],
+                ["oracle_sets", "training_sets", "features", "trained_runs", *PARAMETERS],
                 ["oracle_checkpoints", "oracle_runs"],
                 name="train_oracle",
             ),

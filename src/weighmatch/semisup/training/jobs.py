@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.workers import default_workers, one_thread, run_all
 
@@ -43,6 +45,11 @@ class Job:
     config: RunConfig
     data: TrainingSet
     cost: float
+
+    @property
+    def seed(self) -> int:
+        """The seed of the run."""
+        return self.config.seed
 
     @property
     def steps(self) -> int:
@@ -93,12 +100,41 @@ def _steps(arm: Arm, runs: RunsConfig, sizes: Sizes) -> int:
     return matched if arm.compute == "matched" else 2 * matched
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What lies in a folder of runs beside the runs of some jobs.
+
+    Attributes:
+        new: the folders of jobs of which nothing lies there.
+        known: the folders of the others, which go on or are read.
+        older: the folders of runs of the same names, of other data, settings or code.
+    """
+
+    new: list[Path]
+    known: list[Path]
+    older: list[Path]
+
+
+def find_kept(jobs: Sequence[Job], folder: Path) -> Kept:
+    """Tell the runs of jobs from older ones of the same names, which nothing ever removes."""
+    _hash_pools(jobs)
+    mine = {job.folder(folder): job.name for job in jobs}
+    # The name of a folder ends in the 16 digits of a fingerprint.
+    alike = {path for name in mine.values() for path in folder.glob(f"{name}-{'?' * 16}")}
+    return Kept(
+        new=[path for path in mine if path not in alike],
+        known=[path for path in mine if path in alike],
+        older=sorted(alike - mine.keys()),
+    )
+
+
 def finish_jobs(
     jobs: Sequence[Job],
     folder: Path,
     workers: int | Literal["auto"] = "auto",
     others: tuple[int, int] = (0, 0),
-) -> None:
+    deadline: Deadline | None = None,
+) -> list[Job]:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
 
     Nothing is kept in memory: `read_job` has the results, one at a time.
@@ -109,23 +145,94 @@ def finish_jobs(
         workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU.
         others: steps of runs that another call has done, and that another call will do, which
             the progress bar and its time left count too.
+        deadline: when training has to end, or None. Seeds that would not end in time are left out
+            with all of their jobs; another call goes on with them.
+
+    Returns:
+        The jobs that are finished, in the order of `jobs`.
     """
     if not jobs:
-        return
+        return []
+    planned = jobs
+    _hash_pools(jobs)
     if workers == "auto":
         workers = default_workers(pick_device(jobs[0].config.training.device).type)
     if min(workers, len(jobs)) > 1:
         jobs = [_shared(job, folder) for job in jobs]
     log.info("training %d runs, %d at a time", len(jobs), min(workers, len(jobs)))
     before, after = others
-    # The longest first, so that no core waits at the end.
-    order = sorted(jobs, key=lambda job: -job.cost)
-    calls = [(job, folder) for job in order]
+    # The longest first, so that no core waits at the end; under a deadline seed by seed.
+    seeds = list(dict.fromkeys(job.seed for job in jobs)) if deadline else []
+    order = sorted(jobs, key=lambda job: (seeds.index(job.seed) if seeds else 0, -job.cost))
+    admission = _Admission(order, deadline or Deadline(float("inf"), 0.0))
+    calls = [(job, folder, admission.ends(k)) for k, job in enumerate(order)]
     total = before + sum(job.steps for job in jobs) + after
     title = f"training {len(jobs)} runs"
-    for _ in run_all(_train, calls, workers, title=title, total=total, unit="step", done=before):
-        pass
+    answers = run_all(
+        _train,
+        calls,
+        workers,
+        title=title,
+        total=total,
+        unit="step",
+        done=before,
+        skips=admission.skips,
+    )
+    for position, finished in answers:
+        if not finished:
+            admission.left_out.add(order[position].seed)
     shutil.rmtree(folder / "pools", ignore_errors=True)
+    return [job for job in planned if job.seed not in admission.left_out]
+
+
+class _Admission:
+    """Decides, as each job's turn comes, whether it is begun; seeds are left out as a whole.
+
+    The first seed is always trained to the end, so that there is a result. Another one is begun if
+    all of its runs are expected to end in time.
+
+    Args:
+        jobs: in the order in which they are begun, those of a seed one after another.
+        deadline: when training has to end.
+
+    Attributes:
+        left_out: the seeds that are not trained, or not to the end.
+    """
+
+    def __init__(self, jobs: Sequence[Job], deadline: Deadline) -> None:
+        self._jobs, self._deadline = jobs, deadline
+        self._costs: dict[int, float] = defaultdict(float)
+        for job in jobs:
+            self._costs[job.seed] += job.cost
+        self._begun = {jobs[0].seed}
+        self.left_out: set[int] = set()
+
+    def skips(self, position: int) -> bool:
+        """Whether the job at this position is not to begin."""
+        seed = self._jobs[position].seed
+        if seed in self.left_out:
+            return True
+        if seed == self._jobs[0].seed:
+            return False
+        needed = 0.0 if seed in self._begun else self._costs[seed]
+        if not self._deadline.allows(needed):
+            self.left_out.add(seed)
+            return True
+        self._begun.add(seed)
+        return False
+
+    def ends(self, position: int) -> float:
+        """When the job at this position is stopped; infinity for the first seed."""
+        first = self._jobs[position].seed == self._jobs[0].seed
+        return float("inf") if first else self._deadline.ends
+
+
+def _hash_pools(jobs: Sequence[Job]) -> None:
+    """Hash each pool here and once, however many sets have it; no worker process does so again."""
+    first: dict[int, TrainingSet] = {}
+    for data in (job.data for job in jobs):
+        other = first.setdefault(id(data.unlabelled_images), data)
+        data.__dict__["images_fingerprint"] = other.images_fingerprint
 
 
 def _shared(job: Job, folder: Path) -> Job:
@@ -147,5 +254,16 @@ def read_job(job: Job, folder: Path) -> TrainedRun:
         return make_schedule(job.config).fit(job.data, job.folder(folder))
 
 
-def _train(job: Job, folder: Path, progress: Callable[[int], None]) -> None:
-    make_schedule(job.config).fit(job.data, job.folder(folder), progress)
+def _train(job: Job, folder: Path, ends: float, progress: Callable[[int], None]) -> bool:
+    """Train a job; whether it was finished before the time `ends`."""
+
+    def report(steps: int) -> None:
+        progress(steps)
+        if CLOCK.now() > ends:
+            raise TimeUpError
+
+    try:
+        make_schedule(job.config).fit(job.data, job.folder(folder), report)
+    except TimeUpError:
+        return False
+    return True

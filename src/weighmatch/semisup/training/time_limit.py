@@ -1,21 +1,32 @@
-"""How many steps fit into the time that somebody has (`runs.time_limit`)."""
+"""What fits into the time that somebody has (`runs.time_limit`).
+
+Steps and seeds are chosen before training, in this order. Steps are taken from all seeds until each
+run has half of those asked for. Then seeds are left out, the last ones first, until three are left.
+Only then do runs have less than half of the steps. Steps come first as they cost each run a little,
+and all runs alike; three instead of six folds make the interval of a comparison twice as wide
+(t quantile × √(1/k + n_test / n_train), Nadeau & Bengio, 2003). A seed less comes before runs that
+have hardly begun to converge. The size of images is left as it is, see docs/own_images.md.
+
+While runs are trained a deadline holds, see `deadline` and `jobs.finish_jobs`.
+"""
 
 import hashlib
 import json
 import logging
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from numpy.typing import NDArray
 
-from weighmatch.arms import FIXMATCH
+from weighmatch.arms import FIXMATCH, get_arm
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
+from weighmatch.semisup.training.deadline import CLOCK, Deadline
 from weighmatch.semisup.training.jobs import plan_jobs
 from weighmatch.semisup.training.loop import Run
 from weighmatch.workers import default_workers, one_thread
@@ -23,22 +34,38 @@ from weighmatch.workers import default_workers, one_thread
 log = logging.getLogger(__name__)
 
 Arrays = Mapping[str, NDArray[Any]]
-# What training may take of the limit; the rest is for reading images, scoring and the report.
-SHARE = 0.8
+# The shares of the limit at which training is planned to end, and is stopped; the rest is for
+# scoring and the report.
+PLANNED, STOPPED = 0.7, 0.85
 # Several processes slow one another down by about this much.
 CROWDING = 1.2
 # Seconds of steps that are timed, after some that are not.
 TIMED, WARM_UP = 3.0, 3
-FEWEST_STEPS = 100
+FEWEST_STEPS, FEWEST_SEEDS = 100, 3
 
 
-def fit_steps(
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen.
+
+    Attributes:
+        steps: `training.steps` of the runs.
+        seeds: the seeds that are trained.
+        seconds: what a step of FixMatch takes here, shared out over all processes.
+    """
+
+    steps: int
+    seeds: tuple[int, ...]
+    seconds: float
+
+
+def choose_runs(
     sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig, folder: Path
-) -> TrainingConfig:
-    """The configuration with no more steps than fit into the time limit, if there is one.
+) -> Choice | None:
+    """The steps and seeds that fit into the time limit; None without a limit.
 
     What was chosen once for these settings, sets and this limit is kept in `folder`, so that a run
-    that goes on, or is looked at again, has as many steps as before.
+    that goes on, or is looked at again, has as many steps and seeds as before.
 
     Args:
         sets: by key, the arrays of a `TrainingSet`.
@@ -47,66 +74,111 @@ def fit_steps(
         folder: where runs lie.
     """
     if runs.time_limit is None or not sets:
-        return training
+        return None
     asked = json.dumps([asdict(training), asdict(runs), sorted(sets)], sort_keys=True)
     path = folder / f"time_limit-{hashlib.sha256(asked.encode()).hexdigest()[:16]}.json"
-    steps = _kept(path)
-    if steps is None:
-        steps = _choose(sets, training, runs)
+    choice = _kept(path)
+    if choice is None:
+        choice = _choose(sets, training, runs)
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-        partial.write_text(json.dumps({"steps": steps}))
+        partial.write_text(json.dumps(asdict(choice)))
         os.replace(partial, path)
-    log.info("runs.time_limit %s: %d steps of %d", runs.time_limit, steps, training.steps)
-    return replace(training, steps=steps)
+    log.info(
+        "runs.time_limit %s: %d of %d steps a run, and %d of %d seeds",
+        runs.time_limit,
+        choice.steps,
+        training.steps,
+        len(choice.seeds),
+        len(_seeds(sets)),
+    )
+    return choice
 
 
-def _kept(path: Path) -> int | None:
+def make_deadline(
+    choice: Choice, sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> Deadline:
+    """When the runs that need no clean pool have to end, so that there is time for the others.
+
+    Args:
+        choice: what is trained.
+        sets: as in `choose_runs`.
+        training: as in `choose_runs`.
+        runs: as in `choose_runs`.
+    """
+    clean = tuple(arm for arm in runs.arms if get_arm(arm).pool == "clean")
+    cost = 0.0
+    if clean:
+        steps, later = replace(training, steps=choice.steps), replace(runs, arms=clean)
+        cost = _count_sets(sets, choice.seeds) * _cost_of_a_set(sets, steps, later)
+    ends = CLOCK.began() + STOPPED * runs.seconds() - cost * choice.seconds
+    return Deadline(ends, choice.seconds)
+
+
+def seed_of(key: str) -> int:
+    """The seed of a set, from its key."""
+    return int(key.rpartition("_")[2])
+
+
+def _seeds(sets: Mapping[str, Arrays]) -> list[int]:
+    return list(dict.fromkeys(map(seed_of, sets)))
+
+
+def _kept(path: Path) -> Choice | None:
     try:
-        return int(json.loads(path.read_text())["steps"])
+        kept = json.loads(path.read_text())
+        return Choice(int(kept["steps"]), tuple(map(int, kept["seeds"])), float(kept["seconds"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None  # nothing is kept, or nothing that can be read
 
 
-def _choose(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig) -> int:
+def _choose(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig) -> Choice:
     seconds = _seconds_of_a_step(next(iter(sets.values())), training)
-    # The cost of runs is a part that every step has and a part, such as ranking, that runs have.
-    half = max(FEWEST_STEPS, training.steps // 2)
-    whole_cost, half_cost = (_cost(sets, replace(training, steps=n), runs) for n in
-                             (2 * half, half))  # fmt: skip
-    slope = (whole_cost - half_cost) / half
-    fixed = half_cost - slope * half
     device = pick_device(training.device).type
     workers = default_workers(device) if runs.workers == "auto" else runs.workers
-    crowding = CROWDING if workers > 1 else 1.0
-    affordable = SHARE * runs.seconds() * workers / (seconds * crowding)
-    steps = int((affordable - fixed) / slope)
+    shared = seconds * (CROWDING if workers > 1 else 1.0) / workers
+    left = PLANNED * runs.seconds() - (CLOCK.now() - CLOCK.began())
+    seeds = _seeds(sets)
+    sizes = [_count_sets(sets, seeds[: count + 1]) for count in range(len(seeds))]
+    # The cost of a set is a part that every step has and a part, such as ranking, that runs have.
     fewest = max(FEWEST_STEPS, runs.rounds)
-    chosen = min(training.steps, max(fewest, steps))
-    minutes = (fixed + slope * chosen) * seconds * crowding / workers / 60
+    most = 2 * max(fewest, training.steps)
+    low, high = (_cost_of_a_set(sets, replace(training, steps=n), runs) for n in (fewest, most))
+    slope = (high - low) / (most - fewest)
+    affordable = [int((left / shared / size - low) / slope) + fewest for size in sizes]
+    half = max(fewest, training.steps // 2)
+    counts = range(len(seeds), min(FEWEST_SEEDS, len(seeds)) - 1, -1)
+    count = next((count for count in counts if affordable[count - 1] >= half), counts[-1])
+    steps = min(training.steps, max(fewest, affordable[count - 1]))
+    minutes = sizes[count - 1] * (low + slope * (steps - fewest)) * shared / 60
     log.info(
-        "a step of FixMatch takes %.0f ms here; %d steps a run take about %.1f minutes in all",
+        "a step of FixMatch takes %.0f ms here; %d steps a run on %d seeds take about %.1f minutes",
         1000 * seconds,
-        chosen,
+        steps,
+        count,
         minutes,
     )
-    if steps < fewest:
+    if affordable[count - 1] < fewest:
         log.warning(
-            "runs.time_limit %s is too short for %d arms on %d sets: even %d steps take about %.0f "
-            "minutes; take fewer arms or seeds, or smaller images",
+            "runs.time_limit %s is too short for %d arms: even %d steps on %d seeds take about "
+            "%.0f minutes, so that more seeds may be left out; take fewer arms",
             runs.time_limit,
             len(runs.arms),
-            len(sets),
-            chosen,
+            steps,
+            count,
             minutes,
         )
-    return chosen
+    return Choice(steps, tuple(seeds[:count]), shared)
 
 
-def _cost(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig) -> float:
-    """The cost of all runs, in steps of FixMatch; sets are about as large as the first."""
+def _count_sets(sets: Mapping[str, Arrays], seeds: Sequence[int]) -> int:
+    return sum(seed_of(key) in seeds for key in sets)
+
+
+def _cost_of_a_set(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig) -> float:
+    """The cost of all runs of the first set, in steps of FixMatch; the others are about as dear."""
     first = dict(list(sets.items())[:1])
-    return len(sets) * sum(job.cost for job in plan_jobs(runs.arms, first, training, runs))
+    return sum(job.cost for job in plan_jobs(runs.arms, first, training, runs))
 
 
 def _seconds_of_a_step(arrays: Arrays, training: TrainingConfig) -> float:
