@@ -116,7 +116,7 @@ def summarise(
     runs: RunsConfig,
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    trained = trained_part(manifest, runs_done)
-    summary = report.summarise(arm_table, comparison, trained, pile_verdict)
+    done = trained_part(manifest, runs_done)
+    summary = report.summarise(arm_table, comparison, done, pile_verdict)
     limit = describe_limit(manifest, runs_done, training.steps, runs.time_limit)
     return {**summary, "time_limit": limit}
