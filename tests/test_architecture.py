@@ -13,7 +13,7 @@ FLOORS = {
     "checks": set(),
     "extras": set(),
     "code": set(),
-    "workers": set(),
+    "workers": {"checks"},
     "arms": {"checks"},
     "implicit": {"checks"},
     "data": {"checks", "extras", "workers"},
@@ -24,7 +24,7 @@ FLOORS = {
     "export": {"semisup"},
     "streaming": {"data", "evaluation", "export", "semisup"},
     "own_images": {"arms", "data", "evaluation", "export", "semisup", "streaming"},
-    "io": {"semisup"},
+    "io": {"checks", "semisup"},
 }
 READ_BY_EVALUATION = ("weighmatch.studies.methods",)
 WITHOUT_TORCH = ("checks", "extras", "arms", "data", "evaluation")
@@ -72,7 +72,9 @@ def test_every_floor_has_its_place():
         "cli",
         "hooks",
         "keeping",
+        "mistakes",
         "settings",
+        "terminal",
         "pipeline_registry",
         "pipelines",
     }

@@ -41,7 +41,7 @@ def assert_one_sentence(result, message):
         ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from mix, unseen"),
         ("data.source=moon", "data.source 'moon' is unknown; choose from digits, folder"),
         ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
-        ("data.seeds=10", "got 10; Kedro's --params carries no lists: set it in a file in conf"),
+        ("data.seeds=10", "a list has brackets and, in a command, quotes: --params 'data.seeds=["),
         ("data.rato=0.5", "data has no parameter rato"),
         ("runs.arms=fixmatch+foo", "runs.arms 'foo' is unknown; choose from supervised"),
         ("runs.schedule=twice", "runs.schedule 'twice' is unknown; choose from online"),
@@ -81,7 +81,7 @@ def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, me
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ("grid.ratios=0.5", "Kedro's --params carries no lists: set it in a file in conf"),
+        ("grid.ratios=0.5", "a list has brackets and, in a command, quotes: --params 'grid"),
         ("grid.ratio=0.5", "grid has no parameter 'ratio'"),
         ("data.ratio=0.2", "data.ratio has no effect, as grid.ratios sets it"),
         ("data.ood_source=patches", "as every setting of grid.settings sets it"),
@@ -140,7 +140,7 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
     result = command(f"data_folder={folder}", "--pipelines", "scoring")
     assert_one_sentence(result, message)
     run_project(folder, names=names[1:], params=one)
-    metrics = json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    metrics = json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
     assert metrics["setting"]["ratio"] == 0.25
 
 

@@ -1,11 +1,14 @@
 """The project as a whole: its graph, run at tiny size, and what may not leak in it."""
 
 import json
+import logging
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
 from kedro.framework.project import configure_project, pipelines
+from kedro.framework.session import KedroSession
 
 from tests.project import ROOT, load_context, run_project
 from weighmatch.semisup.training.loop import Run
@@ -77,7 +80,7 @@ def table(folder, name, job="test", layer="08_reporting"):
 
 
 def metrics_of(folder):
-    return json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    return json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
 
 
 # --- the whole graph -------------------------------------------------------------------------
@@ -187,13 +190,45 @@ def test_one_arm_and_another_ratio(tmp_path):
     assert "no verdict" in metrics["verdict"]
 
 
+def test_the_end_of_a_run_tells_the_report_and_the_verdict(outputs, caplog):
+    caplog.set_level("INFO")
+    logger = logging.getLogger("weighmatch.terminal")
+    logger.addHandler(caplog.handler)  # the project's logging hands nothing on
+    run_project(outputs, names=["reporting"])
+    logger.removeHandler(caplog.handler)
+    said = dict.fromkeys(record.getMessage() for record in caplog.records)
+    steps = [text for text in said if text.startswith("[")]
+    assert steps[-1].startswith(f"[{len(steps)}/{len(steps)}] reporting: write_report, ")
+    report = outputs / "08_reporting" / "test" / "report.html"
+    assert list(said)[-2:] == [f"report: {report}", metrics_of(outputs)["verdict"]]
+    assert not [text for text in said if "Replacing" in text]
+
+
+def test_dvc_compares_at_most_twenty_numbers(outputs):
+    metrics = json.loads((outputs / "08_reporting" / "test" / "metrics.json").read_text())
+    numbers = [number for group in metrics.values() for number in group.values()]
+    assert 10 <= len(numbers) <= 20
+    assert all(isinstance(number, float) for number in numbers)
+    arms = metrics_of(outputs)["arms"]
+    assert metrics["accuracy_percent"] == {arm: row["accuracy"] for arm, row in arms.items()}
+    # What goes through a file of text is read as it was written.
+    catalog = load_context("test").catalog
+    for name in ("arm_table", "calibration", "weight_trace"):
+        dataset = catalog.get(name)
+        dataset._filepath = outputs / "08_reporting" / "test" / f"{name}.csv"
+        first = dataset.load()
+        dataset._filepath = outputs / f"{name}.csv"
+        dataset.save(first)
+        pd.testing.assert_frame_equal(dataset.load(), first, rtol=1e-12)
+
+
 def test_a_second_run_trains_nothing_and_says_the_same(outputs, monkeypatch):
     trained = watch_training(monkeypatch)
-    before = (outputs / "08_reporting" / "test" / "metrics.json").read_bytes()
+    before = (outputs / "08_reporting" / "test" / "summary.json").read_bytes()
     for name in ("training", "scoring", "evaluation", "reporting"):
         run_project(outputs, names=[name])
     assert not trained
-    assert (outputs / "08_reporting" / "test" / "metrics.json").read_bytes() == before
+    assert (outputs / "08_reporting" / "test" / "summary.json").read_bytes() == before
 
 
 # --- the benchmark is the same graph over a grid ---------------------------------------------
@@ -296,6 +331,41 @@ def test_every_edge_is_a_file_of_the_catalog(graph):
     for name in graph.datasets() | pipelines["meta_learning_analysis"].datasets():
         if not name.startswith("params:"):
             assert type(catalog.get(name)).__name__ != "MemoryDataset", name
+
+
+def test_layers_have_no_cycle_so_that_kedro_viz_shows_them(graph):
+    catalog = load_context("test").catalog
+    every = graph + pipelines["rank"] + pipelines["meta_learning_analysis"]
+
+    def layers(names):
+        kept = (catalog.get(name) for name in names if not name.startswith("params:"))
+        return {dataset.metadata["kedro-viz"]["layer"] for dataset in kept}
+
+    edges = {
+        (first, last)
+        for node in every.nodes
+        for first in layers(node.inputs)
+        for last in layers(node.outputs)
+        if first != last
+    }
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(edges))
+
+
+def test_figures_tables_and_metrics_have_a_preview(outputs, graph, monkeypatch):
+    # The paths of the catalog are those of the job in `outputs`.
+    with KedroSession.create(
+        ROOT, env="test", runtime_params={"data_folder": str(outputs)}
+    ) as session:
+        catalog = session.load_context().catalog
+    missing = pipelines["rank"].all_outputs() | pipelines["meta_learning_analysis"].all_outputs()
+    for name in graph.datasets() | missing:
+        dataset = catalog.get(name)
+        if not hasattr(dataset, "preview") or name in ("report", "gallery_page"):
+            continue
+        given = dataset.metadata["kedro-viz"]
+        if given.get("preview", True):
+            found = dataset.preview(**given.get("preview_args", {}))
+            assert (found is None) == (name in missing), name
 
 
 def test_the_graph_opens_on_at_most_eight_boxes(graph):

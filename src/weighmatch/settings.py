@@ -11,6 +11,7 @@ from weighmatch.data.config import DataConfig, merge_groups
 from weighmatch.data.source import get_source
 from weighmatch.hooks import ChecksBeforeWork, LeavesOutTheStudy
 from weighmatch.keeping import KeepsFilesWhole
+from weighmatch.terminal import TellsProgress
 
 # Parameters by name, and groups of them.
 Parameters = dict[str, Any]
@@ -60,7 +61,7 @@ def _with_recipe(parameters: Parameters) -> Parameters:
     return {**parameters, **merge_groups(recipe, {k: parameters.get(k) or {} for k in recipe})}
 
 
-HOOKS = (LeavesOutTheStudy(), ChecksBeforeWork(), KeepsFilesWhole())
+HOOKS = (LeavesOutTheStudy(), ChecksBeforeWork(), KeepsFilesWhole(), TellsProgress())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS: Parameters = {

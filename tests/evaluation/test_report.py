@@ -1,4 +1,4 @@
-"""The verdict, metrics.json and the page."""
+"""The verdict, summary.json and the page."""
 
 import json
 import re

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from weighmatch.checks import require_choice
+from weighmatch.checks import ToldError, require_choice
 from weighmatch.data.ood import MIXED
 from weighmatch.data.splits import Arrays, Splits
 
@@ -33,7 +33,7 @@ Recipe = dict[str, dict[str, Any]]
 Own = TypeVar("Own")
 
 
-class UnusableDataError(ValueError):
+class UnusableDataError(ToldError, ValueError):
     """A source has too little to go on with: one sentence that names the cure."""
 
 

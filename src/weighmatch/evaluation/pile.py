@@ -74,7 +74,7 @@ def judge_pile(
     manifest: Mapping[str, Any],
     lists: Lists,
 ) -> Row:
-    """What `metrics.json` holds under `pile`.
+    """What `summary.json` holds under `pile`.
 
     Args:
         run_scores: from `judge_runs`.

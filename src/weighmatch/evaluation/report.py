@@ -39,7 +39,7 @@ def summarise(
     manifest: Row,
     pile: Row = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
+    """What `summary.json` holds: the setting, the verdict and the numbers of each arm.
 
     All of these belong to the first cell of the manifest; the settings of other cells are listed.
 

@@ -47,6 +47,8 @@ class FolderDataset(AbstractDataset[Callable[[Path], object], Path]):
         return {"path": str(self._path)}
 
     def preview(self) -> JSONPreview:
-        """The names and sizes of the files, for kedro-viz."""
+        """The names and sizes of the files, for kedro-viz; None before there are any."""
+        if not self._path.is_dir():
+            return None
         files = {path.name: path.stat().st_size for path in sorted(self._path.iterdir())}
         return JSONPreview(json.dumps(files))

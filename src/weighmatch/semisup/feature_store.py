@@ -302,9 +302,7 @@ class _Table:
         _announce(recipe, wanted, count)
         jobs = _Jobs(recipe, wanted)
         title = f"features of {len(wanted):,} images"
-        answers = run_all(
-            compute_chunk, jobs, workers, title=title, total=len(wanted), unit="image"
-        )
+        answers = run_all(compute_chunk, jobs, workers, title=title, total=len(wanted))
         with self._data.open("ab") as data, self._index.open("ab") as index:
             for position, features in _in_order(answers):
                 write_rows(data, index, wanted.contents(position), features)

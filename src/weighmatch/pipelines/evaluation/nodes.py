@@ -13,6 +13,7 @@ from weighmatch.evaluation.chosen import (
     trained_part,
 )
 from weighmatch.evaluation.judging import Arrays, Predictions
+from weighmatch.evaluation.key_numbers import key_numbers
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 
 Truth = dict[str, Arrays]
@@ -120,3 +121,8 @@ def summarise(
     summary = report.summarise(arm_table, comparison, done, pile_verdict)
     limit = describe_limit(manifest, runs_done, training.steps, runs.time_limit)
     return {**summary, "time_limit": limit}
+
+
+def pick_key_numbers(summary: report.Row, influences: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The numbers that DVC compares."""
+    return key_numbers(summary, influences)

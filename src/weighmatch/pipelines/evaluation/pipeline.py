@@ -61,10 +61,16 @@ def create_pipeline() -> Pipeline:
                     *("arm_table", "comparison", "manifest", "pile_verdict", "runs"),
                     *("params:training", "params:runs"),
                 ],
-                "metrics",
+                "summary",
                 name="summarise",
             ),
+            Node(
+                nodes.pick_key_numbers,
+                ["summary", "influences"],
+                "metrics",
+                name="pick_key_numbers",
+            ),
         ],
-        namespace="experiment.evaluation",
+        namespace="train_and_rank.evaluation",
         prefix_datasets_with_namespace=False,
     )

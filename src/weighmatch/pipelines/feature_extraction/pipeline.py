@@ -16,6 +16,6 @@ def create_pipeline() -> Pipeline:
                 name="extract_features",
             ),
         ],
-        namespace="experiment.feature_extraction",
+        namespace="train_and_rank.feature_extraction",
         prefix_datasets_with_namespace=False,
     )

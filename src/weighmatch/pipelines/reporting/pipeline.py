@@ -38,7 +38,7 @@ def create_pipeline(study: bool = True) -> Pipeline:
     report = Node(
         nodes.write_report,
         {
-            "metrics": "metrics",
+            "metrics": "summary",
             "table": "arm_table",
             "manifest": "manifest",
             "samples": "samples_figure",
@@ -60,6 +60,6 @@ def create_pipeline(study: bool = True) -> Pipeline:
     )
     return Pipeline(
         [*drawings, page, report],
-        namespace="experiment.reporting",
+        namespace="train_and_rank.reporting",
         prefix_datasets_with_namespace=False,
     )

@@ -36,6 +36,6 @@ def create_pipeline() -> Pipeline:
                 name="export_model",
             ),
         ],
-        namespace="experiment.scoring",
+        namespace="train_and_rank.scoring",
         prefix_datasets_with_namespace=False,
     )

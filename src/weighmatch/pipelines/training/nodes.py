@@ -15,7 +15,14 @@ from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.feature_store import with_features, with_rows
-from weighmatch.semisup.training.jobs import Job, find_kept, finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.jobs import (
+    Job,
+    cost_of,
+    find_kept,
+    finish_jobs,
+    plan_jobs,
+    read_job,
+)
 from weighmatch.semisup.training.time_limit import choose_runs, make_deadline, seed_of
 
 log = logging.getLogger(__name__)
@@ -45,7 +52,9 @@ def train_arms(
         sets = {key: arrays for key, arrays in sets.items() if seed_of(key) in choice.seeds}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     _say_which(jobs, folder)
-    finished = finish_jobs(jobs, folder, runs.workers, deadline=deadline)
+    others = [arm for arm in runs.arms if arm not in arms]
+    after = cost_of(others, sets, training, runs) if jobs else 0.0
+    finished = finish_jobs(jobs, folder, runs.workers, (0.0, after), deadline)
     late = sorted({job.seed for job in jobs} - {job.seed for job in finished})
     if late:
         log.warning(
@@ -90,7 +99,10 @@ def train_oracle(
     sets = {key: arrays for key, arrays in clean.items() if key in trained or not trained}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     _say_which(jobs, folder)
-    return _hand_over(finish_jobs(jobs, folder, runs.workers), folder)
+    # One bar for the runs of both nodes; those of clean pools come last.
+    others = [arm for arm in runs.arms if arm not in arms]
+    before = cost_of(others, sets, training, runs) if jobs else 0.0
+    return _hand_over(finish_jobs(jobs, folder, runs.workers, (before, 0.0)), folder)
 
 
 def _say_which(jobs: list[Job], folder: Path) -> None:

@@ -30,6 +30,6 @@ def create_pipeline() -> Pipeline:
                 name="train_oracle",
             ),
         ],
-        namespace="experiment.training",
+        namespace="train_and_rank.training",
         prefix_datasets_with_namespace=False,
     )

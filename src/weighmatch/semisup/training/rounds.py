@@ -127,7 +127,7 @@ def _train_round(
         spent, offset = before.seconds if before is not None else 0.0, 0
         earlier = folder / f"round_{number - 1}"
         trained = train_online(
-            fixmatch, data, place, _beyond(done, progress), until=end, earlier=earlier
+            fixmatch, data, place, beyond(done, progress), until=end, earlier=earlier
         )
     else:
         spent, offset = 0.0, done
@@ -197,7 +197,7 @@ def _rank(
     return ranking, measured, seconds
 
 
-def _beyond(done: int, progress: Progress) -> Progress:
+def beyond(done: int, progress: Progress) -> Progress:
     """`progress` without the first `done` steps, which it was told of before."""
     known = done
 
