@@ -113,13 +113,14 @@ def test_a_pipeline_can_be_run_by_itself(command, tmp_path):
 def test_checks_before_work_leave_no_empty_folder(command, tmp_path):
     folder = tmp_path / "new"
     result = command(f"data_folder={folder}", "--pipelines", "training")
-    assert_one_sentence(result, "ood_truth does not exist; run the pipeline data_preparation")
+    message = "do not exist; run the pipelines data_preparation and feature_extraction"
+    assert_one_sentence(result, message)
     assert not folder.exists()
 
 
 def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_path):
     one = {"runs": {"arms": "fixmatch"}}
-    names = ["data_preparation", "training", "scoring", "evaluation"]
+    names = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
     run_project(tmp_path, names=names, params=one)
     folder = tmp_path / "copy"
     shutil.copytree(tmp_path, folder)
@@ -131,12 +132,13 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
         shutil.rmtree(folder / "05_model_input" / "test" / part)
     given = f"data.labels_per_class=3,data_folder={folder}"
     assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    assert command(f"data_folder={folder}", "--pipelines", "feature_extraction").exit_code == 0
     result = command(f"data_folder={folder}", "--pipelines", "scoring,evaluation")
     message = "the dataset checkpoints was made from other training_sets than lie in the data"
     assert_one_sentence(result, message)
     # New data under new names.
     given = f"data.ratio=0.25,data_folder={folder}"
-    assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    assert command(given, "--pipelines", "data_preparation,feature_extraction").exit_code == 0
     result = command(f"data_folder={folder}", "--pipelines", "scoring")
     assert_one_sentence(result, message)
     run_project(folder, names=names[1:], params=one)

@@ -20,7 +20,7 @@ from weighmatch.io.provenance import Records
 
 pytestmark = pytest.mark.integration
 
-STAGES = ["data_preparation", "training", "scoring", "evaluation"]
+STAGES = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
 RUNS = {"arms": ["fixmatch", "oracle"], "schedule": "online"}
 
 

@@ -7,6 +7,7 @@ import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from kedro.framework.project import configure_project, pipelines
 from kedro.framework.session import KedroSession
 
@@ -211,6 +212,10 @@ def test_dvc_compares_at_most_twenty_numbers(outputs):
     assert all(isinstance(number, float) for number in numbers)
     arms = metrics_of(outputs)["arms"]
     assert metrics["accuracy_percent"] == {arm: row["accuracy"] for arm, row in arms.items()}
+    defined = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+    for plot in (plot for row in defined for plot in row.values()):
+        for path, column in [*plot["x"].items(), *plot["y"].items()]:
+            assert column in pd.read_csv(outputs / "08_reporting" / "test" / path.split("/")[-1])
     # What goes through a file of text is read as it was written.
     catalog = load_context("test").catalog
     for name in ("arm_table", "calibration", "weight_trace"):
