@@ -150,6 +150,11 @@ def _check_runs(given: Given, asked: Asked) -> None:
     """Refuse runs that could not be trained, and parameters that none of them reads."""
     training, runs = asked.training, asked.runs
     require_effect(given.get("training", {}), runs.arms, runs)
+    if given.get("training", {}).get("features") and not training.frozen:
+        raise ValueError(
+            "training.features has no effect, as no backbone is frozen; leave it out, or set "
+            "training.network=efficientnet_lite0 and training.weights=packaged"
+        )
     schedules = {s for arm in runs.arms for s in get_arm(arm).schedules_among(runs.schedule)}
     if "rounds" not in schedules and "rounds" in given.get("runs", {}):
         raise ValueError(

@@ -28,6 +28,23 @@ DEFAULT_ARMS = (
     "learned",
     "oracle",
 )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for beside the data, as far as a recipe depends on it.
+
+    Attributes:
+        network: `training.network`; None: any.
+        fine_tuned: whether a pretrained network is trained further.
+        seconds: how long all may take; None: there is no limit.
+    """
+
+    network: str | None = None
+    fine_tuned: bool = False
+    seconds: float | None = None
+
+
 # Parameters by group, such as {"training": {"steps": 2000}}.
 Recipe = dict[str, dict[str, Any]]
 Own = TypeVar("Own")
@@ -136,10 +153,14 @@ class Source(ABC, Generic[Own]):
         """What the manifest says of what was found: counts, and where it was."""
         return {}
 
-    def recipe(self, config: "DataConfig") -> Recipe:
+    def recipe(self, config: "DataConfig", wishes: Wishes = Wishes()) -> Recipe:  # noqa: B008
         """The settings that serve this source; they count where nothing else is asked for.
 
         No image is decoded for it.
+
+        Args:
+            config: of this source.
+            wishes: what is asked for beside it.
 
         Raises:
             UnusableDataError: if that cannot be told, as images are missing.

@@ -137,7 +137,7 @@ class TrainedRun:
     config: RunConfig
     classifier: Classifier
     weighting: State
-    image_shape: tuple[int, ...]
+    image_shape: tuple[int, int, int]
     class_names: tuple[str, ...]
     pool_fingerprint: str
     history: History
@@ -321,7 +321,8 @@ class TrainedRun:
         state = dict(state)
         measured, ranker = state.pop("measured"), state["ranker"]
         config = RunConfig.from_dict(state["config"])
-        shape = tuple(state["image_shape"])
+        channels, height, width = state["image_shape"]
+        shape = (channels, height, width)
         return cls(
             **{
                 **state,

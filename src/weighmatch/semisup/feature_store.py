@@ -197,7 +197,8 @@ class FeatureStore:
                 f"there are no features of {name} of the set {key}; run the pipeline "
                 "feature_extraction"
             )
-        return self._rows[place]
+        rows: NDArray[np.int64] = self._rows[place]
+        return rows
 
 
 def with_features(sets: Mapping[str, Arrays], folder: Path) -> dict[str, Arrays]:

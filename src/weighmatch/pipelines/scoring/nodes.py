@@ -70,7 +70,7 @@ def score_images(
     }
 
 
-def _predict(load: Callable[[], TrainedRun], images: Arrays) -> Arrays:
+def _predict(load: Callable[[], TrainedRun], images: Mapping[str, NDArray[Any]]) -> Arrays:
     """What a run says of unseen images and, if it was trained on the whole pool, of the pool."""
     run = load()
     found: Arrays = {}

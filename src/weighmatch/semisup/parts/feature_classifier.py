@@ -29,7 +29,8 @@ class FeatureClassifier(Classifier):
         super().__init__(Standardise(width), width, classes)
 
     def features(self, images: Tensor) -> Tensor:
-        return self.trunk(images)
+        standard: Tensor = self.trunk(images)
+        return standard
 
 
 def make_classifier(

@@ -1,5 +1,6 @@
 """The views of many steps, made together: one pass over many images instead of many passes."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,7 +64,8 @@ class Batches:
         """How many steps' images are augmented together; no result depends on it."""
         views = self.batch + 2 * self.unlabelled
         # What a step sees of stored features is one view.
-        numbers = self.pool.shape[1:].numel() if len(self.pool.shape) == 4 else self.pool.shape[-1]
+        shape = self.pool.shape
+        numbers = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
         return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * numbers)))
 
     def arranged(self, images: Tensor) -> Tensor:

@@ -347,11 +347,12 @@ class Run:
         state = {name: value.cpu() for name, value in self.average.state_dict().items()}
         meter = self.weighting.meter
         measured = None if meter is None else meter.measured.to(CPU)
+        channels, height, width = self.data.image_shape
         return TrainedRun(
             config=self.config,
             classifier=load_classifier(self.config, state, self.data.image_shape),
             weighting=self.weighting.state_dict(),
-            image_shape=self.data.image_shape,
+            image_shape=(channels, height, width),
             class_names=self.data.class_names,
             pool_fingerprint=self.data.pool_fingerprint,
             history=History.of(self.snapshots),

@@ -127,6 +127,7 @@ class ConfidenceHead(nn.Module):
 
     location: Tensor
     scale: Tensor
+    distance: RelativeMahalanobis | Nearness
 
     def __init__(
         self,
@@ -135,7 +136,7 @@ class ConfidenceHead(nn.Module):
         seed: int,
         hidden: int = 16,
         members: int = 5,
-        distance: nn.Module | None = None,
+        distance: Nearness | None = None,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
