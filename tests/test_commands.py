@@ -140,7 +140,7 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
     given = f"data.ratio=0.25,data_folder={folder}"
     assert command(given, "--pipelines", "data_preparation,feature_extraction").exit_code == 0
     result = command(f"data_folder={folder}", "--pipelines", "scoring")
-    assert_one_sentence(result, message)
+    assert_one_sentence(result, "the dataset oracle_sets was made from other ood_truth than lie")
     run_project(folder, names=names[1:], params=one)
     metrics = json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
     assert metrics["setting"]["ratio"] == 0.25

@@ -68,7 +68,7 @@ def test_options_that_leave_no_node_are_told(command):
     [
         (
             "reporting",
-            "more inputs do not exist; run the pipelines data_preparation, feature_extraction, "
+            "others do not exist; run the pipelines data_preparation, feature_extraction, "
             "training, scoring, evaluation and ihvp_analysis",
         ),
         ("scoring", "do not exist; run the pipelines data_preparation, feature_extraction and"),

@@ -204,7 +204,8 @@ class KeepsFilesWhole:
         )
         text = f"{self._place(missing[0])} does not exist"
         if len(missing) > 1:
-            text = f"{self._place(missing[0])} and {len(missing) - 1} more inputs do not exist"
+            others = f"{len(missing) - 1} other{'s' if len(missing) > 2 else ''}"
+            text = f"{self._place(missing[0])} and {others} do not exist"
         run = in_words([name for name in order if name in lacking])
         mine = {name for maker in lacking for name in graphs[maker].inputs()} & asked.all_outputs()
         raise RefusedError(f"{text}; run {run}{' as well' if mine else ''}")
