@@ -49,6 +49,6 @@ def write_early_ranking(
     if key is None or not FeatureStore.is_in(features):
         return pd.DataFrame({"path": [], "score": []})
     arrays = with_features({key: training_sets[key]}, features)[key]
-    scores = rank_early(TrainingSet(**dict[str, Any](arrays))).double().numpy()
+    scores = rank_early(TrainingSet.of(arrays)).double().numpy()
     table = pd.DataFrame({"path": paths_of(image_files, key, "pool"), "score": scores})
     return table.sort_values("score", ascending=False, kind="stable")
