@@ -18,7 +18,7 @@ from weighmatch.settings import ExperimentLoader
 pytestmark = pytest.mark.integration
 
 UP_TO_METRICS = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
-ARMS = {"supervised", "fixmatch", "fixmatch_matched", "max_prob", "pu", "learned", "oracle"}
+ARMS = {"supervised", "fixmatch", "fixmatch_matched", "pu", "learned", "oracle"}
 TRUTH = {"draw_samples", "find_useful", "judge_runs", "trace_weights", "draw_gallery"}
 
 
@@ -93,7 +93,13 @@ def test_the_whole_graph_runs_and_reports(outputs):
     assert all(arm["seeds"] == 2 for arm in metrics["arms"].values())
     assert metrics["setting"]["ratio"] == 0.75
     page = (outputs / "08_reporting" / "test" / "report.html").read_text()
-    assert metrics["verdict"].split(":")[0] in page
+    assert metrics["verdict"] in page
+    assert metrics["sure"] == "Not yet. Two seeds cannot show it; six can."
+    manifest = json.loads((outputs / "05_model_input" / "test" / "manifest.json").read_text())
+    assert manifest["primary"] == {"arm": "learned", "against": "fixmatch_matched"}
+    declared = metrics["learned_minus"]["fixmatch_matched"]
+    assert (declared["seeds"], declared["p_holm"]) == (2, None)
+    assert "<code>training.steps</code></th><td>40</td>" in page
     assert page.count("data:image/png;base64,") >= 8
     assert "http://" not in page
     assert "https://" not in page

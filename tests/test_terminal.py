@@ -1,5 +1,6 @@
 """What the terminal shows of a run: a line a step, where results lie, and how to go on."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -7,9 +8,12 @@ import sys
 import time
 
 import pytest
+from kedro.io import DataCatalog, MemoryDataset
+from kedro.pipeline import Node, Pipeline
+from kedro_datasets.text import TextDataset
 
 from tests.project import ROOT
-from weighmatch.terminal import in_words
+from weighmatch.terminal import TellsProgress, in_words
 
 pytestmark = pytest.mark.integration
 
@@ -61,6 +65,22 @@ def test_a_run_is_a_line_a_step_with_its_time(tmp_path):
     ]
     assert lines[-1].startswith("done in ")
     assert all(line.endswith(" s") for line in lines)
+
+
+@pytest.mark.parametrize("limit", [None, "Within runs.time_limit 15m 3 of 6 seeds were trained."])
+def test_the_end_of_a_run_tells_what_a_time_limit_left_out(tmp_path, caplog, monkeypatch, limit):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(logging.getLogger("weighmatch.terminal"), "propagate", True)
+    summary = {"verdict": "The pile helped.", "time_limit": limit}
+    page = TextDataset(filepath=str(tmp_path / "report.html"))
+    catalog = DataCatalog({"report": page, "summary": MemoryDataset(summary)})
+    graph = Pipeline([Node(lambda: "", None, "report", name="write_report")])
+    TellsProgress().after_pipeline_run(graph, catalog)
+    said = dict.fromkeys(record.getMessage() for record in caplog.records)
+    assert list(said)[1:] == [
+        f"report: {tmp_path / 'report.html'}",
+        *filter(None, summary.values()),
+    ]
 
 
 def interrupt(folder, kept):

@@ -61,7 +61,10 @@ class TellsProgress:
                 assert place is not None
                 log.info("%s: %s", name.replace("_", " "), _short(place))
         if "report" in pipeline.all_outputs():
-            log.info("%s", catalog.load("summary")["verdict"])
+            summary = catalog.load("summary")
+            log.info("%s", summary["verdict"])
+            if summary["time_limit"] is not None:
+                log.info("%s", summary["time_limit"])
 
 
 def in_words(seconds: float) -> str:

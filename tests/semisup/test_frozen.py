@@ -16,6 +16,7 @@ from weighmatch.semisup.parts.feature_classifier import FeatureClassifier
 from weighmatch.semisup.parts.views import StoredViews, make_views
 from weighmatch.semisup.ranked_pool import describe_pool
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
+from weighmatch.semisup.training.ranking import rank_early
 from weighmatch.semisup.training.schedules import make_schedule
 
 SETTINGS = {
@@ -146,3 +147,12 @@ def test_views_are_drawn_from_their_own_place():
 def test_pixels_and_features_have_views_of_their_own(training):
     assert isinstance(make_views(training), StoredViews)
     assert not isinstance(make_views(TrainingConfig()), StoredViews)
+
+
+def test_an_early_ranking_needs_no_training(data):
+    scores = rank_early(data)
+    assert scores.shape == (data.pool_size,)
+    assert scores.std() > 0
+    # An image that is labelled lies nearer than the others of its pool.
+    again = replace(data, labelled_images=np.asarray(data.unlabelled_images[data.rows[:8]]))
+    assert rank_early(again)[:8].mean() > rank_early(again)[8:].mean()

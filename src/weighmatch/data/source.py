@@ -24,7 +24,6 @@ DEFAULT_ARMS = (
     "supervised",
     "fixmatch",
     "fixmatch_matched",
-    "max_prob",
     "pu",
     "learned",
     "oracle",

@@ -33,7 +33,7 @@ def create_pipeline() -> Pipeline:
             Node(nodes.collect_influences, PREDICTED, "influences", name="collect_influences"),
             Node(
                 nodes.compare_arms,
-                "run_scores",
+                ["run_scores", "manifest"],
                 ["arm_table", "comparison"],
                 name="compare_arms",
             ),
@@ -51,8 +51,6 @@ def create_pipeline() -> Pipeline:
                     "ranking": "ranking",
                     "to_label": "label_next",
                     "to_check": "labels_to_check",
-                    "training": "params:training",
-                    "limits": "params:runs",
                 },
                 "pile_verdict",
                 name="judge_pile",

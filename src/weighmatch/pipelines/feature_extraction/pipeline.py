@@ -6,7 +6,7 @@ from weighmatch.pipelines.feature_extraction import nodes
 
 
 def create_pipeline() -> Pipeline:
-    """From images to the features that a frozen backbone gives of them."""
+    """From images to the features that a frozen backbone gives of them, and a first ranking."""
     return Pipeline(
         [
             Node(
@@ -14,6 +14,12 @@ def create_pipeline() -> Pipeline:
                 ["training_sets", "evaluation_images", "params:training", "params:runs"],
                 "features",
                 name="extract_features",
+            ),
+            Node(
+                nodes.write_early_ranking,
+                ["training_sets", "features", "image_files"],
+                "early_ranking",
+                name="write_early_ranking",
             ),
         ],
         namespace="train_and_rank.feature_extraction",

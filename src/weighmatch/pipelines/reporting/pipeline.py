@@ -10,7 +10,7 @@ from weighmatch.pipelines.reporting import nodes
 # What draws each figure, and from what.
 DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
     "accuracy": (nodes.draw_accuracy, ["run_scores"]),
-    "differences": (nodes.draw_differences, ["run_scores"]),
+    "differences": (nodes.draw_differences, ["run_scores", "manifest"]),
     "weights": (nodes.draw_weights, ["weight_trace"]),
     "auroc": (nodes.draw_auroc, ["run_scores"]),
     "calibration": (nodes.draw_calibration, ["calibration"]),
@@ -44,6 +44,8 @@ def create_pipeline(study: bool = True) -> Pipeline:
             "samples": "samples_figure",
             "gallery_page": "gallery_page",
             "exported_model": "exported_model",
+            "training": "params:training",
+            "runs": "params:runs",
             **{name: f"{name}_figure" for name in DRAWN},
             **(STUDY if study else {}),
         },

@@ -119,7 +119,7 @@ def describe_pool(
     key = run["key"]
     sets = with_features({key: training_sets[key]}, features)
     device = pick_device(trained.config.training.device)
-    return ranked_pool.describe_pool(trained, TrainingSet(**dict[str, Any](sets[key])), device)
+    return ranked_pool.describe_pool(trained, TrainingSet.of(sets[key]), device)
 
 
 def export_model(

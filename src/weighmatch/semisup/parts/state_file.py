@@ -58,7 +58,7 @@ def read_state(path: Path) -> State | None:
     return state
 
 
-def read_if_whole(path: Path, otherwise: str) -> dict[str, Any] | None:
+def read_if_whole(path: Path, otherwise: str) -> State | None:
     """What `read_state` gives; None, and a warning, where the file is damaged.
 
     Args:

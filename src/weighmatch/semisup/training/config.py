@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -82,6 +83,12 @@ class TrainingSet:
                 f"class_names has {len(names)} names, but labels go up to {labels.max()}; give "
                 "each class a name"
             )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> "TrainingSet":
+        """The set whose attributes are these arrays, as they lie in a file."""
+        given: Any = dict(arrays)
+        return cls(**given)
 
     @functools.cached_property
     def pool_fingerprint(self) -> str:

@@ -84,7 +84,7 @@ def plan_jobs(
             log.warning("%s is left out: it can only be trained in rounds", arm.name)
     jobs: list[Job] = []
     for key, arrays in sets.items():
-        data, seed = TrainingSet(**dict[str, Any](arrays)), int(key.rpartition("_")[2])
+        data, seed = TrainingSet.of(arrays), int(key.rpartition("_")[2])
         sizes = Sizes.of(data, data.classes, training)
         for arm in map(get_arm, arms):
             with one_thread():

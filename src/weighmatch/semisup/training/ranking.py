@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import BATCH, History, TrainedRun, on_device
 from weighmatch.semisup.config import RankingConfig
@@ -219,6 +219,25 @@ def fit_to_frozen(
     labelled, pool = head.norm(labelled), head.norm(pool)
     head.fit_distance(labelled, labels, pool)
     return head, *judge_pool(labelled, labels, pool, config.classes)
+
+
+def rank_early(data: TrainingSet) -> Tensor:
+    """Nearness of the pool's images to the labelled ones, (N,): a ranking before any training.
+
+    Args:
+        data: of stored features.
+    """
+    classifier = FeatureClassifier(data.unlabelled_images.shape[2], data.classes)
+    pool = as_tensor(data.plain_pool)
+    classifier.trunk.fit(pool[:MAX_HEAD_IMAGES, 0].float())
+    norm = nn.LayerNorm(pool.shape[2], elementwise_affine=False)
+    labelled = as_tensor(data.labelled_images)[:, 0].float()
+    nearness = Nearness(pool.shape[2], data.classes)
+    with torch.no_grad():
+        sample = norm(classifier.trunk(pool[:MAX_HEAD_IMAGES, 0].float()))
+        nearness.fit(norm(classifier.trunk(labelled)), torch.from_numpy(data.labels), sample)
+        parts = pool[:, 0].split(BATCH)
+        return torch.cat([nearness(norm(classifier.trunk(part.float()))) for part in parts])
 
 
 def labelled_copies(count: int) -> int:
