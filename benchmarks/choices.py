@@ -15,13 +15,13 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.tables import markdown
 from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
 from weighmatch.evaluation.statistics import paired_difference
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.training import loop
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.schedules import make_schedule
@@ -31,9 +31,9 @@ FIRST_SEED = 300
 CHOICES = ("kernels decay", "all parameters decay", "labelled images in the pool")
 
 
-def everything(parameters: list[Tensor], weight_decay: float) -> list[dict[str, object]]:
+def everything(classifier: Classifier, weight_decay: float) -> list[dict[str, object]]:
     """One group of parameters, all of which decay."""
-    return [{"params": parameters, "weight_decay": weight_decay}]
+    return [{"params": list(classifier.parameters()), "weight_decay": weight_decay, "rate": 1.0}]
 
 
 def accuracies(seed: int, choice: str, progress: Callable[[int], None]) -> dict[str, float]:

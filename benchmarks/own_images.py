@@ -245,7 +245,7 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     kept = ranked["kept"].astype(str) == "True"
     rejected = set(pd.read_csv(reporting / "rejected_files.csv")["path"])
     bad = set(truth.index[truth == "bad"])
-    metrics = json.loads((reporting / "metrics.json").read_text())
+    metrics = json.loads((reporting / "summary.json").read_text())
     counts = Counter(truth)
     return [
         ("files in the pile", f"{len(truth):,} ({dict(sorted(counts.items()))})"),

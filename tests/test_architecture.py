@@ -11,22 +11,23 @@ from tests.project import SOURCE, imported
 # top: they may import everything, and nothing may import them.
 FLOORS = {
     "checks": set(),
+    "extras": set(),
     "code": set(),
-    "workers": set(),
+    "workers": {"checks"},
     "arms": {"checks"},
     "implicit": {"checks"},
-    "data": {"checks", "workers"},
-    "semisup": {"checks", "arms", "code", "workers", "implicit"},
+    "data": {"checks", "extras", "workers"},
+    "semisup": {"checks", "extras", "arms", "code", "workers", "implicit"},
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.
     "evaluation": {"checks", "arms", "data", "studies"},
     "export": {"semisup"},
     "streaming": {"data", "evaluation", "export", "semisup"},
     "own_images": {"arms", "data", "evaluation", "export", "semisup", "streaming"},
-    "io": {"semisup"},
+    "io": {"checks", "semisup"},
 }
 READ_BY_EVALUATION = ("weighmatch.studies.methods",)
-WITHOUT_TORCH = ("checks", "arms", "data", "evaluation")
+WITHOUT_TORCH = ("checks", "extras", "arms", "data", "evaluation")
 ROOMS = {
     # Within semisup: parts know no weighting, weightings no training.
     "semisup.parts": {"semisup.config", "semisup.parts"},
@@ -71,7 +72,9 @@ def test_every_floor_has_its_place():
         "cli",
         "hooks",
         "keeping",
+        "mistakes",
         "settings",
+        "terminal",
         "pipeline_registry",
         "pipelines",
     }

@@ -41,7 +41,7 @@ def assert_one_sentence(result, message):
         ("data.ood_source=moon", "data.ood_source 'moon' is unknown; choose from mix, unseen"),
         ("data.source=moon", "data.source 'moon' is unknown; choose from digits, folder"),
         ("data.seeds=abc", "data.seeds must be a list of different whole numbers"),
-        ("data.seeds=10", "got 10; Kedro's --params carries no lists: set it in a file in conf"),
+        ("data.seeds=10", "a list has brackets and, in a command, quotes: --params 'data.seeds=["),
         ("data.rato=0.5", "data has no parameter rato"),
         ("runs.arms=fixmatch+foo", "runs.arms 'foo' is unknown; choose from supervised"),
         ("runs.schedule=twice", "runs.schedule 'twice' is unknown; choose from online"),
@@ -81,7 +81,7 @@ def test_bad_input_is_one_sentence_before_any_work(command, tmp_path, params, me
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ("grid.ratios=0.5", "Kedro's --params carries no lists: set it in a file in conf"),
+        ("grid.ratios=0.5", "a list has brackets and, in a command, quotes: --params 'grid"),
         ("grid.ratio=0.5", "grid has no parameter 'ratio'"),
         ("data.ratio=0.2", "data.ratio has no effect, as grid.ratios sets it"),
         ("data.ood_source=patches", "as every setting of grid.settings sets it"),
@@ -113,13 +113,14 @@ def test_a_pipeline_can_be_run_by_itself(command, tmp_path):
 def test_checks_before_work_leave_no_empty_folder(command, tmp_path):
     folder = tmp_path / "new"
     result = command(f"data_folder={folder}", "--pipelines", "training")
-    assert_one_sentence(result, "ood_truth does not exist; run the pipeline data_preparation")
+    message = "do not exist; run the pipelines data_preparation and feature_extraction"
+    assert_one_sentence(result, message)
     assert not folder.exists()
 
 
 def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_path):
     one = {"runs": {"arms": "fixmatch"}}
-    names = ["data_preparation", "training", "scoring", "evaluation"]
+    names = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
     run_project(tmp_path, names=names, params=one)
     folder = tmp_path / "copy"
     shutil.copytree(tmp_path, folder)
@@ -131,16 +132,17 @@ def test_the_report_speaks_of_the_data_and_not_of_the_parameters(command, tmp_pa
         shutil.rmtree(folder / "05_model_input" / "test" / part)
     given = f"data.labels_per_class=3,data_folder={folder}"
     assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    assert command(f"data_folder={folder}", "--pipelines", "feature_extraction").exit_code == 0
     result = command(f"data_folder={folder}", "--pipelines", "scoring,evaluation")
     message = "the dataset checkpoints was made from other training_sets than lie in the data"
     assert_one_sentence(result, message)
     # New data under new names.
     given = f"data.ratio=0.25,data_folder={folder}"
-    assert command(given, "--pipelines", "data_preparation").exit_code == 0
+    assert command(given, "--pipelines", "data_preparation,feature_extraction").exit_code == 0
     result = command(f"data_folder={folder}", "--pipelines", "scoring")
-    assert_one_sentence(result, message)
+    assert_one_sentence(result, "the dataset oracle_sets was made from other ood_truth than lie")
     run_project(folder, names=names[1:], params=one)
-    metrics = json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    metrics = json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
     assert metrics["setting"]["ratio"] == 0.25
 
 

@@ -1,8 +1,13 @@
 """dvc.yaml: a stage a box of the graph and job, with all the code and files that it needs."""
 
+import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from dvc.repo import Repo
@@ -19,6 +24,7 @@ ENVIRONMENTS = {
     "benchmark": "experiments/benchmark",
     "own_images": "experiments/own_images",
 }
+DEFINED = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 # Folders of images that the stages for own images read.
 OWN = {"photos", "later_photos"}
 
@@ -105,6 +111,76 @@ def test_dvc_experiments_can_change_every_parameter_file(tmp_path, stages):
         group = next(iter(yaml.safe_load(copy.read_text())))
         apply_overrides(copy, [f"+{group}.added=1"])
         assert yaml.safe_load(copy.read_text())[group]["added"] == 1
+
+
+def test_experiments_of_the_documentation_change_what_they_say(tmp_path):
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    given = re.findall(r"-S '([^:']+):([^']+)'", "".join(page.read_text() for page in pages))
+    assert given
+    for file, change in given:
+        copy = tmp_path / Path(file).name
+        shutil.copy(ROOT / file, copy)
+        apply_overrides(copy, [change])
+        group, name, value = re.split("[.=]", change.lstrip("+"), maxsplit=2)
+        assert str(yaml.safe_load(copy.read_text())[group][name]) == value
+
+
+def test_plots_are_drawn_from_tables_that_git_keeps(stages):
+    kept = {
+        str(out)
+        for (job, _), stage in stages.items()
+        for out in stage.outs
+        if job in ("main", "benchmark") and not out.use_cache
+    }
+    plots = {name: plot for row in DEFINED["plots"] for name, plot in row.items()}
+    drawn = {path for plot in plots.values() for axis in "xy" for path in plot[axis]}
+    assert drawn < kept
+    assert {path for path in kept if path.endswith(".csv") and "/main/" in path} == drawn
+    ignored = subprocess.run(["git", "check-ignore", *kept], cwd=ROOT, capture_output=True)
+    assert not ignored.stdout
+
+
+@pytest.mark.integration
+def test_two_states_are_compared_without_a_remote(tmp_path):
+    """What `dvc metrics diff` and `dvc plots diff` do in a clone that has Git's files alone."""
+
+    def call(*command):
+        names = ["-c", "user.name=Ada", "-c", "user.email=ada@example.org"]
+        start = ["git", *names] if command[0] == "git" else [sys.executable, "-m", "dvc"]
+        done = subprocess.run(
+            [*start, *command[1:]], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout
+
+    call("git", "init", "-q")
+    for part in ("config", "plots"):
+        source, target = ROOT / ".dvc" / part, tmp_path / ".dvc" / part
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, _in_made(target))
+    plots = {name: plot for row in DEFINED["plots"] for name, plot in row.items()}
+    metrics = "data/08_reporting/main/metrics.json"
+    text = yaml.safe_dump({"plots": DEFINED["plots"], "metrics": [metrics]})
+    (tmp_path / "dvc.yaml").write_text(text)
+    for number in (1, 2):
+        for plot in plots.values():
+            (path,), columns = plot["x"], [*plot["x"].values(), *plot["y"].values()]
+            rows = [{"arm": "learned", "kind": "id", **dict.fromkeys(columns, number)}]
+            pd.DataFrame(rows).to_csv(_in_made(tmp_path / path), index=False)
+        _in_made(tmp_path / metrics).write_text(json.dumps({"accuracy_percent": {"pu": number}}))
+        if number == 1:
+            call("git", "add", "-A")
+            call("git", "commit", "-qm", "first")
+    (change,) = json.loads(call("dvc", "metrics", "diff", "--json"))[metrics].values()
+    assert change == {"old": 1, "new": 2, "diff": 1}
+    found = json.loads(call("dvc", "plots", "diff", "--json"))
+    assert not found.get("errors")
+    assert {name: drawn["revisions"] for name, (drawn,) in found["data"].items()} == {
+        name: ["workspace", "HEAD"] for name in plots
+    }
+
+
+def _in_made(path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def test_own_images_are_read_by_the_stages_that_need_them(stages):

@@ -144,7 +144,7 @@ def test_an_arm_and_a_network_go_through_the_whole_graph(tmp_path, study, bright
         "training": {"network": "two_layers"},
     }
     run_graph(tmp_path, study, parameters)
-    metrics = json.loads((tmp_path / "08_reporting/test/metrics.json").read_text())
+    metrics = json.loads((tmp_path / "08_reporting/test/summary.json").read_text())
     assert set(metrics["arms"]) == {"fixmatch", "brightness"}
     assert metrics["arms"]["brightness"]["accuracy"] > 100 / 6
     scores = read(tmp_path, "08_reporting", "run_scores")

@@ -20,7 +20,7 @@ from weighmatch.io.provenance import Records
 
 pytestmark = pytest.mark.integration
 
-STAGES = ["data_preparation", "training", "scoring", "evaluation"]
+STAGES = ["data_preparation", "feature_extraction", "training", "scoring", "evaluation"]
 RUNS = {"arms": ["fixmatch", "oracle"], "schedule": "online"}
 
 
@@ -102,13 +102,16 @@ def test_a_flipped_bit_is_named_with_the_pipeline_to_run(run, folder, place, rea
 
 def test_new_data_under_old_results_are_refused_everywhere(run, folder):
     assert not run("data_preparation", "data.pool_size=60")
-    text = "the dataset checkpoints was made from other training_sets than lie in the data folder"
-    assert run("scoring") == f"{text}; run the pipeline training again"
-    assert run("evaluation") == f"{text}; run the pipelines training and scoring again"
-    assert run("reporting").endswith("does not exist; run the pipeline ihvp_analysis")
+    text = "the dataset oracle_sets was made from other ood_truth than lie in the data folder"
+    names = "training and feature_extraction"
+    assert run("scoring") == f"{text}; run the pipelines {names} again"
+    names = "training, feature_extraction and scoring"
+    assert run("evaluation") == f"{text}; run the pipelines {names} again"
+    assert run("reporting").endswith("and 1 other do not exist; run the pipeline ihvp_analysis")
     # Preparation and evaluation in one go do not hide it.
     assert run("data_preparation,evaluation", "data.pool_size=60").startswith(text)
-    assert not run("training,scoring,evaluation", "runs.arms=fixmatch+oracle,runs.schedule=online")
+    given = "runs.arms=fixmatch+oracle,runs.schedule=online"
+    assert not run("feature_extraction,training,scoring,evaluation", given)
 
 
 def test_data_prepared_as_before_fit_the_old_results(run):
@@ -131,8 +134,8 @@ def test_a_preparation_that_was_killed_half_way_trains_no_oracle(run, folder):
     for path, content in old.items():
         path.write_bytes(content)
     assert run("training") == (
-        "ood_truth and training_sets are of two different runs of the pipeline data_preparation; "
-        "run the pipeline data_preparation again"
+        "ood_truth and evaluation_images are of two different runs of the pipeline "
+        "data_preparation; run the pipelines data_preparation and feature_extraction again"
     )
 
 

@@ -113,9 +113,9 @@ def check_job(job):
     for copy, original in own.copies.items():
         # Of two equal files either may count as the original.
         assert named.get(copy) == original or named.get(original) == copy
-    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
+    pile = json.loads((job.reporting / "summary.json").read_text())["pile"]
     assert pile["primary"]["mean"] > 0
-    assert f"{pile['primary']['mean']:+.1f} points" in pile["verdict"]
+    assert f"{pile['primary']['mean']:+.1f} percentage points" in pile["verdict"]
     assert len(pile["advice"]) == 3
     return found
 
@@ -144,7 +144,10 @@ def test_the_outputs_are_there_and_complete(job):
         page = html.unescape((job.reporting / name).read_text())
         assert "http://" not in page
         assert "https://" not in page
-    assert json.loads((job.reporting / "metrics.json").read_text())["pile"]["verdict"] in page
+    metrics = json.loads((job.reporting / "summary.json").read_text())
+    assert metrics["verdict"] == metrics["pile"]["verdict"]
+    assert metrics["verdict"] in page
+    assert metrics["sure"] in page
     export = {path.name for path in (job.data / "06_models" / "test" / "export").iterdir()}
     assert export >= {"model.pt2", "run.pt", "classes.json", "model_card.md"}
 
@@ -174,8 +177,9 @@ def test_the_study_of_digits_runs_by_default_with_other_sources(tmp_path):
 
 
 def test_20_labels_are_too_few_to_tell_and_that_is_said(job):
-    pile = json.loads((job.reporting / "metrics.json").read_text())["pile"]
-    assert pile["verdict"].startswith("Whether the pile helped cannot be told from 20 labels")
+    pile = json.loads((job.reporting / "summary.json").read_text())["pile"]
+    assert pile["verdict"].startswith("Whether the pile helped cannot be told yet")
+    assert pile["sure"].startswith("Not yet. 20 labels cannot show it; a test folder of about ")
     assert pile["primary"]["test"] == "corrected resampled t test"
     assert pile["test_images_needed"] > 20
 

@@ -1,11 +1,15 @@
 """The project as a whole: its graph, run at tiny size, and what may not leak in it."""
 
 import json
+import logging
 
+import networkx as nx
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from kedro.framework.project import configure_project, pipelines
+from kedro.framework.session import KedroSession
 
 from tests.project import ROOT, load_context, run_project
 from weighmatch.semisup.training.loop import Run
@@ -14,8 +18,8 @@ from weighmatch.settings import ExperimentLoader
 pytestmark = pytest.mark.integration
 
 UP_TO_METRICS = ["data_preparation", "training", "scoring", "evaluation"]
-ARMS = {"supervised", "fixmatch", "fixmatch_matched", "max_prob", "pu", "learned", "oracle"}
-TRUTH = {"draw_samples", "remove_intruders", "judge_runs", "trace_weights", "draw_gallery"}
+ARMS = {"supervised", "fixmatch", "fixmatch_matched", "pu", "learned", "oracle"}
+TRUTH = {"draw_samples", "find_useful", "judge_runs", "trace_weights", "draw_gallery"}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +81,7 @@ def table(folder, name, job="test", layer="08_reporting"):
 
 
 def metrics_of(folder):
-    return json.loads((folder / "08_reporting" / "test" / "metrics.json").read_text())
+    return json.loads((folder / "08_reporting" / "test" / "summary.json").read_text())
 
 
 # --- the whole graph -------------------------------------------------------------------------
@@ -89,7 +93,13 @@ def test_the_whole_graph_runs_and_reports(outputs):
     assert all(arm["seeds"] == 2 for arm in metrics["arms"].values())
     assert metrics["setting"]["ratio"] == 0.75
     page = (outputs / "08_reporting" / "test" / "report.html").read_text()
-    assert metrics["verdict"].split(":")[0] in page
+    assert metrics["verdict"] in page
+    assert metrics["sure"] == "Not yet. Two seeds cannot show it; six can."
+    manifest = json.loads((outputs / "05_model_input" / "test" / "manifest.json").read_text())
+    assert manifest["primary"] == {"arm": "learned", "against": "fixmatch_matched"}
+    declared = metrics["learned_minus"]["fixmatch_matched"]
+    assert (declared["seeds"], declared["p_holm"]) == (2, None)
+    assert "<code>training.steps</code></th><td>40</td>" in page
     assert page.count("data:image/png;base64,") >= 8
     assert "http://" not in page
     assert "https://" not in page
@@ -181,13 +191,49 @@ def test_one_arm_and_another_ratio(tmp_path):
     assert "no verdict" in metrics["verdict"]
 
 
+def test_the_end_of_a_run_tells_the_report_and_the_verdict(outputs, caplog):
+    caplog.set_level("INFO")
+    logger = logging.getLogger("weighmatch.terminal")
+    logger.addHandler(caplog.handler)  # the project's logging hands nothing on
+    run_project(outputs, names=["reporting"])
+    logger.removeHandler(caplog.handler)
+    said = dict.fromkeys(record.getMessage() for record in caplog.records)
+    steps = [text for text in said if text.startswith("[")]
+    assert steps[-1].startswith(f"[{len(steps)}/{len(steps)}] reporting: write_report, ")
+    report = outputs / "08_reporting" / "test" / "report.html"
+    assert list(said)[-2:] == [f"report: {report}", metrics_of(outputs)["verdict"]]
+    assert not [text for text in said if "Replacing" in text]
+
+
+def test_dvc_compares_at_most_twenty_numbers(outputs):
+    metrics = json.loads((outputs / "08_reporting" / "test" / "metrics.json").read_text())
+    numbers = [number for group in metrics.values() for number in group.values()]
+    assert 10 <= len(numbers) <= 20
+    assert all(isinstance(number, float) for number in numbers)
+    arms = metrics_of(outputs)["arms"]
+    assert metrics["accuracy_percent"] == {arm: row["accuracy"] for arm, row in arms.items()}
+    defined = yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"]
+    for plot in (plot for row in defined for plot in row.values()):
+        for path, column in [*plot["x"].items(), *plot["y"].items()]:
+            assert column in pd.read_csv(outputs / "08_reporting" / "test" / path.split("/")[-1])
+    # What goes through a file of text is read as it was written.
+    catalog = load_context("test").catalog
+    for name in ("arm_table", "calibration", "weight_trace"):
+        dataset = catalog.get(name)
+        dataset._filepath = outputs / "08_reporting" / "test" / f"{name}.csv"
+        first = dataset.load()
+        dataset._filepath = outputs / f"{name}.csv"
+        dataset.save(first)
+        pd.testing.assert_frame_equal(dataset.load(), first, rtol=1e-12)
+
+
 def test_a_second_run_trains_nothing_and_says_the_same(outputs, monkeypatch):
     trained = watch_training(monkeypatch)
-    before = (outputs / "08_reporting" / "test" / "metrics.json").read_bytes()
+    before = (outputs / "08_reporting" / "test" / "summary.json").read_bytes()
     for name in ("training", "scoring", "evaluation", "reporting"):
         run_project(outputs, names=[name])
     assert not trained
-    assert (outputs / "08_reporting" / "test" / "metrics.json").read_bytes() == before
+    assert (outputs / "08_reporting" / "test" / "summary.json").read_bytes() == before
 
 
 # --- the benchmark is the same graph over a grid ---------------------------------------------
@@ -265,7 +311,7 @@ def test_only_the_oracle_and_the_evaluation_start_from_the_truth(graph):
 def test_no_test_image_or_label_reaches_training(graph):
     for dataset in ("evaluation_images", "test_labels"):
         found = reached(graph, dataset)
-        assert not found & {"train_arms", "train_oracle", "remove_intruders", "compare_ihvps"}
+        assert not found & {"train_arms", "train_oracle", "find_useful", "compare_ihvps"}
     (training,) = (set(node.inputs) for node in graph.nodes if node.name.endswith(".train_arms"))
     assert training == {"training_sets", "params:training", "params:runs", "params:run_folder"}
 
@@ -290,6 +336,41 @@ def test_every_edge_is_a_file_of_the_catalog(graph):
     for name in graph.datasets() | pipelines["meta_learning_analysis"].datasets():
         if not name.startswith("params:"):
             assert type(catalog.get(name)).__name__ != "MemoryDataset", name
+
+
+def test_layers_have_no_cycle_so_that_kedro_viz_shows_them(graph):
+    catalog = load_context("test").catalog
+    every = graph + pipelines["rank"] + pipelines["meta_learning_analysis"]
+
+    def layers(names):
+        kept = (catalog.get(name) for name in names if not name.startswith("params:"))
+        return {dataset.metadata["kedro-viz"]["layer"] for dataset in kept}
+
+    edges = {
+        (first, last)
+        for node in every.nodes
+        for first in layers(node.inputs)
+        for last in layers(node.outputs)
+        if first != last
+    }
+    assert nx.is_directed_acyclic_graph(nx.DiGraph(edges))
+
+
+def test_figures_tables_and_metrics_have_a_preview(outputs, graph, monkeypatch):
+    # The paths of the catalog are those of the job in `outputs`.
+    with KedroSession.create(
+        ROOT, env="test", runtime_params={"data_folder": str(outputs)}
+    ) as session:
+        catalog = session.load_context().catalog
+    missing = pipelines["rank"].all_outputs() | pipelines["meta_learning_analysis"].all_outputs()
+    for name in graph.datasets() | missing:
+        dataset = catalog.get(name)
+        if not hasattr(dataset, "preview") or name in ("report", "gallery_page"):
+            continue
+        given = dataset.metadata["kedro-viz"]
+        if given.get("preview", True):
+            found = dataset.preview(**given.get("preview_args", {}))
+            assert (found is None) == (name in missing), name
 
 
 def test_the_graph_opens_on_at_most_eight_boxes(graph):

@@ -35,7 +35,8 @@ ARMS = (FIXMATCH.name, LEARNED.name)
 ROUNDS = RunsConfig().rounds
 # Options of `torch.compile`; None: the network as it is. The first two are what
 # `training.compile` chooses between.
-WAYS: dict[str, dict[str, Any] | None] = {
+Options = dict[str, Any]
+WAYS: dict[str, Options | None] = {
     "as it is": None,
     "torch.compile": {},
     "torch.compile with CUDA graphs": {"mode": "reduce-overhead", "dynamic": False},
@@ -51,7 +52,7 @@ def fastest() -> AbstractContextManager[None]:
 
 def training_of(bench: Bench, **changes: Any) -> TrainingConfig:
     """FixMatch as on CIFAR-10 (Sohn et al., 2020), in half precision; tiny in a rehearsal."""
-    common: dict[str, Any] = {
+    common: Options = {
         "device": bench.device.type,
         "precision": "bfloat16",
         "channels_last": True,
@@ -70,7 +71,7 @@ def training_of(bench: Bench, **changes: Any) -> TrainingConfig:
             ranking=RankingConfig(steps=4),
             **changes,
         )
-    network: dict[str, Any] = {"network": "wrn_28_2", "batch_size": 64, "unlabelled_ratio": 7}
+    network: Options = {"network": "wrn_28_2", "batch_size": 64, "unlabelled_ratio": 7}
     return TrainingConfig(**{**common, **network, **changes})
 
 
@@ -85,7 +86,7 @@ def fixmatch_setting(bench: Bench) -> Setting:
     return Setting(name, data, training_of(bench), steps, steps, run_steps=10_000)
 
 
-def start(setting: Setting, folder: Path, options: dict[str, Any] | None) -> Run:
+def start(setting: Setting, folder: Path, options: Options | None) -> Run:
     """A run of FixMatch whose network runs as one of `WAYS` says."""
     run = start_run("fixmatch", setting, folder)
     if options is not None:

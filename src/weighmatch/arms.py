@@ -126,7 +126,7 @@ def require_arms(name: str, given: Any) -> tuple[str, ...]:
 # Colours: Okabe & Ito (2008), and for what is more than eight Tol (2021), muted.
 SUPERVISED = register(Arm("supervised", "supervised only", "#999999", pool="none"))
 FIXMATCH = register(Arm("fixmatch", "FixMatch", "#0072B2", rival=True))
-register(
+MATCHED = register(
     Arm(
         "fixmatch_matched",
         "FixMatch, learned arm's compute",
@@ -248,3 +248,68 @@ LEARNED = register(
     )
 )
 ORACLE = register(Arm("oracle", "oracle (OOD removed)", "#009E73", pool="clean"))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a job is about: an arm that is held against another, and the words for the outcome.
+
+    Attributes:
+        arm: the arm.
+        against: what it is held against.
+        rival: what sentences call that.
+        question: what is asked.
+        better: the answer where the arm is better.
+        worse: the answer where it is worse.
+        unknown: the answer where neither is shown.
+    """
+
+    arm: Arm
+    against: Arm
+    rival: str
+    question: str
+    better: str
+    worse: str
+    unknown: str
+
+    def names(self) -> dict[str, str]:
+        """The names of both arms, for a manifest."""
+        return {"arm": self.arm.name, "against": self.against.name}
+
+
+# The comparison that a job is about is one of these, declared before anything runs; the manifest
+# repeats it. Every other one is secondary.
+WEIGHTS_PAY = Comparison(
+    LEARNED,
+    MATCHED,
+    rival="FixMatch with the same compute",
+    question="Does it pay to weigh the unlabelled images?",
+    better="Weighing the unlabelled images pays",
+    worse="Weighing the unlabelled images does harm",
+    unknown="Weighing the unlabelled images is not shown to pay",
+)
+POOL_HELPS = Comparison(
+    LEARNED,
+    SUPERVISED,
+    rival="the labelled images alone",
+    question="Did the pile of unlabelled images help?",
+    better="The pile helped",
+    worse="The pile did harm",
+    unknown="Whether the pile helped cannot be told yet",
+)
+
+
+def declare(contaminated: bool) -> Comparison:
+    """The comparison that a job is about: OOD is mixed into the pool, or the pool is as found."""
+    return WEIGHTS_PAY if contaminated else POOL_HELPS
+
+
+def get_comparison(against: str) -> Comparison:
+    """The declared comparison with the arm of that name.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    declared = {known.against.name: known for known in (WEIGHTS_PAY, POOL_HELPS)}
+    require_choice("the arm of the declared comparison", against, tuple(declared))
+    return declared[against]

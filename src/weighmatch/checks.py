@@ -10,6 +10,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+class ToldError(Exception):
+    """An error that is one sentence for the user, who is shown no traceback."""
+
+
 def require_boolean(name: str, value: Any) -> None:
     """Raise a ValueError unless `value` is true or false."""
     if not isinstance(value, bool):
@@ -87,7 +91,7 @@ def require_seeds(name: str, seeds: Any) -> tuple[int, ...]:
     if not whole or len(set(seeds)) < len(seeds):
         raise ValueError(
             f"{name} must be a list of different whole numbers from 0, such as [10, 11, 12], "
-            f"got {seeds!r}{_file_for_lists(seeds)}"
+            f"got {seeds!r}{_as_a_list(name, seeds)}"
         )
     return tuple(seeds)
 
@@ -100,16 +104,16 @@ def require_list(name: str, values: Any) -> tuple[Any, ...]:
         or any(values.count(value) > 1 for value in values)
     ):
         raise ValueError(
-            f"{name} must be a list of different values, got {values!r}{_file_for_lists(values)}"
+            f"{name} must be a list of different values, got {values!r}{_as_a_list(name, values)}"
         )
     return tuple(values)
 
 
-def _file_for_lists(given: Any) -> str:
-    """The cure where a single value was given for a list, most likely by `--params`."""
+def _as_a_list(name: str, given: Any) -> str:
+    """The cure where a single value was given for a list."""
     if isinstance(given, list | tuple):
         return ""
-    return "; Kedro's --params carries no lists: set it in a file in conf/local, or an environment"
+    return f"; a list has brackets and, in a command, quotes: --params '{name}=[{given}]'"
 
 
 def require_group(name: str, value: Any, kind: type[T]) -> T:

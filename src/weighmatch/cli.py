@@ -1,20 +1,32 @@
-"""`kedro run` for this project: Kedro's own, with mistakes in parameters told in a sentence."""
+"""`kedro run` for this project: Kedro's own, with mistakes told in a sentence."""
 
+import errno
 import logging
+import os
 import re
+import traceback
+from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import click
+import yaml  # type: ignore[import-untyped]
+from kedro.framework.cli.jupyter import jupyter as kedro_jupyter
 from kedro.framework.cli.project import run as kedro_run
-from kedro.framework.cli.utils import CONTEXT_SETTINGS
-from kedro.io import DatasetError
+from kedro.framework.cli.utils import CONTEXT_SETTINGS, KedroCliError
+from kedro.framework.project import LOGGING
+from kedro.utils import find_config_file
 from kedro.validation.exceptions import ParameterValidationError
+from omegaconf import OmegaConf
 
-from weighmatch.data.source import UnusableDataError
-from weighmatch.hooks import GROUPS, RefusedError
-from weighmatch.io.files import UnfitFileError
-from weighmatch.workers import WorkerError
+from weighmatch.checks import ToldError
+from weighmatch.hooks import GROUPS
+from weighmatch.mistakes import require_known, require_project
+
+# What the operating system says that no change of this program cures.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
 @click.group(context_settings=CONTEXT_SETTINGS, name="weighmatch")
@@ -22,25 +34,57 @@ def cli() -> None:
     """Commands of this project."""
 
 
-def _run(**options: Any) -> Any:
+def _run(*, show_traceback: bool, **options: Any) -> Any:
     # Kedro logs each failed parameter and then raises them all: once is enough.
     logging.getLogger("kedro.validation").setLevel(logging.CRITICAL)
     try:
+        project = require_project()
+        _configure_logging(project)
+        require_known(options, project)
         return kedro_run.callback(**options)  # type: ignore[misc]
-    except ParameterValidationError as error:
-        raise click.ClickException(_in_a_sentence(str(error))) from error
-    except (
-        RefusedError,
-        UnusableDataError,
-        UnfitFileError,
-        FloatingPointError,
-        WorkerError,
-    ) as error:
-        raise click.ClickException(str(error)) from error
-    except DatasetError as error:
-        if isinstance(error.__cause__, UnfitFileError):
-            raise click.ClickException(str(error.__cause__)) from error
-        raise
+    except KeyboardInterrupt as stopped:
+        notes = getattr(stopped, "__notes__", [])
+        text = "Interrupted; start the same command again, and it goes on from what is finished"
+        click.echo("\n" + ". ".join([text, *notes]) + ".", err=True)
+        raise click.exceptions.Exit(INTERRUPTED) from stopped
+    except Exception as error:
+        sentence = _sentence_of(error)
+        if sentence is None:
+            raise
+        if show_traceback:
+            traceback.print_exception(error)
+        raise click.ClickException(sentence) from error
+
+
+def _configure_logging(project: Path) -> None:
+    """Log as the project says: Kedro looks for its file in the current folder alone."""
+    if find_config_file("conf/logging") is None and "KEDRO_LOGGING_CONFIG" not in os.environ:
+        text = (project / "conf" / "logging.yml").read_text("utf-8")
+        LOGGING.configure(yaml.safe_load(text))
+        LOGGING.set_project_logging(__package__)
+
+
+def _sentence_of(error: Exception) -> str | None:
+    """What the user is told of an error; None of one that only its traceback explains."""
+    if isinstance(error, ParameterValidationError):
+        return _in_a_sentence(str(error))
+    for cause in _causes(error):
+        if isinstance(cause, ToldError | FloatingPointError):
+            return str(cause)
+        if isinstance(cause, OSError) and cause.errno in NO_ROOM:
+            place = f"{cause.filename}: " if cause.filename else ""
+            return (
+                f"{place}{cause.strerror}; make room or make the folder writable, and start "
+                "again: what is finished is kept"
+            )
+    return None
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from: Kedro wraps what a dataset raises."""
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 def _in_a_sentence(message: str) -> str:
@@ -67,7 +111,53 @@ def _without_prefix(problem: str) -> str:
     return str(text)
 
 
-run = click.Command(
-    "run", params=kedro_run.params, callback=_run, help="Run the pipelines (kedro run)."
-)
+def _split_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
+    """Kedro's own reading of `--params`, for lists too: their commas separate no parameters."""
+    if isinstance(value, dict):  # from --config
+        return value
+    given = [part.strip() for part in re.split(r",(?![^\[]*\])", value) if part.strip()]
+    for part in given:
+        if not re.match(r"\s*[^=\s]+\s*=", part):
+            raise click.BadParameter(
+                f"{part!r} is not of the form name=value, as in data.ratio=0.5"
+            )
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist(given))
+    except yaml.YAMLError as error:
+        raise click.BadParameter(f"{value!r} holds a value that cannot be read") from error
+
+
+def _own_params() -> list[click.Parameter]:
+    """The options of `kedro run`, with lists in `--params` and a flag that shows tracebacks."""
+    options = list(kedro_run.params)
+    place = next(n for n, option in enumerate(options) if option.name == "params")
+    options[place] = click.Option(
+        ["--params"],
+        type=click.UNPROCESSED,
+        default="",
+        callback=_split_params,
+        help="Parameters to change, such as data.ratio=0.5,data.seeds=[1,2]; quote a list.",
+    )
+    flag = ["--traceback", "show_traceback"]
+    shown = click.Option(flag, is_flag=True, help="Show where in the code an error comes from.")
+    return [*options, shown]
+
+
+run = click.Command("run", params=_own_params(), callback=_run, help="Run the pipelines.")
 cli.add_command(run)
+
+
+class _Jupyter(click.Group):
+    """Kedro's command, which names a file of requirements that this project has not."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except KedroCliError as error:
+            raise click.ClickException(
+                "Jupyter is not part of this project; start it with "
+                "uv run --with jupyterlab --with notebook kedro jupyter lab"
+            ) from error
+
+
+cli.add_command(_Jupyter("jupyter", kedro_jupyter.commands, help=kedro_jupyter.help))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import CPU, TrainedRun
+from weighmatch.semisup.parts.backbones import Backbone, load_backbone
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +37,8 @@ class Portable(nn.Module):
     def __init__(self, run: TrainedRun) -> None:
         super().__init__()
         self.classifier = run.classifier
+        # A run on stored features has no backbone of its own.
+        self.backbone = backbone_of(run) if run.config.training.frozen else None
         weighting = run._load_weighting(run.classifier, CPU)
         self.ranks = run._criterion(weighting, CPU)
         # An arm that ranks no new image scores each of them 1.
@@ -47,6 +50,8 @@ class Portable(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         batch = images.float() / 255
+        if self.backbone is not None:
+            batch = self.backbone(batch)
         features = self.classifier.features(batch)
         logits = self.classifier.head(features)
         if not self.tells_apart:
@@ -103,7 +108,7 @@ def export_run(
         "height": run.image_shape[1],
         "width": run.image_shape[2],
         "input": f"{INPUT}: uint8 (n, channels, height, width), RGB or grey levels 0 to 255",
-        "normalisation": "within the graph: x / 255 − 0.5",
+        "normalisation": normalisation_of(run),
         "preparation": dict(preparation or {}),
         "outputs": list(OUTPUTS),
         "cut": run.pool.cut,
@@ -141,13 +146,19 @@ def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object])
     channels, height, width = run.image_shape
     training = run.config.training
     size = sum(value.numel() for value in run.classifier.parameters())
+    weights = ""
+    if training.weights != "none":
+        trained = "head" if training.frozen else f"head and {training.fine_tune} blocks"
+        weights = f"weights {Path(training.weights).name}, {trained} trained, "
+    if training.frozen and (backbone := backbone_of(run)) is not None:
+        size += sum(value.numel() for value in backbone.parameters())
     table = {
         "classes": ", ".join(classes),
         "input": f"uint8 images (n, {channels}, {height}, {width}), "
         f"{'grey' if channels == 1 else 'RGB'} levels 0 to 255",
-        "normalisation": "x / 255 − 0.5, within the graph",
+        "normalisation": normalisation_of(run),
         "outputs": f"probabilities (n, {len(classes)}) and scores (n,)",
-        "network": f"{training.network}, {size:,} parameters",
+        "network": f"{training.network}, {weights}{size:,} parameters",
         "training": f"{run.config.row.label}, schedule {run.config.schedule}, "
         f"{run.config.first_steps + run.config.steps:,} steps, seed {run.config.seed}",
         **facts,
@@ -169,6 +180,26 @@ def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object])
         "how far they can be trusted. An image of none of the classes still gets one; look at its "
         "score. The model learned from few labels, so that a mistake among them shows.\n"
     )
+
+
+def backbone_of(run: TrainedRun) -> Backbone | None:
+    """The network of torchvision or timm behind a run; None: it has another."""
+    training, trunk = run.config.training, run.classifier.trunk
+    if training.frozen:
+        return load_backbone(training.network, training.weights)
+    return trunk if isinstance(trunk, Backbone) else None
+
+
+def normalisation_of(run: TrainedRun) -> str:
+    """What a run's graph does to pixels first, in words."""
+    backbone = backbone_of(run)
+    if backbone is None:
+        return "x / 255 − 0.5, within the graph"
+    mean, std = (
+        ", ".join(f"{value:g}" for value in part)
+        for part in (backbone.info.mean, backbone.info.std)
+    )
+    return f"(x / 255 − mean) / deviation, mean {mean}, deviation {std}, within the graph"
 
 
 def read_preparation(folder: Path) -> dict[str, str]:

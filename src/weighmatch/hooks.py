@@ -12,7 +12,7 @@ from kedro.io import CatalogProtocol
 from kedro.pipeline import Pipeline
 
 from weighmatch.arms import get_arm
-from weighmatch.checks import require_group
+from weighmatch.checks import ToldError, require_group
 from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
@@ -41,7 +41,7 @@ KNOWN = (*GROUPS, "run_folder", "cache_folder", "data_folder")
 PARTS = ("tags", "node_names", "from_nodes", "to_nodes", "from_inputs", "to_outputs")
 
 
-class RefusedError(ValueError):
+class RefusedError(ToldError, ValueError):
     """A run that cannot be done as asked: one sentence that names the parameter and the cure."""
 
 
@@ -109,7 +109,7 @@ class ChecksBeforeWork:
         for name in {"params:run_folder", "params:cache_folder"} & inputs:
             # As catalog paths: from the project's folder, wherever the command was given.
             folder = Path(run_params["project_path"]) / str(catalog.load(name))
-            catalog[name] = str(folder)
+            catalog.save(name, str(folder))
             folders.add(folder)
         for folder in sorted(folder for folder in folders if folder is not None):
             _check_writable(folder)
@@ -150,6 +150,11 @@ def _check_runs(given: Given, asked: Asked) -> None:
     """Refuse runs that could not be trained, and parameters that none of them reads."""
     training, runs = asked.training, asked.runs
     require_effect(given.get("training", {}), runs.arms, runs)
+    if given.get("training", {}).get("features") and not training.frozen:
+        raise ValueError(
+            "training.features has no effect, as no backbone is frozen; leave it out, or set "
+            "training.network=efficientnet_lite0 and training.weights=packaged"
+        )
     schedules = {s for arm in runs.arms for s in get_arm(arm).schedules_among(runs.schedule)}
     if "rounds" not in schedules and "rounds" in given.get("runs", {}):
         raise ValueError(

@@ -15,6 +15,7 @@ from kedro.pipeline import Pipeline
 from kedro.pipeline.node import Node
 
 from weighmatch import pipelines
+from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
 from weighmatch.hooks import RefusedError
 from weighmatch.io.files import UnfitFileError, remove_orphans
@@ -29,7 +30,6 @@ from weighmatch.io.provenance import (
     require_together,
     require_whole,
 )
-from weighmatch.workers import WorkerError
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,7 @@ class KeepsFilesWhole:
         self._lock(pipeline, project / str(catalog.load("params:run_folder")))
         try:
             names = sorted(name for name in pipeline.inputs() if self._has_files(name))
+            self._require_made(names, pipeline)
             for name in names:
                 self._require_whole(name)
             self._require_together(names, pipeline.all_outputs())
@@ -86,7 +87,7 @@ class KeepsFilesWhole:
     def on_pipeline_error(self, error: Exception, pipeline: Pipeline) -> None:
         """Give the locks back; say what was made by other code, as that may be the cause."""
         self._locks.release()
-        if isinstance(error, RefusedError | UnfitFileError | FloatingPointError | WorkerError):
+        if isinstance(error, ToldError | FloatingPointError):
             return
         older: dict[str, str] = {}
         with suppress(UnfitFileError):
@@ -185,6 +186,34 @@ class KeepsFilesWhole:
     def _has_files(self, name: str) -> bool:
         return not name.startswith("params:") and self._place(name) is not None
 
+    def _require_made(self, names: Iterable[str], asked: Pipeline) -> None:
+        """Refuse a run whose inputs do not exist, with all pipelines that it lacks."""
+        missing = [name for name in names if self._is_missing(name)]
+        if not missing:
+            return
+        graphs = _all_graphs()
+        makers = {name: maker for maker, graph in graphs.items() for name in graph.all_outputs()}
+        lacking, waiting = set(), [makers[name] for name in missing]
+        while waiting:
+            maker = waiting.pop()
+            lacking.add(maker)
+            read = graphs[maker].inputs() - asked.all_outputs()
+            waiting += {makers[name] for name in filter(self._is_missing, read)} - lacking
+        order = dict.fromkeys(
+            pipeline_of(node) for node in sum(graphs.values(), Pipeline([])).nodes
+        )
+        text = f"{self._place(missing[0])} does not exist"
+        if len(missing) > 1:
+            others = f"{len(missing) - 1} other{'s' if len(missing) > 2 else ''}"
+            text = f"{self._place(missing[0])} and {others} do not exist"
+        run = in_words([name for name in order if name in lacking])
+        mine = {name for maker in lacking for name in graphs[maker].inputs()} & asked.all_outputs()
+        raise RefusedError(f"{text}; run {run}{' as well' if mine else ''}")
+
+    def _is_missing(self, name: str) -> bool:
+        place = None if name.startswith("params:") else self._place(name)
+        return place is not None and not place.exists()
+
     def _require_whole(self, name: str) -> None:
         assert self._catalog is not None
         try:
@@ -218,8 +247,11 @@ def _code_of(module: str) -> str:
 
 def _maker_of(dataset: str) -> str:
     """The name of the pipeline that makes a dataset; a run by names knows no other pipelines."""
-    for module in iter_modules(pipelines.__path__):
-        package = import_module(f"{pipelines.__name__}.{module.name}")
-        if dataset in package.create_pipeline().all_outputs():
-            return module.name
-    return "that makes it"
+    graphs = _all_graphs().items()
+    return next((name for name, graph in graphs if dataset in graph.all_outputs()), "that makes it")
+
+
+def _all_graphs() -> dict[str, Pipeline]:
+    """Every pipeline by its name."""
+    names = [module.name for module in iter_modules(pipelines.__path__)]
+    return {name: import_module(f"{PIPELINES}.{name}").create_pipeline() for name in names}

@@ -24,7 +24,7 @@ from weighmatch.arms import LEARNED
 from weighmatch.data.cache import default_cache
 from weighmatch.data.config import DataConfig, merge_groups
 from weighmatch.data.rank_config import Preparation
-from weighmatch.data.source import get_source
+from weighmatch.data.source import Wishes, get_source
 from weighmatch.data.splits import Splits
 from weighmatch.evaluation.chosen import files_of
 from weighmatch.evaluation.lists import label_next, labels_to_check
@@ -32,6 +32,7 @@ from weighmatch.evaluation.ranking import ranking_table
 from weighmatch.export import export_run
 from weighmatch.semisup.checkpoint import Scored, TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.feature_store import FeatureStore, with_features
 from weighmatch.semisup.ranked_pool import describe_pool
 from weighmatch.semisup.training.jobs import finish_jobs, plan_jobs, read_job
 from weighmatch.streaming import rank_folder
@@ -76,7 +77,11 @@ class Folder:
         """
         given = {"seeds": (SEED,), "source": "folder", "root": str(root), **options}
         self.config = DataConfig(**given)
-        get_source("folder").check_found(self.config)
+        source = get_source("folder")
+        source.check_found(self.config)
+        advised = source.recipe(self.config).get("data", {})
+        if "size" in advised and given.get("size", "auto") == "auto":
+            self.config = DataConfig(**{**given, "size": advised["size"]})
 
     @cached_property
     def splits(self) -> Splits:
@@ -173,22 +178,30 @@ def fit(
         ValueError: if a parameter is unknown or has a wrong value.
     """
     splits = data.splits
-    recipe: Any = get_source("folder").recipe(data.config)
-    given = merge_groups(recipe["training"], dict(training or {}))
-    arrays: dict[str, NDArray[Any]] = {
+    asked_for = dict(training or {})
+    fine_tuned = asked_for.get("fine_tune", "none") != "none"
+    wishes = Wishes(asked_for.get("network"), fine_tuned)
+    recipe: Any = get_source("folder").recipe(data.config, wishes)
+    given = merge_groups(recipe["training"], asked_for)
+    arrays: Mapping[str, NDArray[Any]] = {
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,
         "class_names": np.array(splits.class_names, np.str_),
     }
-    config = RunsConfig(**{**(runs or {}), "arms": (arm,)})
-    (job,) = plan_jobs(
-        config.arms, {f"folder-all-seed_{SEED:04d}": arrays}, TrainingConfig(**given), config
-    )
+    asked = {**recipe["runs"], **(runs or {}), "arms": (arm,)}
+    config, settings = RunsConfig(**asked), TrainingConfig(**given)
     place = default_cache() / "runs" if folder is None else Path(folder)
+    sets = {f"folder-all-seed_{SEED:04d}": arrays}
+    if settings.frozen:
+        features = default_cache() / "features" if folder is None else place / "features"
+        with _script_not_run_again():
+            FeatureStore.extract(features, sets, {}, settings, config.workers)
+        sets = with_features(sets, features)
+    (job,) = plan_jobs(config.arms, sets, settings, config)
     finish_jobs([job], place, workers=1)
     trained = read_job(job, place)
-    pool = describe_pool(trained, splits.labelled_images, splits.labels, splits.pool.images)
+    pool = describe_pool(trained, job.data)
     files = data.files
     return FittedRun(
         trained,

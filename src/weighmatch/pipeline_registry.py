@@ -5,6 +5,7 @@ from kedro.pipeline import Pipeline
 
 # One takes as long as all others together, and one needs a folder that is named.
 BY_NAME_ONLY = ("meta_learning_analysis", "rank")
+DEFAULT = "__default__"
 
 
 def register_pipelines(study: bool = True) -> dict[str, Pipeline]:
@@ -23,5 +24,5 @@ def register_pipelines(study: bool = True) -> dict[str, Pipeline]:
         pipelines["reporting"] = reporting.create_pipeline(study=False)
     left_out = BY_NAME_ONLY if study else (*BY_NAME_ONLY, "ihvp_analysis")
     default = [p for name, p in pipelines.items() if name not in left_out]
-    pipelines["__default__"] = sum(default, Pipeline([]))
+    pipelines[DEFAULT] = sum(default, Pipeline([]))
     return pipelines

@@ -8,9 +8,11 @@ from kedro.config import OmegaConfigLoader
 from omegaconf import OmegaConf
 
 from weighmatch.data.config import DataConfig, merge_groups
-from weighmatch.data.source import get_source
+from weighmatch.data.source import Wishes, get_source
 from weighmatch.hooks import ChecksBeforeWork, LeavesOutTheStudy
 from weighmatch.keeping import KeepsFilesWhole
+from weighmatch.semisup.config import RunsConfig
+from weighmatch.terminal import TellsProgress
 
 # Parameters by name, and groups of them.
 Parameters = dict[str, Any]
@@ -53,14 +55,18 @@ warnings.filterwarnings("ignore", "ORJSONResponse is deprecated")
 def _with_recipe(parameters: Parameters) -> Parameters:
     """The parameters laid over what the source of images recommends."""
     try:
-        data = DataConfig(**parameters.get("data", {}))
-        recipe = get_source(data.source).recipe(data)
+        data = DataConfig(**(parameters.get("data") or {}))
+        limit = RunsConfig(time_limit=(parameters.get("runs") or {}).get("time_limit"))
+        training = parameters.get("training") or {}
+        fine_tuned = training.get("fine_tune", "none") != "none"
+        wishes = Wishes(training.get("network"), fine_tuned, limit.seconds() or None)
+        recipe = get_source(data.source).recipe(data, wishes)
     except (TypeError, ValueError):  # the checks of the parameters will say what is wrong
         return parameters
     return {**parameters, **merge_groups(recipe, {k: parameters.get(k) or {} for k in recipe})}
 
 
-HOOKS = (LeavesOutTheStudy(), ChecksBeforeWork(), KeepsFilesWhole())
+HOOKS = (LeavesOutTheStudy(), ChecksBeforeWork(), KeepsFilesWhole(), TellsProgress())
 CONFIG_LOADER_CLASS = ExperimentLoader
 # An environment such as conf/gpu changes single parameters and keeps the others.
 CONFIG_LOADER_ARGS: Parameters = {

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -21,6 +22,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Literal, NoReturn, TypeVar, cast
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from weighmatch.checks import ToldError
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ T = TypeVar("T")
 MAX_RESTARTS = 2
 # Seconds between two reports of a worker's progress, and between two looks for its parent.
 REPORT_INTERVAL, WATCH_INTERVAL = 0.2, 0.5
+# The bar of all jobs together, with the time that is left.
+BAR = "{desc}: {percentage:3.0f} % |{bar:30}| {elapsed} so far, {remaining} left"
 # What torch says where it gets no memory: itself on the CPU and on a GPU, its convolutions (oneDNN)
 # and C++.
 NO_MEMORY = (
@@ -37,7 +43,7 @@ NO_MEMORY = (
 )
 
 
-class WorkerError(RuntimeError):
+class WorkerError(ToldError, RuntimeError):
     """A worker that was killed or got no memory; the message says how to go on."""
 
 
@@ -47,9 +53,8 @@ def run_all(
     workers: int | Literal["auto"] = "auto",
     *,
     title: str,
-    total: int,
-    unit: str = "run",
-    done: int = 0,
+    total: float,
+    done: float = 0,
     skips: Callable[[int], bool] = lambda position: False,
 ) -> Iterator[tuple[int, T]]:
     """Do every job, several at a time, and hand over each answer as soon as it is there.
@@ -62,8 +67,8 @@ def run_all(
         jobs: the arguments of the calls; they are begun in this order, so put the longest first.
         workers: number of processes; "auto": one a core.
         title: what the progress bar is called.
-        total: units of all jobs together, and those of `done`.
-        unit: what the progress bar counts.
+        total: units of all jobs together, those of `done`, and those of a later call that goes on
+            with the bar.
         done: units that were done before this call.
         skips: asked with the position of a job when its turn comes; one that is skipped is not
             begun and has no answer.
@@ -79,16 +84,25 @@ def run_all(
     if not jobs:
         return
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
-    with tqdm(total=total, initial=done, desc=title, unit=unit, mininterval=0.5) as bar:
+    # A file gets a line now and then, and no lines that overwrite one another.
+    often = 0.5 if sys.stderr.isatty() else 30
+    with (
+        logging_redirect_tqdm(),  # a line of the log begins a line of the terminal
+        tqdm(
+            total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
+        ) as bar,
+    ):
         if count > 1:
             yield from _run_in_processes(function, jobs, count, bar, skips)
-            return
-        for position, job in enumerate(jobs):
-            if skips(position):
-                continue
-            with one_thread():
-                answer = function(*job, bar.update)
-            yield position, answer
+        else:
+            for position, job in enumerate(jobs):
+                if skips(position):
+                    continue
+                with one_thread():
+                    answer = function(*job, bar.update)
+                yield position, answer
+        # Another call goes on with a bar that is not full.
+        bar.leave = round(bar.n) >= round(total)
 
 
 def run_in_order(
@@ -97,12 +111,11 @@ def run_in_order(
     workers: int | Literal["auto"] = "auto",
     *,
     title: str,
-    total: int,
-    unit: str = "run",
-    done: int = 0,
+    total: float,
+    done: float = 0,
 ) -> list[T]:
     """The answers of `run_all`, in the order of the jobs."""
-    found = dict(run_all(function, jobs, workers, title=title, total=total, unit=unit, done=done))
+    found = dict(run_all(function, jobs, workers, title=title, total=total, done=done))
     return [found[position] for position in range(len(jobs))]
 
 
@@ -148,7 +161,7 @@ class _Worker:
     pipe: Connection
     ready: bool = False
     position: int | None = None
-    reported: int = 0
+    reported: float = 0
 
     @classmethod
     def start(cls) -> "_Worker":
@@ -313,9 +326,9 @@ class _Report:
     """Adds up progress and sends it now and then."""
 
     def __init__(self, pipe: Connection) -> None:
-        self.pipe, self.units, self.sent = pipe, 0, 0.0
+        self.pipe, self.units, self.sent = pipe, 0.0, 0.0
 
-    def add(self, units: int) -> None:
+    def add(self, units: float) -> None:
         self.units += units
         if time.monotonic() - self.sent > REPORT_INTERVAL:
             self.flush()

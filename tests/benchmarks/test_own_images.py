@@ -113,7 +113,7 @@ def test_a_job_is_judged_by_the_truth(tmp_path, monkeypatch):
         pd.DataFrame({**ranking, "kept": kept}).to_csv(reporting / "ranking.csv", index=False)
         rejected = {"path": ["unlabelled/e", "unlabelled/g"], "reason": ["", ""]}
         pd.DataFrame(rejected).to_csv(reporting / "rejected_files.csv", index=False)
-        (reporting / "metrics.json").write_text(json.dumps({"pile": {"verdict": "It helped."}}))
+        (reporting / "summary.json").write_text(json.dumps({"pile": {"verdict": "It helped."}}))
         assert command[-1].endswith("data_folder=" + str(data) + ",training.steps=3")
 
     monkeypatch.setattr(own_images.subprocess, "run", run)

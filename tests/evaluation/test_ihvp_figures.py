@@ -5,9 +5,12 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.text import Text
 
 from weighmatch.evaluation import ihvp_figures as figures
-from weighmatch.studies.methods import all_methods, get_method
+from weighmatch.evaluation.study_figures import spread
+from weighmatch.studies.methods import ADDED_COLOURS, all_methods, get_method, get_methods
 
 BUDGETS = {
     "identity": (1,),
@@ -31,8 +34,8 @@ def error_of(network, stage, method, budget, seed=0):
     """A number that no other cell has."""
     if method == "exact":
         return 0.0
-    place = METHODS.index(method) + 10 * (network == "mlp-4") + 100 * STAGES.index(stage)
-    return (1 + place) / (1000 * budget) * (1 + 0.1 * seed)
+    place = 100 * METHODS.index(method) + 10 * (network == "mlp-4") + STAGES.index(stage)
+    return (1 + place) / (1000 * budget) * (1 + 0.1 * seed**2)
 
 
 def rows_of(network, stage, seed=0, **settings):
@@ -41,7 +44,7 @@ def rows_of(network, stage, seed=0, **settings):
             error = error_of(network, stage, method, budget, seed)
             yield {
                 "network": network,
-                "parameters": 650,
+                "parameters": 1210 if network == "mlp-4" else 650,
                 "seed": seed,
                 "curvature": "hessian",
                 "stage": stage,
@@ -56,7 +59,7 @@ def rows_of(network, stage, seed=0, **settings):
                 "hypergradient_cosine": 1 - error,
                 "error_bound": np.nan,
                 "true_error": np.nan,
-                "gradients": 2.0 * budget + METHODS.index(method),
+                "products": np.nan if method == "gone" else budget + 1.0,
                 **settings,
             }
 
@@ -91,11 +94,17 @@ def legend_of(figure):
     return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
-def test_cost_shows_the_median_error_and_time_of_every_method(study):
+def labels_at_the_lines(axes):
+    """Each label beside a panel, with the place that it leads to."""
+    return {text.get_text(): text.xy for text in axes.texts}
+
+
+def test_cost_shows_the_median_error_of_every_method_by_counted_products(study):
     figure = figures.draw_cost(study)
-    figure.canvas.draw()
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
     titles = [axes.get_title(loc="left") for axes in figure.axes]
-    assert titles == ["softmax, P = 650, Hessian", "mlp-4, P = 650, Hessian"]
+    assert titles == ["softmax, P = 650, Hessian", "mlp-4, P = 1,210, Hessian"]
     for axes, network in zip(figure.axes, ("softmax", "mlp-4"), strict=True):
         lines = lines_of(axes)
         assert set(lines) == set(LABELS.values())
@@ -103,8 +112,48 @@ def test_cost_shows_the_median_error_and_time_of_every_method(study):
             budgets = np.array(BUDGETS[name])
             expected = [error_of(network, "1.0", name, b, seed=1) for b in budgets]
             assert lines[label].get_ydata() == pytest.approx(expected)
-            assert lines[label].get_xdata() == pytest.approx(2 * budgets + METHODS.index(name))
-    assert legend_of(figure) == [*(LABELS[m] for m in METHODS if m in LABELS)]
+            # A method that counts no products stands at its budget.
+            counted = budgets + (0 if name == "gone" else 1)
+            assert lines[label].get_xdata() == pytest.approx(counted)
+            assert lines[label].get_color() == get_methods([name])[0].colour
+            assert labels_at_the_lines(axes)[label] == pytest.approx((counted[-1], expected[-1]))
+    assert figure.axes[-1].get_xlabel() == "products with the curvature"
+    # No label lies on another one, or outside of the figure.
+    for axes in figure.axes:
+        for text in axes.texts:
+            text.update_positions(canvas.get_renderer())
+        boxes = sorted((Text.get_window_extent(t) for t in axes.texts), key=lambda box: box.y0)
+        assert all(low.y1 <= high.y0 for low, high in itertools.pairwise(boxes))
+        assert all(axes.bbox.x1 < box.x0 < box.x1 <= figure.bbox.width for box in boxes)
+
+
+def test_the_summary_has_the_main_methods_on_the_largest_network(study):
+    (axes,) = figures.draw_summary(study).axes
+    assert axes.get_title(loc="left") == "mlp-4, P = 1,210, Hessian"
+    main = {"identity", "neumann", "conjugate_gradient"}
+    assert set(lines_of(axes)) == {LABELS[name] for name in main} == set(labels_at_the_lines(axes))
+
+
+def test_lines_that_lie_on_one_another_are_all_seen(study):
+    keys = ["network", "seed", "stage", "max_products", "dtype", "batch", "l2", "damping_ratio"]
+    rows = study[study["method"] != "minres"]
+    twin = rows[rows["method"] == "conjugate_gradient"].assign(method="minres")
+    assert not twin.duplicated(keys).any()
+    lines = lines_of(figures.draw_cost(pd.concat([rows, twin])).axes[0])
+    below, above = lines[LABELS["conjugate_gradient"]], lines[LABELS["minres"]]
+    assert below.get_ydata() == pytest.approx(above.get_ydata())
+    assert below.get_linewidth() > above.get_linewidth()
+    assert below.get_markersize() > above.get_markersize()
+    assert (below.get_linestyle(), above.get_linestyle()) == ("-", "--")
+    alone = lines_of(figures.draw_cost(study).axes[0])
+    looks = {(line.get_linestyle(), line.get_markersize()) for line in alone.values()}
+    assert looks == {("-", above.get_markersize())}
+
+
+def test_labels_are_spread_as_little_as_needed():
+    assert spread([0.5, 0.1, 0.9], 0.1) == pytest.approx([0.5, 0.1, 0.9])
+    assert spread([0.5, 0.5], 0.2) == pytest.approx([0.4, 0.6])
+    assert spread([0.99, 1.0, 0.2], 0.1) == pytest.approx([0.9, 1.0, 0.2])
 
 
 def test_errors_that_are_too_small_are_drawn_at_the_edge(study):
@@ -189,6 +238,7 @@ def test_memory_is_a_line_a_method_over_the_number_of_parameters():
     figure.canvas.draw()
     lines = lines_of(figure.axes[0])
     assert list(lines) == ["MINRES", "Nyström, rank 10", "Nyström, rank 40"]
+    assert list(labels_at_the_lines(figure.axes[0])) == list(lines)
     for level, line in enumerate(lines.values()):
         assert list(line.get_xdata()) == [1000, 2000]
         assert list(line.get_ydata()) == [level + 1, level + 2]
@@ -196,7 +246,7 @@ def test_memory_is_a_line_a_method_over_the_number_of_parameters():
     assert lines["Nyström, rank 10"].get_marker() != lines["Nyström, rank 40"].get_marker()
 
 
-def test_no_two_methods_look_the_same():
-    looks = [(row.colour, row.marker) for row in all_methods()]
-    assert len(set(looks)) == len(looks)
-    assert len({row.label for row in all_methods()}) == len(looks)
+def test_each_method_has_a_colour_and_a_label_of_its_own():
+    colours = [row.colour for row in all_methods()]
+    assert len({*colours, *ADDED_COLOURS}) == len(colours) + len(ADDED_COLOURS)
+    assert len({row.label for row in all_methods()}) == len(colours)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from weighmatch.arms import Arm, register, unregister
+from weighmatch.arms import Arm, get_arm, register, unregister
 from weighmatch.evaluation.statistics import gap_closed, holm, mean_interval, paired_difference
 from weighmatch.evaluation.tables import MEANS, arm_table, by_cell, compare_arms, label_series
 
@@ -25,6 +25,13 @@ def test_arms_are_compared_with_fixmatch_seed_by_seed():
     assert np.isnan(table.loc["fixmatch", "difference"])
     assert np.isnan(table.loc["oracle", "gap_closed"])
     assert (table[list(MEANS)] == 1).all(axis=None)
+
+
+def test_arms_can_be_compared_with_another_one():
+    runs = scores(fixmatch=[80.0, 90.0], learned=[82.0, 94.0], supervised=[70.0, 71.0])
+    table = arm_table(runs, get_arm("supervised")).set_index("arm")
+    assert table["difference"].dropna().to_dict() == {"fixmatch": 14.5, "learned": 17.5}
+    assert arm_table(runs, get_arm("oracle"))["difference"].isna().all()
 
 
 def test_a_cell_does_not_see_another():

@@ -45,7 +45,7 @@ def decode_many(
         ([str(path) for path in paths[first : first + FILES_AT_ONCE]], shape, fit, background)
         for first in range(0, len(paths), FILES_AT_ONCE)
     ]
-    answers = run_all(_read_all, chunks, workers, title=title, total=len(paths), unit="file")
+    answers = run_all(_read_all, chunks, workers, title=title, total=len(paths))
     for chunk, found in answers:
         for position, one in enumerate(found):
             yield chunk * FILES_AT_ONCE + position, one

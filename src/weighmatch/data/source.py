@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
-from weighmatch.checks import require_choice
+from weighmatch.checks import ToldError, require_choice
 from weighmatch.data.ood import MIXED
 from weighmatch.data.splits import Arrays, Splits
 
@@ -24,17 +24,33 @@ DEFAULT_ARMS = (
     "supervised",
     "fixmatch",
     "fixmatch_matched",
-    "max_prob",
     "pu",
     "learned",
     "oracle",
 )
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What is asked for beside the data, as far as a recipe depends on it.
+
+    Attributes:
+        network: `training.network`; None: any.
+        fine_tuned: whether a pretrained network is trained further.
+        seconds: how long all may take; None: there is no limit.
+    """
+
+    network: str | None = None
+    fine_tuned: bool = False
+    seconds: float | None = None
+
+
 # Parameters by group, such as {"training": {"steps": 2000}}.
 Recipe = dict[str, dict[str, Any]]
 Own = TypeVar("Own")
 
 
-class UnusableDataError(ValueError):
+class UnusableDataError(ToldError, ValueError):
     """A source has too little to go on with: one sentence that names the cure."""
 
 
@@ -137,10 +153,14 @@ class Source(ABC, Generic[Own]):
         """What the manifest says of what was found: counts, and where it was."""
         return {}
 
-    def recipe(self, config: "DataConfig") -> Recipe:
+    def recipe(self, config: "DataConfig", wishes: Wishes = Wishes()) -> Recipe:  # noqa: B008
         """The settings that serve this source; they count where nothing else is asked for.
 
         No image is decoded for it.
+
+        Args:
+            config: of this source.
+            wishes: what is asked for beside it.
 
         Raises:
             UnusableDataError: if that cannot be told, as images are missing.

@@ -5,7 +5,8 @@ A job of one cell has one panel, a job of several cells a panel each. `scores` c
 from `compare_arms`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,6 @@ from weighmatch.arms import FIXMATCH, ORACLE, Arm, all_arms, arm_names, get_arm
 from weighmatch.data.ood import OOD_KINDS
 from weighmatch.evaluation.statistics import mean_interval
 from weighmatch.evaluation.tables import (
-    BASELINE,
     ONLINE,
     Accuracies,
     Series,
@@ -38,6 +38,8 @@ Marks = dict[str, Any]
 BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
 RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
 
+# Inches and letters by which a panel and its labels are readable on a phone.
+WIDTH, LABEL_WIDTH = 6.2, 20
 MARKERS = ("o", "s", "^", "D", "v", "P", "<", "X", "p", ">", "h", "d", "8", "*", (4, 1, 0))
 # Shares of the gap beyond these (%) are cut off.
 MAX_GAP_SHOWN = 200.0
@@ -104,21 +106,22 @@ def draw_accuracy(scores: pd.DataFrame) -> Figure:
     return figure
 
 
-def draw_differences(scores: pd.DataFrame) -> Figure:
-    """Accuracy of each arm minus that of FixMatch on the same seed."""
-    message = "Difference to FixMatch at equal steps: mean and 95 % interval"
-    figure = _draw_seeds(scores, _minus_fixmatch, message)
+def draw_differences(scores: pd.DataFrame, against: Arm = FIXMATCH) -> Figure:
+    """Accuracy of each arm minus that of another one on the same seed."""
+    baseline = (against.name, ONLINE)
+
+    def minus_baseline(arms: Accuracies) -> Accuracies:
+        if baseline not in arms:
+            return {}
+        others = {series: accuracy for series, accuracy in arms.items() if series != baseline}
+        return {series: (mine - arms[baseline]).dropna() for series, mine in others.items()}
+
+    message = "Differences: mean and 95 % interval"
+    figure = _draw_seeds(scores, minus_baseline, message)
     for axes in figure.axes:
         axes.axvline(0, color=BLACK, linewidth=1)
-        axes.set_xlabel("accuracy minus FixMatch's on the same seed (points)")
+        axes.set_xlabel(f"accuracy minus that of\n{against.label} (points)")
     return figure
-
-
-def _minus_fixmatch(arms: Accuracies) -> Accuracies:
-    if BASELINE not in arms:
-        return {}
-    others = {series: accuracy for series, accuracy in arms.items() if series != BASELINE}
-    return {series: (mine - arms[BASELINE]).dropna() for series, mine in others.items()}
 
 
 def _draw_seeds(
@@ -131,14 +134,19 @@ def _draw_seeds(
         for series, label in label_series(scores).items()
         if any(len(cell.get(series, ())) for cell in found)
     }
-    figure, panels = _panel_a_cell(scores, 8, 0.5 * len(labels) + 1.5, message)
+    figure, panels = _panel_a_cell(scores, WIDTH, 0.5 * len(labels) + 1.5, message)
     for (axes, _), cell in zip(panels, found, strict=True):
         for row, series in enumerate(reversed(labels)):
             if len(cell.get(series, ())):
                 colour = get_arm(series[0]).colour
                 _dots_and_interval(axes, row, cell[series].to_numpy(), colour, overlap_of(scores))
-        axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
+        axes.set_yticks(range(len(labels)), _wrapped(reversed(labels.values())))
     return figure
+
+
+def _wrapped(labels: Iterable[str]) -> list[str]:
+    """Labels on lines so short that a panel is readable on a phone."""
+    return ["\n".join(wrap(label, LABEL_WIDTH)) for label in labels]
 
 
 def _dots_and_interval(
@@ -164,7 +172,10 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
     labels = {s: label for s, label in label_series(trace).items() if spread[s] > 1e-6}
     cells = by_cell(trace)
     columns, rows = max(len(labels), 1), max(len(cells), 1)
-    figure = Figure(figsize=(4.2 * columns, 3.6 * rows), layout="constrained")
+    if rows == 1:
+        columns, rows = 1, columns
+    width = 4.2 * columns if columns > 1 else WIDTH
+    figure = Figure(figsize=(width, 3.2 * rows), layout="constrained")
     panels = make_grid(figure, rows, columns, sharey=True)
     places = [(title, cell, series) for title, cell in cells for series in labels]
     for axes, (title, cell, series) in zip(panels, places, strict=False):
@@ -176,9 +187,10 @@ def draw_weights(trace: pd.DataFrame) -> Figure:
     panels[0].set_ylim(0, 1.05 * highest)
     for axes in panels[::columns]:
         axes.set_ylabel("mean weight (1: plain FixMatch)")
-    _name(panels[0], panels, loc="lower left")
+    _name(panels[0], panels, loc="upper left")
     figure.suptitle(
-        "Which pool images are weighed up: mean over seeds, band from lowest to highest seed"
+        "Which pool images are weighed up:\nmean over seeds, band from lowest to highest",
+        fontsize=11,
     )
     return figure
 
@@ -208,15 +220,15 @@ def draw_auroc(scores: pd.DataFrame) -> Figure:
     """
     labels = label_series(scores)
     labels = {series: labels[series] for series in labels if get_arm(series[0]).pool == "whole"}
-    message = "What tells new OOD images apart: mean and 95 % interval"
-    figure, panels = _panel_a_cell(scores, 8, 0.6 * len(labels) + 1.6, message)
+    message = "What tells new OOD images apart: 95 % intervals"
+    figure, panels = _panel_a_cell(scores, WIDTH, 0.6 * len(labels) + 1.6, message)
     for axes, cell in panels:
         _draw_aurocs(axes, cell, list(reversed(labels)))
         axes.axvline(0.5, color=BLACK, linewidth=1, linestyle=":")
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.6, len(labels) - 0.4)
-        axes.set_yticks(range(len(labels)), list(reversed(labels.values())))
-        axes.set_xlabel("AUROC, in-distribution against OOD, held-out images (0.5 = chance)")
+        axes.set_yticks(range(len(labels)), _wrapped(reversed(labels.values())))
+        axes.set_xlabel("AUROC on held-out images (0.5 = chance)")
     _name(panels[0][0], [axes for axes, _ in panels], loc="upper left")
     return figure
 

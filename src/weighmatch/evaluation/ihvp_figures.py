@@ -8,8 +8,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from weighmatch.evaluation.figures import BLACK, BLUE, GREEN, GREY, ORANGE, RED, make_axes
-from weighmatch.evaluation.study_figures import plot_method, share_legend
+from weighmatch.evaluation.figures import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    RED,
+    make_axes,
+    make_grid,
+)
+from weighmatch.evaluation.study_figures import Line, plot_lines, plot_method, share_legend
 from weighmatch.studies.methods import get_method, get_methods
 
 # Errors below these are drawn there: of hypergradients, and of solutions and their bounds.
@@ -32,29 +41,51 @@ def base_cells(study: pd.DataFrame) -> pd.DataFrame:
     return rows
 
 
-def draw_cost(study: pd.DataFrame) -> Figure:
-    """Error of the hypergradient against the time of a solve, a panel a network."""
+def at_the_end(study: pd.DataFrame) -> pd.DataFrame:
+    """The base cells at the end of training, or at all stages where that is none of them."""
     rows = base_cells(study)
-    rows = _without_exact(rows[rows["stage"] == "1.0"] if "1.0" in set(rows["stage"]) else rows)
+    return rows[rows["stage"] == "1.0"] if "1.0" in set(rows["stage"]) else rows
+
+
+def largest_network(study: pd.DataFrame) -> str:
+    """The network of the most parameters."""
+    return str(study.sort_values("parameters")["network"].iloc[-1])
+
+
+def draw_cost(study: pd.DataFrame) -> Figure:
+    """Error of the hypergradient against the products that it costs, a panel a network.
+
+    A method that takes no product with the curvature stands at its budget: a step of unrolled
+    differentiation counts as one product, and so does a finite difference of two gradients.
+    """
+    rows = _without_exact(at_the_end(study))
+    rows = rows.assign(cost=rows["products"].fillna(rows["max_products"]).astype(float))
     networks = _networks(rows)
-    figure, panels = make_axes(4.4 * len(networks) + 2.6, 5.0, len(networks))
+    figure = Figure(figsize=(6.4, 0.6 + 3.6 * len(networks)), layout="constrained")
+    panels = make_grid(figure, len(networks), 1, sharex=True)
     for axes, network in zip(panels, networks, strict=True):
         mine = rows[rows["network"] == network]
+        lines = []
         for method in get_methods(mine["method"]):
             budgets = mine[mine["method"] == method.name].groupby("max_products")
-            middle = budgets[["gradients", "hypergradient_error"]].median()
-            errors = middle["hypergradient_error"].clip(lower=LOWEST_ERROR)
-            plot_method(axes, method, middle["gradients"], errors, markersize=5, linewidth=1.3)
+            middle = budgets[["cost", "hypergradient_error"]].median().to_numpy(np.float64)
+            lines.append(Line(method, middle[:, 0], middle[:, 1].clip(min=LOWEST_ERROR)))
         _make_logarithmic(axes)
-        axes.set_ylim(3e-9, 30)
+        axes.set_xlim(0.8, 1.25 * rows["cost"].max())
+        _fit_errors(axes, lines)
+        plot_lines(axes, lines)
         axes.set_title(_title(mine, network), loc="left", fontsize=10)
-        axes.set_xlabel("time of the hypergradient, in gradients")
-    panels[0].set_ylabel("relative error of the hypergradient (below 1e-8: at 1e-8)")
-    share_legend(figure, panels)
-    figure.suptitle(
-        "What time buys: distance to the exact hypergradient at the end of training", x=0.4
-    )
+        axes.set_ylabel("relative error of\nthe hypergradient")
+    panels[-1].set_xlabel("products with the curvature")
+    figure.suptitle("Distance to the exact hypergradient, end of training", fontsize=11)
     return figure
+
+
+def draw_summary(study: pd.DataFrame) -> Figure:
+    """The figure of costs for the main methods on the largest network."""
+    main = [method.name for method in get_methods(study["method"]) if method.is_main]
+    shown = study["method"].isin(main) & (study["network"] == largest_network(study))
+    return draw_cost(study[shown])
 
 
 def draw_progress(study: pd.DataFrame) -> Figure:
@@ -65,21 +96,33 @@ def draw_progress(study: pd.DataFrame) -> Figure:
     budgets = sorted(rows.loc[rows["method"] == "neumann", "max_products"].unique())
     budget = budgets[len(budgets) // 2]
     networks = _networks(rows)
-    figure, panels = make_axes(3.9 * len(networks) + 2.6, 4.4, len(networks))
+    figure = Figure(figsize=(6.4, 0.6 + 3.0 * len(networks)), layout="constrained")
+    panels = make_grid(figure, len(networks), 1, sharex=True)
     for axes, network in zip(panels, networks, strict=True):
         mine = rows[(rows["network"] == network) & rows["max_products"].isin([1, budget])]
+        lines = []
         for method in methods:
             line = mine[mine["method"] == method.name].groupby("progress")
             middle = line["hypergradient_error"].median().clip(lower=LOWEST_ERROR)
             if len(middle):
-                plot_method(axes, method, 100 * middle.index.to_numpy(), middle, markersize=5)
+                x, y = 100 * middle.index.to_numpy(np.float64), middle.to_numpy(np.float64)
+                lines.append(Line(method, x, y))
+        axes.set_xlim(-3, 103)
         axes.set_yscale("log")
+        _fit_errors(axes, lines)
+        plot_lines(axes, lines)
         axes.set_title(_title(mine, network), loc="left", fontsize=10)
-        axes.set_xlabel("progress of training (%)")
-    panels[0].set_ylabel("relative error of the hypergradient")
-    share_legend(figure, panels)
-    figure.suptitle(f"How the error moves as training goes on, {budget} products", x=0.4)
+        axes.set_ylabel("relative error of\nthe hypergradient")
+    panels[-1].set_xlabel("progress of training (%)")
+    figure.suptitle(f"How the error moves as training goes on, {budget} products", fontsize=11)
     return figure
+
+
+def _fit_errors(axes: Axes, lines: Sequence[Line]) -> None:
+    """Limits around all lines, at least a decade apart, with room for labels above."""
+    errors = np.concatenate([line.y for line in lines])
+    low, high = errors.min() / 2, errors.max() * 4
+    axes.set_ylim(min(low, high / 10), high)
 
 
 def draw_stability(study: pd.DataFrame) -> Figure:
@@ -160,20 +203,25 @@ def draw_spectra(spectra: pd.DataFrame) -> Figure:
 
 def draw_memory(memory: pd.DataFrame) -> Figure:
     """Peak memory of a solve in parameter vectors against P: flat lines are O(P)."""
-    figure, (axes,) = make_axes(8, 4.4)
+    figure, (axes,) = make_axes(7.5, 4.4)
+    lines = []
     for key, rows in memory.groupby("method", sort=False):
         # Nyström's method is measured at two ranks, such as "nystrom, rank 40".
         name, _, rank = str(key).partition(", ")
         method = get_method(name)
-        style = {"label": f"{method.label}, {rank}"} if rank else {}
+        look = {"label": f"{method.label}, {rank}"} if rank else {}
         if rank == "rank 40":
-            style["marker"] = "^"
-        plot_method(axes, method, rows["parameters"], rows["vectors"], **style)
+            look["marker"] = "^"
+        places = rows[["parameters", "vectors"]].to_numpy(np.float64).T
+        lines.append(Line(method, places[0], places[1], look))
     _make_logarithmic(axes)
+    for name, column in (("x", "parameters"), ("y", "vectors")):
+        ends = memory[column].min() / 1.5, memory[column].max() * 1.5
+        axes.set(**{f"{name}lim": ends})
+    plot_lines(axes, lines)
     axes.set_xlabel("number of parameters P")
     axes.set_ylabel("peak memory beyond the graph,\nin vectors of P numbers")
-    axes.set_title("Memory of one solve: flat lines grow as P", loc="left")
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes.set_title("Memory of one solve: flat lines grow as P", loc="left", fontsize=11)
     return figure
 
 

@@ -1,30 +1,32 @@
 """What somebody with a pile of unlabelled images asks: did it help, what is in it, what next?
 
-The first comparison is declared here, before anything runs: the arm that ranks the pool against
-the labelled images alone (`PRIMARY`). The one against plain FixMatch is the second.
+The first comparison is the declared one, `weighmatch.arms.POOL_HELPS`: the arm that ranks the pool
+against the labelled images alone. The one against plain FixMatch is the second.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from weighmatch.arms import FIXMATCH, SUPERVISED, get_arm
+from weighmatch.arms import FIXMATCH, POOL_HELPS, get_arm
 from weighmatch.evaluation.chosen import EVERYTHING, HeldOut
 from weighmatch.evaluation.judging import CELL
 from weighmatch.evaluation.ranking import copies_of
 from weighmatch.evaluation.statistics import (
+    LEVEL,
     PairedDifference,
     images_to_tell,
     paired_difference,
 )
 from weighmatch.evaluation.tables import accuracies, overlap_of
+from weighmatch.evaluation.verdict import Verdict, judge, judge_nothing
 
 Row = dict[str, object]
 
-PRIMARY, SECONDARY = SUPERVISED, FIXMATCH
+PRIMARY, SECONDARY = POOL_HELPS.against, FIXMATCH
 # A test folder is to tell a difference to so many points at the best and at the worst.
 FINEST, COARSEST = 1.0, 10.0
 ADVICE = 3
@@ -72,7 +74,7 @@ def judge_pile(
     manifest: Mapping[str, Any],
     lists: Lists,
 ) -> Row:
-    """What `metrics.json` holds under `pile`.
+    """What `summary.json` holds under `pile`.
 
     Args:
         run_scores: from `judge_runs`.
@@ -81,11 +83,10 @@ def judge_pile(
         lists: tables about single files.
 
     Returns:
-        `verdict`, a sentence or two with the interval; `primary` and `secondary`, the comparisons
-        behind it, or None; `useful`, how much of the pile is kept, with a `sentence`;
-        `test_images_needed`, how many would settle the first, or None; `temperature`; `files`,
-        how many were `rejected` and are `copies`; and `advice`, the three things that would help
-        most.
+        The fields of a `Verdict`; `primary` and `secondary`, the comparisons behind it, or None;
+        `useful`, how much of the pile is kept, with a `sentence`; `test_images_needed`, how many
+        would settle the first, or None; `temperature`; `files`, how many were `rejected` and are
+        `copies`; and `advice`, the three things that would help most.
     """
     scores = run_scores.merge(run_scores[list(CELL)].head(1))
     mine = accuracies(scores).get((run["arm"], run["schedule"]))
@@ -104,12 +105,16 @@ def judge_pile(
     }
     primary = found.get(PRIMARY.name)
     needed = None
-    if primary is not None and not _told(primary) and manifest["cells"][0]["source"] == "folder":
+    if (
+        primary is not None
+        and primary.p_value > LEVEL
+        and manifest["cells"][0]["source"] == "folder"
+    ):
         half = half_width(primary) / 100
         needed = images_to_tell(means[run["arm"]], means[PRIMARY.name], half)
     useful = _useful(scores, run, lists.ranking)
     return {
-        "verdict": _verdict(run, means, found, manifest, overlap, needed),
+        **asdict(_verdict(run, means, primary, manifest, overlap, needed)),
         "primary": _described(primary, PRIMARY.name, overlap),
         "secondary": _described(found.get(SECONDARY.name), SECONDARY.name, overlap),
         "useful": useful,
@@ -118,12 +123,6 @@ def judge_pile(
         "files": {"rejected": len(lists.rejected), "copies": _copies(lists)},
         "advice": _advise(lists, needed),
     }
-
-
-def _told(difference: PairedDifference) -> bool:
-    """Whether the interval leaves out 0; one without a width says nothing."""
-    low, high = difference.low, difference.high
-    return low is not None and high is not None and low < high and not low <= 0 <= high
 
 
 def half_width(difference: PairedDifference) -> float:
@@ -139,59 +138,25 @@ def _described(difference: PairedDifference | None, against: str, overlap: float
         for name, value in asdict(difference).items()
     }
     test = "corrected resampled t test" if overlap else "t interval and sign-flip test"
-    return {"against": against, **numbers, "told": _told(difference), "test": test}
+    return {"against": against, **numbers, "told": difference.p_value <= LEVEL, "test": test}
 
 
 def _verdict(
     run: Mapping[Any, Any],
     means: Mapping[str, float],
-    found: Mapping[str, PairedDifference],
+    primary: PairedDifference | None,
     manifest: Mapping[str, Any],
     overlap: float,
     needed: int | None,
-) -> str:
-    primary, second = found.get(PRIMARY.name), found.get(SECONDARY.name)
+) -> Verdict:
+    comparison = replace(POOL_HELPS, arm=get_arm(run["arm"]))
+    percent = {name: 100 * mean for name, mean in means.items()}
     if primary is None:
-        return (
-            "Whether the pile helped is not known: that needs labelled images to test on, and the "
-            f"arms {run['arm']} and {PRIMARY.name}."
-        )
+        return judge_nothing(comparison, percent)
     cells = [cell for cell in manifest["cells"] if cell["setting"] != EVERYTHING]
-    labels = cells[0]["labelled"] + (cells[0]["test"] if overlap else 0)
-    lead = {True: "The pile helped", False: "The pile did harm"}[primary.mean > 0]
-    if not _told(primary):
-        source = f"{labels} labels" if overlap else f"{primary.seeds} seeds"
-        lead = f"Whether the pile helped cannot be told from {source}"
-    where = (
-        f"{primary.seeds} folds of the labelled images"
-        if overlap
-        else f"{primary.seeds} paired {'seed' if primary.seeds == 1 else 'seeds'} and "
-        f"{cells[0]['test']} test images"
-    )
-    text = (
-        f"{lead}: over {where}, {get_arm(run['arm']).label} classify "
-        f"{100 * means[run['arm']]:.1f} % right and the labelled images alone "
-        f"{100 * means[PRIMARY.name]:.1f} %, a difference of {_interval(primary)}"
-    )
-    if second is not None:
-        text += f"; against plain FixMatch it is {_interval(second)}"
-    text += ". "
-    if overlap:
-        text += "Intervals allow for overlapping folds (Nadeau & Bengio, 2003). "
-    if needed is not None:
-        half = half_width(primary)
-        size = f"A test folder of about {_rounded(needed)} images"
-        text += f"{size} would tell it to ± {half:.1f} points."
-    return text.strip()
-
-
-def _interval(difference: PairedDifference) -> str:
-    if difference.low is None:
-        return f"{difference.mean:+.1f} points (no interval)"
-    return (
-        f"{difference.mean:+.1f} points (95 % interval {difference.low:+.1f} to "
-        f"{difference.high:+.1f})"
-    )
+    labels = cells[0]["labelled"] + cells[0]["test"] if overlap else None
+    rounded = None if needed is None else _rounded(needed)
+    return judge(comparison, (percent[run["arm"]], percent[PRIMARY.name]), primary, labels, rounded)
 
 
 def _rounded(count: int) -> int:

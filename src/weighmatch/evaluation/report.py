@@ -1,4 +1,4 @@
-"""The verdict in words and numbers, and one self-contained page that a person reads."""
+"""The numbers of a job, and one self-contained page that a person reads."""
 
 import base64
 import math
@@ -11,19 +11,35 @@ from typing import Any
 import jinja2
 import pandas as pd
 
-from weighmatch.arms import FIXMATCH, LEARNED, ORACLE, SCHEDULES, all_arms, get_arm
+from weighmatch.arms import (
+    LEARNED,
+    ORACLE,
+    POOL_HELPS,
+    SCHEDULES,
+    all_arms,
+    get_comparison,
+)
 from weighmatch.data.ood import describe_ood
-from weighmatch.evaluation.ihvp_figures import base_cells
+from weighmatch.evaluation.chosen import EVERYTHING
+from weighmatch.evaluation.ihvp_figures import at_the_end, largest_network
 from weighmatch.evaluation.judging import CELL, SERIES
+from weighmatch.evaluation.origin import Origin
 from weighmatch.evaluation.pile import fold_overlap
-from weighmatch.evaluation.statistics import PairedDifference
+from weighmatch.evaluation.statistics import PairedDifference, holm
 from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
+from weighmatch.evaluation.verdict import Verdict, in_words, judge, judge_nothing
+from weighmatch.studies.methods import get_method, get_methods
 
 Row = Mapping[str, Any]
 
 
-def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> dict[str, Any]:
-    """What `metrics.json` holds: the setting, the verdict and the numbers of each arm.
+def summarise(
+    table: pd.DataFrame,
+    comparison: pd.DataFrame,
+    manifest: Row,
+    pile: Row = MappingProxyType({}),
+) -> dict[str, Any]:
+    """What `summary.json` holds: the setting, the verdict and the numbers of each arm.
 
     All of these belong to the first cell of the manifest; the settings of other cells are listed.
 
@@ -31,12 +47,15 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
         table: from `arm_table`.
         comparison: from `compare_arms`.
         manifest: `cells`, a list with the columns of `CELL`, `ood_source` and `seed` for each set
-            of splits.
+            of splits; and `primary`, the names of the arms of the declared comparison.
+        pile: from `judge_pile`; its verdict is that of a pool as it was found.
 
     Returns:
-        `setting`, with `others` if there are other cells; `verdict`; `arms`, by name; and
-        `learned_minus`, the paired differences of learned weights to each other arm, by name. An
-        arm of several schedules is here in the last of `SCHEDULES`.
+        `setting`, with `others` if there are other cells; the fields of a `Verdict`, with the
+        `question` that it answers; `arms`, by name; `learned_minus`, the paired differences of
+        learned weights to each other arm, by name; and `pile`, if given. An arm of several
+        schedules is here in the last of `SCHEDULES`. Differences that are not the declared one
+        have `p_holm`, corrected for how many there are.
     """
     cells = pd.DataFrame(manifest["cells"])[list(CELL)]
     first = cells.head(1).astype(table[list(CELL)].dtypes)
@@ -50,24 +69,51 @@ def summarise(table: pd.DataFrame, comparison: pd.DataFrame, manifest: Row) -> d
     pairs = pairs[pairs["arm"] == LEARNED.name].set_index("against")[list(DIFFERENCE)]
     known: Any = pairs.astype(object).where(pairs.notna(), None)
     against = {str(arm): PairedDifference(*row) for arm, *row in known.itertuples()}
+    primary = manifest["primary"]["against"]
     settings = _settings(manifest)
-    setting = settings[0] | ({"others": settings[1:]} if len(settings) > 1 else {})
-    learned_minus = {
-        arm: {name: None if value is None else _number(value) for name, value in asdict(d).items()}
-        for arm, d in against.items()
-    }
-    return {
-        "setting": setting,
-        "verdict": verdict(arms, against, setting, bool(fold_overlap(manifest))),
+    found = {
+        "question": get_comparison(primary).question,
+        "setting": settings[0] | ({"others": settings[1:]} if len(settings) > 1 else {}),
+        **asdict(_verdict(arms, against, primary)),
         "arms": arms,
-        "learned_minus": learned_minus,
+        "learned_minus": _differences(against, primary),
+    }
+    if pile:
+        own = ("verdict", "light", "sure") if primary == POOL_HELPS.against.name else ()
+        found |= {**{name: pile[name] for name in own}, "pile": pile}
+    return found
+
+
+def _verdict(
+    arms: Mapping[str, Row], against: Mapping[str, PairedDifference], primary: str
+) -> Verdict:
+    """The verdict on the declared comparison of learned weights with the arm `primary`."""
+    comparison = get_comparison(primary)
+    accuracy = {arm: row["accuracy"] for arm, row in arms.items() if row["accuracy"] is not None}
+    if primary in against:
+        return judge(comparison, (accuracy[LEARNED.name], accuracy[primary]), against[primary])
+    return judge_nothing(comparison, accuracy)
+
+
+def _differences(against: Mapping[str, PairedDifference], primary: str) -> dict[str, Row]:
+    """The differences as JSON holds them; the declared one is not corrected, the others are."""
+    others = [arm for arm in against if arm != primary]
+    corrected = dict(zip(others, holm([against[arm].p_value for arm in others]), strict=True))
+    return {
+        arm: {
+            name: None if value is None else _number(value)
+            for name, value in {**asdict(found), "p_holm": corrected.get(arm)}.items()
+        }
+        for arm, found in against.items()
     }
 
 
 def _settings(manifest: Row) -> list[dict[str, Any]]:
-    """The setting of each cell of the manifest, in order, with its seeds."""
+    """The setting of each cell of the manifest that is judged, in order, with its seeds."""
     settings = []
-    for _, cell in pd.DataFrame(manifest["cells"]).groupby(list(CELL), sort=False, dropna=False):
+    cells = pd.DataFrame(manifest["cells"])
+    judged = cells[cells["setting"] != EVERYTHING]
+    for _, cell in judged.groupby(list(CELL), sort=False, dropna=False):
         first = cell.to_dict("records")[0]
         names = ("ood_source", "ratio", "regime", "labels_per_class")
         known = {name: None if _is_unknown(first[name]) else first[name] for name in names}
@@ -86,84 +132,21 @@ def _number(value: Any) -> float | None:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
-def verdict(
-    arms: Mapping[str, Row],
-    against: Mapping[str, PairedDifference],
-    setting: Row,
-    folds: bool = False,
-) -> str:
-    """Who won, by how much and how sure that is, and whether the controls do as well.
-
-    `folds` says that the seeds are folds of one set.
-    """
-    where = describe(setting)
-    accuracy = {arm: row["accuracy"] for arm, row in arms.items() if row["accuracy"] is not None}
-    if not accuracy:
-        return f"{where}, no accuracy is known, as there are no labelled test images."
-    if FIXMATCH.name not in against:
-        best = max(accuracy, key=lambda arm: accuracy[arm])
-        return (
-            f"{where}, the highest mean accuracy is {accuracy[best]:.1f} % "
-            f"({get_arm(best).label}); learned weights and FixMatch were not both "
-            "run, so there is no verdict between them."
-        )
-    baseline = against[FIXMATCH.name]
-    sentences = [
-        f"{where}, learned-weight FixMatch classifies {accuracy[LEARNED.name]:.1f} % of the test "
-        f"images and FixMatch {accuracy[FIXMATCH.name]:.1f} %: {_difference(baseline)}, "
-        f"{'corrected' if folds else 'sign-flip'} p = {baseline.p_value:.2g}. "
-        f"{_conclusion(baseline)}"
-    ]
-    for arm in all_arms():
-        if arm.control and arm.name in against:
-            sentences.append(
-                f"Against {arm.control} ({accuracy[arm.name]:.1f} %) the difference is "
-                f"{_difference(against[arm.name])}."
-            )
-    if ORACLE.name in accuracy:
-        sentences.append(_towards_oracle(arms[LEARNED.name], accuracy[ORACLE.name]))
-    return " ".join(sentences)
-
-
-def describe(setting: Row) -> str:
-    """The setting as the opening of a sentence."""
-    seeds = len(setting["seeds"])
+def describe(setting: Row, folds: bool = False) -> str:
+    """The setting in a sentence; `folds`: seeds are folds of the labelled images."""
+    count = len(setting["seeds"])
+    repeats = "folds of the labelled images" if folds else "seed" if count == 1 else "seeds"
     pool = ""
     if not _is_unknown(setting["ratio"]):
         pool = (
-            f" and {100 * setting['ratio']:.0f} % of the unlabelled pool out-of-distribution "
-            f"({describe_ood(setting['ood_source'])})"
+            f" In the pool of unlabelled images, {100 * setting['ratio']:.0f} % are foreign: "
+            f"{describe_ood(setting['ood_source'])}."
         )
+    labels = setting["labels_per_class"]
     return (
-        f"With {setting['labels_per_class']} labels a class{pool}, over {seeds} paired "
-        f"{'seed' if seeds == 1 else 'seeds'}"
+        f"Training had {labels} {'label' if labels == 1 else 'labels'} a class and was repeated "
+        f"over {in_words(count)} {repeats}.{pool}"
     )
-
-
-def _difference(difference: PairedDifference) -> str:
-    points = f"{difference.mean:+.1f} points"
-    if difference.low is None:
-        return f"{points} (one seed: no interval)"
-    return f"{points}, 95 % interval {difference.low:+.1f} to {difference.high:+.1f}"
-
-
-def _conclusion(difference: PairedDifference) -> str:
-    low, high = difference.low, difference.high
-    if low is None or high is None or low <= 0 <= high:
-        return "Neither is shown to be better."
-    return (
-        "Learned weights beat FixMatch at equal steps."
-        if low > 0
-        else "Learned weights fall behind FixMatch at equal steps."
-    )
-
-
-def _towards_oracle(learned: Row, oracle: float) -> str:
-    text = f"With every OOD image removed FixMatch reaches {oracle:.1f} %"
-    share = learned["gap_closed"]
-    if share is None:
-        return f"{text}, no more than with them, so there is no gap to close."
-    return f"{text}; learned weights close {100 * share:.0f} % of that gap."
 
 
 def render_report(
@@ -173,18 +156,24 @@ def render_report(
     manifest: Row,
     figures: Mapping[str, bytes],
     sizes: Mapping[str, int] = MappingProxyType({}),
+    parameters: Row = MappingProxyType({}),
+    origin: Origin | None = None,
+    frozen: bool = False,
 ) -> str:
     """The page, with its figures inside.
 
     Args:
         metrics: from `summarise`.
-        table: from `arm_table`.
+        table: from `arm_table`, against the rival of the declared comparison.
         study: from `weighmatch.studies.ihvp.compare_all`, or None for a page without it.
         manifest: `cells`, a list with the counts, fingerprints and names of classes of each set
-            of splits.
+            of splits; `primary`; and the `recipe` of the source.
         figures: PNG bytes by name: accuracy, differences, weights, auroc, calibration, gallery,
             samples and, with a study, ihvp.
         sizes: bytes of the gallery and of the files of the exported model, by name.
+        parameters: groups of parameters, such as `training`.
+        origin: how the page was made; None: it is not told.
+        frozen: whether the network is a pretrained backbone that was not trained further.
     """
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -193,22 +182,55 @@ def render_report(
     template = (
         resources.files("weighmatch.evaluation").joinpath("report.html.j2").read_text("utf-8")
     )
-    cells = by_cell(table)
     encoded = {name: base64.b64encode(png).decode() for name, png in figures.items()}
+    chosen = dict(_flat(manifest.get("recipe") or {}))
     return environment.from_string(template).render(
-        metrics={"pile": None, **metrics},
-        cells=[(title, rows.sort_values("accuracy").to_dict("records")) for title, rows in cells],
+        metrics={"pile": None, "time_limit": None, **metrics},
+        other_settings=metrics["setting"].get("others", []),
+        comparison=get_comparison(manifest["primary"]["against"]),
+        setting=describe(metrics["setting"], bool(fold_overlap(manifest))),
+        knows_truth=bool(table["auroc_confidence"].notna().any()),
+        everything=EVERYTHING,
+        towards_oracle=_towards_oracle(metrics["arms"]),
+        cells=[
+            (title, rows.sort_values("accuracy").to_dict("records"))
+            for title, rows in by_cell(table)
+        ],
         labels=label_series(table),
         learned_arm=LEARNED.name,
         learned=metrics["arms"].get(LEARNED.name),
+        differences=[
+            (arm, metrics["learned_minus"][arm.name])
+            for arm in all_arms()
+            if arm.name in metrics["learned_minus"]
+        ],
         update_in_steps=_update_in_steps(metrics["arms"]),
-        study=None if study is None else _summarise_study(study),
+        network="" if study is None else largest_network(study),
+        study=[] if study is None else summarise_study(study),
         manifest=manifest,
-        recipe=list(_flat(manifest.get("recipe") or {})),
+        parameters=[
+            (name, value, chosen.get(name) == value)
+            for name, value in {**chosen, **dict(_flat(parameters))}.items()
+        ],
         figures=encoded,
-        model=[(name, size / 1e6) for name, size in sizes.items() if name != "gallery.html"],
-        gallery=sizes.get("gallery.html", 0) / 1e6,
+        model=[(name, _size(size)) for name, size in sizes.items() if name != "gallery.html"],
+        gallery=_size(sizes["gallery.html"]) if "gallery.html" in sizes else "",
+        origin=origin,
+        backbone=parameters["training"]["network"] if frozen else "",
     )
+
+
+def _towards_oracle(arms: Mapping[str, Row]) -> str:
+    """How much of what foreign images cost learned weights win back; "" without the arms."""
+    if LEARNED.name not in arms or arms.get(ORACLE.name, {}).get("accuracy") is None:
+        return ""
+    text = (
+        f"With every foreign image removed, FixMatch reaches {arms[ORACLE.name]['accuracy']:.1f} %"
+    )
+    share = arms[LEARNED.name]["gap_closed"]
+    if share is None:
+        return f"{text}, no more than with them, so there is no gap to close."
+    return f"{text}; learned weights close {100 * share:.0f} % of the gap to it."
 
 
 def _flat(group: Row, above: str = "") -> Iterator[tuple[str, str]]:
@@ -223,10 +245,11 @@ def _flat(group: Row, above: str = "") -> Iterator[tuple[str, str]]:
 
 def _update_in_steps(arms: Mapping[str, Row]) -> float | None:
     """What one update of the learned weights takes, in steps of FixMatch; None: not both run."""
-    learned, fixmatch = arms.get(LEARNED.name), arms.get(FIXMATCH.name)
-    if learned is None or fixmatch is None or learned["update_seconds"] is None:
+    learned = arms.get(LEARNED.name)
+    plain = next((arms[arm.name] for arm in all_arms() if arm.rival and arm.name in arms), None)
+    if learned is None or plain is None or learned["update_seconds"] is None:
         return None
-    return float(learned["update_seconds"] * fixmatch["steps"] / fixmatch["seconds"])
+    return float(learned["update_seconds"] * plain["steps"] / plain["seconds"])
 
 
 def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
@@ -235,15 +258,29 @@ def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
     return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 
-def _summarise_study(study: pd.DataFrame) -> list[dict[str, Any]]:
-    """The end of training at the first L2 and damping: medians over seeds at the middle budget."""
-    rows = base_cells(study)
-    rows = rows[rows["stage"] == ("1.0" if "1.0" in set(rows["stage"]) else rows["stage"].iloc[0])]
-    budgets = sorted(rows.loc[rows["method"] == "neumann", "max_products"].unique())
+def _size(count: int) -> str:
+    """A number of bytes, such as "0.56 MB"."""
+    return f"{count / 1e6:.2g} MB" if count >= 100_000 else f"{count / 1e3:.1f} kB"
+
+
+def summarise_study(study: pd.DataFrame) -> list[Row]:
+    """The main methods on the largest network: medians over seeds at the middle budget.
+
+    Returns:
+        Rows with `label`, `products`, `hypergradient_error` and `hypergradient_cosine`, the
+        smallest error first.
+    """
+    rows = at_the_end(study)
+    rows = rows[rows["network"] == largest_network(study)]
+    main = {method.name for method in get_methods(rows["method"]) if method.is_main}
+    rows = rows[rows["method"].isin(main)]
+    budgets = sorted(rows["max_products"].unique())
     middle = budgets[len(budgets) // 2]
     single = rows.groupby("method")["max_products"].transform("nunique") == 1
     rows = rows[single | (rows["max_products"] == middle)]
-    columns = ["products", "hypergradient_error", "hypergradient_cosine", "gradients"]
-    grouped = rows.groupby(["network", "method"], sort=False)[columns]
-    found: list[dict[str, Any]] = grouped.median().reset_index().to_dict("records")
-    return found
+    columns = ["products", "hypergradient_error", "hypergradient_cosine"]
+    grouped = rows.groupby("method")[columns].median().sort_values("hypergradient_error")
+    return [
+        {"label": get_method(row["method"]).label, **{name: row[name] for name in columns}}
+        for row in grouped.reset_index().to_dict("records")
+    ]

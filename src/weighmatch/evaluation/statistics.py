@@ -13,6 +13,8 @@ Floats = NDArray[np.floating[Any]]
 # Up to this many seeds all sign patterns are enumerated; beyond, they are sampled.
 MAX_EXACT_SEEDS = 16
 RESAMPLES = 20_000
+# A difference counts as shown where chance alone would give it at most this often.
+LEVEL = 0.05
 # A gap of fewer points is no image's, but what rounding leaves.
 MIN_GAP = 1e-9
 
@@ -81,6 +83,11 @@ def _t_test(differences: Floats, overlap: float) -> float:
     if not error:
         return 1.0
     return float(2 * stats.t.sf(abs(differences.mean()) / error, len(differences) - 1))
+
+
+def seeds_to_show() -> int:
+    """The fewest seeds with which a sign-flip test can reach `LEVEL`: two patterns of 2ⁿ."""
+    return int(np.ceil(np.log2(2 / LEVEL)))
 
 
 def images_to_tell(first: float, second: float, half: float) -> int:

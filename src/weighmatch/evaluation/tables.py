@@ -29,7 +29,7 @@ DIFFERENCE = ("difference", "difference_low", "difference_high", "p_value", "see
 GAP = ("gap_closed", "gap_closed_low", "gap_closed_high")
 NUMBERS = (*DIFFERENCE[:-1], "p_holm", *GAP)
 ONLINE = "online"
-BASELINE, CEILING = (FIXMATCH.name, ONLINE), (ORACLE.name, ONLINE)
+CEILING = (ORACLE.name, ONLINE)
 
 # An arm and a schedule.
 Series = tuple[str, str]
@@ -80,15 +80,16 @@ def of_series(table: pd.DataFrame, series: Series) -> pd.DataFrame:
     return table[(table["arm"] == series[0]) & (table["schedule"] == series[1])]
 
 
-def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row an arm and schedule in each cell, also against FixMatch over paired seeds.
+def arm_table(scores: pd.DataFrame, against: Arm = FIXMATCH) -> pd.DataFrame:
+    """One row an arm and schedule in each cell, also against one of them over paired seeds.
 
     Args:
         scores: from `judge_runs`.
+        against: the arm that all others are held against.
 
     Returns:
         The columns of `SERIES`, `seeds`, `accuracy` with its 95 % t interval `accuracy_low`,
-        `accuracy_high` (%), and the means over seeds of the columns `MEANS`. Against FixMatch:
+        `accuracy_high` (%), and the means over seeds of the columns `MEANS`. Against that arm:
         `difference`, `difference_low`, `difference_high` (points), `p_value` (sign-flip),
         `p_holm` (over the arms of a cell) and, where the oracle was run, `gap_closed` with its
         bootstrap interval `gap_closed_low`, `gap_closed_high`. NaN where not defined.
@@ -102,7 +103,7 @@ def arm_table(scores: pd.DataFrame) -> pd.DataFrame:
         rows.append({**dict(zip(SERIES, series, strict=True)), "seeds": len(mine), **row, **means})
     own = pd.DataFrame(rows)
     own[["accuracy_low", "accuracy_high"]] = own[["accuracy_low", "accuracy_high"]].astype(float)
-    others = _pairs(scores, lambda arm, _: [] if arm == FIXMATCH else [FIXMATCH])
+    others = _pairs(scores, lambda arm, _: [] if arm == against else [against])
     table = own.merge(others.drop(columns=["against", "seeds"]), how="left", on=list(SERIES))
     return _with_holm(table, CELL)
 

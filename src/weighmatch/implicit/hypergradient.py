@@ -34,7 +34,7 @@ def implicit_gradient(
     curvature: Curvature = Hessian,
     state: State | None = None,
 ) -> tuple[Any, Solution]:
-    """The derivative of outer(θ*(hyper)[, hyper]) in hyper, with `params` taken as θ*.
+    """The derivative of `outer(θ*(hyper), hyper)` in `hyper`, with `params` taken as `θ*`.
 
     Layers such as dropout and BatchNorm belong in eval mode: `inner` is evaluated twice, which
     would draw two masks, and move running statistics twice.

@@ -10,12 +10,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
+from weighmatch.checks import ToldError
+
 # Seconds after which a partial file that a process of another host may be writing is an orphan.
 ORPHAN_AFTER = 86400.0
 _PARTIAL = re.compile(r"\.(\d+)\.partial$")
 
 
-class UnfitFileError(ValueError):
+class UnfitFileError(ToldError, ValueError):
     """A file is missing, or it is not as it was written; the message names it."""
 
 

@@ -53,6 +53,6 @@ class FigureFolder(Partitions):
         super().__init__(path, "weighmatch.io.FigureDataset", ".png", metadata=metadata)
 
     def preview(self) -> ImagePreview:
-        """The first figure, for kedro-viz."""
-        first: ImagePreview = self._member(self._names()[0]).preview()
-        return first
+        """The first figure, for kedro-viz; None before there is one."""
+        names = self._names()
+        return self._member(names[0]).preview() if names else None

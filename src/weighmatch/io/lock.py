@@ -1,5 +1,6 @@
 """Locks: one run at a time writes to a place, and one that was killed does not block it."""
 
+import atexit
 import json
 import logging
 import os
@@ -193,6 +194,8 @@ class Locks:
         except BaseException:
             self.release()
             raise
+        # Ctrl-C ends a run without a word to its hooks.
+        atexit.register(self.release)
         self._done = threading.Event()
         beat = threading.Thread(target=self._beat, args=(list(self._locks), self._done))
         beat.daemon = True
@@ -200,6 +203,7 @@ class Locks:
 
     def release(self) -> None:
         """Give all of them back."""
+        atexit.unregister(self.release)
         self._done.set()
         while self._locks:
             self._locks.pop().release()

@@ -4,19 +4,22 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from weighmatch.checks import require_images
-from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.backbones import load_backbone
+from weighmatch.semisup.parts.feature_classifier import make_classifier
 from weighmatch.semisup.parts.losses import mean_one
-from weighmatch.semisup.parts.networks import Classifier, build_classifier
+from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.state_file import DamagedFileError, State, read_state, write_state
-from weighmatch.semisup.parts.store import ImageStore, as_tensor
+from weighmatch.semisup.parts.store import ImageStore, Stored, as_tensor
 from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig
 from weighmatch.semisup.weightings import Context, Weighting
 from weighmatch.semisup.weightings.base import confidence_weights
@@ -24,11 +27,14 @@ from weighmatch.semisup.weightings.head import ConfidenceHead
 from weighmatch.semisup.weightings.meter import Measured
 
 BATCH = 1024
+# Images that a backbone sees at a time: its activations are large.
+BACKBONE_BATCH = 32
 CPU = torch.device("cpu")
 Parameters = dict[str, Tensor]
 # A line of the log: means over some steps.
 LogLine = dict[str, float]
 Criterion = Callable[[Tensor, Tensor, Tensor], Tensor]
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -150,22 +156,24 @@ class TrainedRun:
 
     # --- scoring ----------------------------------------------------------------------------
 
-    def classify(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Tensor:
+    def classify(self, images: Stored, device: torch.device = CPU) -> Tensor:
         """Probabilities of the classes, (n, classes) float32 on the CPU; see `score`."""
         classifier = on_device(self.classifier, device)
         images = self._checked(images)
+        shown = self.inputs(images, device)
         # Filled rather than put together: small pieces between large ones would split up the heap.
         found = torch.empty(len(images), self.config.classes)
         with torch.no_grad():
             for batch, rows in zip(as_tensor(images).split(BATCH), found.split(BATCH), strict=True):
-                rows.copy_(classifier(batch.to(device).float() / 255).softmax(dim=1))
+                rows.copy_(classifier(shown(batch.to(device))).softmax(dim=1))
         return found
 
-    def score(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Scored:
+    def score(self, images: Stored, device: torch.device = CPU) -> Scored:
         """Class probabilities, scores and weights of any images, without augmentation.
 
         Args:
-            images: (n, C, H, W) uint8, whether or not they were in the pool.
+            images: (n, C, H, W) uint8, whether or not they were in the pool; or, where the
+                backbone is frozen, features of the images, (n, 1 or more views, width) float16.
             device: where the classifier runs.
 
         Raises:
@@ -183,18 +191,19 @@ class TrainedRun:
             )
         return scored
 
-    def score_unchecked(self, images: NDArray[np.uint8], device: torch.device = CPU) -> Scored:
+    def score_unchecked(self, images: Stored, device: torch.device = CPU) -> Scored:
         """`score`, for callers that look themselves whether all is finite."""
         images = self._checked(images)
         classifier = on_device(self.classifier, device)
         weighting = self._load_weighting(classifier, device)
         criterion = self._criterion(weighting, device)
+        shown = self.inputs(images, device)
         probabilities = torch.empty(len(images), self.config.classes)
         scores = torch.empty(len(images), dtype=torch.float64)
         with torch.no_grad():
             for start in range(0, len(images), BATCH):
                 rows = slice(start, start + BATCH)
-                batch = as_tensor(images[rows]).to(device).float() / 255
+                batch = shown(as_tensor(images[rows]).to(device))
                 features = classifier.features(batch)
                 logits = classifier.head(features)
                 scores[rows] = criterion(batch, features, logits).cpu().double()
@@ -205,7 +214,28 @@ class TrainedRun:
                 weights = confidence_weights(scores, self.pool.cut)
         return Scored(probabilities.double().numpy(), scores.numpy(), mean_one(weights).numpy())
 
-    def _checked(self, images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def inputs(self, images: Stored, device: torch.device = CPU) -> Callable[[Tensor], Tensor]:
+        """What turns a batch of such images on the device into what the classifier takes."""
+        training = self.config.training
+        if not training.frozen or images.ndim == 3:
+            return make_views(training).plain
+        backbone = on_device(load_backbone(training.network, training.weights), device)
+
+        def shown(batch: Tensor) -> Tensor:
+            parts = batch.split(BACKBONE_BATCH)
+            return torch.cat([backbone(part.float() / 255) for part in parts])
+
+        return shown
+
+    def _checked(self, images: Stored) -> Stored:
+        width = self.classifier.head.in_features
+        if self.config.training.frozen and images.dtype == np.float16 and images.ndim == 3:
+            if images.shape[2] != width:
+                raise ValueError(
+                    f"the classifier was trained on features of width {width}, these are of width "
+                    f"{images.shape[2]}; compute them with the same backbone"
+                )
+            return images
         images = require_images("images", images)
         trained = self.image_shape
         if tuple(images.shape[1:]) != tuple(trained):
@@ -219,7 +249,9 @@ class TrainedRun:
     def _load_weighting(self, classifier: Classifier, device: torch.device) -> Weighting:
         name = self.config.row.weighting if self.ranker is None else self.ranker.weighting
         state = self.weighting if self.ranker is None else self.ranker.state
-        nothing = np.zeros((0, *self.image_shape), np.uint8)
+        nothing: Stored = np.zeros((0, *self.image_shape), np.uint8)
+        if self.config.training.frozen:
+            nothing = np.zeros((0, 1, classifier.head.in_features), np.float16)
         images = torch.from_numpy(nothing).to(device)
         labels = torch.zeros(0, dtype=torch.long, device=device)
         context = Context(
@@ -229,7 +261,7 @@ class TrainedRun:
             (images, labels),
             ImageStore(nothing, device, "device"),
             self.config.classes,
-            Augmentation(self.config.training.augmentation),
+            make_views(self.config.training),
             self.config.training,
             Streams(self.config.seed),
         )
@@ -247,13 +279,11 @@ class TrainedRun:
             )
         other = None
         if ranker.classifier is not None:
-            other = load_classifier(self.config, ranker.classifier, self.image_shape[0])
+            other = load_classifier(self.config, ranker.classifier, self.image_shape)
             other = other.to(device)
         head = None
         if ranker.head is not None:
-            width = self.classifier.head.in_features
-            head = ConfidenceHead(width, self.config.classes, seed=0)
-            head.load_state_dict(ranker.head)
+            head = ConfidenceHead.from_state(ranker.head, self.config.classes)
             head.to(device)
 
         def score(images: Tensor, features: Tensor, logits: Tensor) -> Tensor:
@@ -291,13 +321,14 @@ class TrainedRun:
         state = dict(state)
         measured, ranker = state.pop("measured"), state["ranker"]
         config = RunConfig.from_dict(state["config"])
-        channels = state["image_shape"][0]
+        channels, height, width = state["image_shape"]
+        shape = (channels, height, width)
         return cls(
             **{
                 **state,
                 "config": config,
-                "classifier": load_classifier(config, state["classifier"], channels),
-                "image_shape": tuple(state["image_shape"]),
+                "classifier": load_classifier(config, state["classifier"], shape),
+                "image_shape": shape,
                 "class_names": tuple(state["class_names"]),
                 "history": History(**state["history"]),
                 "pool": PoolState(
@@ -330,16 +361,20 @@ class TrainedRun:
             ) from error
 
 
-def load_classifier(config: RunConfig, state: Parameters, channels: int) -> Classifier:
-    """A classifier with these parameters, in evaluation mode, on the CPU."""
-    training = config.training
-    classifier = build_classifier(training.network, channels, config.classes, 0, training.width)
+def load_classifier(
+    config: RunConfig, state: Parameters, image_shape: tuple[int, ...]
+) -> Classifier:
+    """A classifier with these parameters for images (C, H, W), in evaluation mode, on the CPU."""
+    stored = image_shape
+    if config.training.frozen:
+        stored = (1, state["head.weight"].shape[1])
+    classifier = make_classifier(config.training, stored, config.classes, 0, filled=False)
     classifier.load_state_dict(state)
     return classifier.eval()
 
 
-def on_device(classifier: Classifier, device: torch.device) -> Classifier:
-    """The classifier, or on another device a copy of it."""
+def on_device(network: Network, device: torch.device) -> Network:
+    """The network, which is on the CPU, or on another device a copy of it."""
     if device.type == "cpu":
-        return classifier
-    return copy.deepcopy(classifier).to(device)
+        return network
+    return copy.deepcopy(network).to(device)

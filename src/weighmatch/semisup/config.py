@@ -15,6 +15,7 @@ from weighmatch.checks import (
     require_multiple,
     require_number,
 )
+from weighmatch.extras import family_of, require_backbone, require_packages
 
 SolverName = Literal["identity", "neumann", "conjugate_gradient"]
 # RandAugment's operations as FixMatch uses them (Sohn et al., 2020, table 12).
@@ -93,6 +94,23 @@ class AugmentationConfig:
         require_number(f"{group}.fill", self.fill, 0, 255, below=False)
         require_integer(f"{group}.draws", self.draws, 1)
         require_boolean(f"{group}.flip", self.flip)
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """Which views of an image a frozen backbone sees; its features of them are stored.
+
+    Attributes:
+        weak_views: weak views of an image, beside the image itself; 0: the image stands in.
+        strong_views: strong views of an image; 0: the image stands in.
+    """
+
+    weak_views: int = 2
+    strong_views: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("weak_views", "strong_views"):
+            require_integer(f"training.features.{name}", getattr(self, name), 0)
 
 
 @dataclass(frozen=True)
@@ -230,7 +248,13 @@ class TrainingConfig:
 
     Attributes:
         network: name in `semisup.parts.networks`; "small_cnn" for images of about 8×8,
-            "wrn_28_2" for 32×32.
+            "wrn_28_2" for 32×32, or a network that is trained on photographs already:
+            "efficientnet_lite0", "torchvision/<name>" or "timm/<name>".
+        weights: of such a network: "packaged" (of efficientnet_lite0), "DEFAULT" (its library
+            fetches what it publishes), the path of a state dict or of a .safetensors file, or
+            "none": it is trained from scratch.
+        fine_tune: what is trained of a network with weights, besides its head: "none", the "last"
+            two blocks, or "all". The statistics of BatchNorm are frozen in any case.
         width: first-layer channels of "small_cnn".
         steps: steps K of the arms whose compute is "equal".
         batch_size: labelled images in a step, B.
@@ -256,6 +280,7 @@ class TrainingConfig:
         pool_memory: where the pool lies: "device", "host" (streamed through pinned memory), or
             "auto": on the GPU if it takes no more than a quarter of what is free there.
         augmentation: see `AugmentationConfig`.
+        features: see `FeaturesConfig`.
         weighting: see `WeightingConfig`.
         influence: see `InfluenceConfig`.
         ranking: see `RankingConfig`.
@@ -263,6 +288,8 @@ class TrainingConfig:
     """
 
     network: str = "small_cnn"
+    weights: str = "none"
+    fine_tune: Literal["none", "last", "all"] = "none"
     width: int = 16
     steps: int = 1000
     batch_size: int = 16
@@ -283,6 +310,7 @@ class TrainingConfig:
     deterministic: bool = False
     pool_memory: Literal["auto", "device", "host"] = "auto"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
+    features: FeaturesConfig = field(default_factory=FeaturesConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
     influence: InfluenceConfig = field(default_factory=InfluenceConfig)
     ranking: RankingConfig = field(default_factory=RankingConfig)
@@ -294,6 +322,7 @@ class TrainingConfig:
             object.__setattr__(self, name, group)
         if not isinstance(self.network, str) or not self.network:
             raise ValueError(f"training.network must be a name, got {self.network!r}")
+        self._require_weights()
         for name in ("steps", "batch_size", "unlabelled_ratio", "snapshots", "checkpoint_every"):
             require_integer(f"training.{name}", getattr(self, name), 1)
         require_multiple("training.width", self.width, 4, "GroupNorm has 4 groups")
@@ -309,9 +338,33 @@ class TrainingConfig:
         for name in ("distribution_alignment", "channels_last", "compile", "deterministic"):
             require_boolean(f"training.{name}", getattr(self, name))
 
+    def _require_weights(self) -> None:
+        """Require that the network, its weights and what is trained of it fit."""
+        if not isinstance(self.weights, str) or not self.weights:
+            raise ValueError(
+                "training.weights must be none, packaged, DEFAULT or the path of a state dict, got "
+                f"{self.weights!r}"
+            )
+        require_choice("training.fine_tune", self.fine_tune, ("none", "last", "all"))
+        if self.weights != "none":
+            require_backbone(self.network, self.weights)
+        elif self.fine_tune != "none":
+            raise ValueError(
+                f"training.fine_tune {self.fine_tune!r} needs weights to start from; set "
+                "training.weights, or leave training.fine_tune at none"
+            )
+        elif family_of(self.network) is not None:
+            require_packages(self.network, self.weights)
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the network's pretrained trunk stays as it is and the head alone is trained."""
+        return self.weights != "none" and self.fine_tune == "none"
+
 
 _GROUPS: dict[str, type] = {
     "augmentation": AugmentationConfig,
+    "features": FeaturesConfig,
     "weighting": WeightingConfig,
     "influence": InfluenceConfig,
     "ranking": RankingConfig,
@@ -386,7 +439,7 @@ def require_effect(given: Mapping[str, Any], arms: Sequence[str], runs: RunsConf
         for group in GROUPS_OF_SCHEDULE[schedule]
         if group in (*arm.reads, "two_stages") and arm.weighs
     }
-    for group in _GROUPS.keys() - {"augmentation"}:
+    for group in _GROUPS.keys() - {"augmentation", "features"}:
         if given.get(group) and group not in read:
             name = next(iter(given[group]))
             schedules = [s for s, groups in GROUPS_OF_SCHEDULE.items() if group in groups]

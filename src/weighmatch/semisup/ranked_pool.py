@@ -8,6 +8,8 @@ from torch import Tensor
 
 from weighmatch.semisup.checkpoint import BATCH, CPU, TrainedRun, on_device
 from weighmatch.semisup.parts.losses import mean_one
+from weighmatch.semisup.parts.store import Stored, as_tensor
+from weighmatch.semisup.training.config import TrainingSet
 from weighmatch.semisup.weightings.base import BELOW_CUT
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -17,18 +19,14 @@ DIRECTIONS = 32
 
 def describe_pool(
     run: TrainedRun,
-    labelled_images: NDArray[np.uint8],
-    labels: NDArray[np.int64],
-    pool_images: NDArray[np.uint8],
+    data: TrainingSet,
     device: torch.device = CPU,
 ) -> Arrays:
     """All that a ranking table and lists of images are made of.
 
     Args:
         run: a run that was trained on this pool.
-        labelled_images: (n, C, H, W) uint8.
-        labels: their labels, (n,).
-        pool_images: (N, C, H, W) uint8.
+        data: what it was trained on.
         device: where the classifier runs.
 
     Returns:
@@ -38,8 +36,9 @@ def describe_pool(
         directions in which normalised features vary most, (N, at most 32). Of the labelled images
         `labels` and `labelled_features`. `class_names` (classes,), "" where there are none.
     """
+    pool_images = data.plain_pool
     features, probabilities = _outputs(run, pool_images, device)
-    labelled, _ = _outputs(run, labelled_images, device)
+    labelled, _ = _outputs(run, data.labelled_images, device)
     scores, weights, kept = _ranking(run, pool_images, device)
     likeness = torch.cat([(part @ labelled.T).amax(1) for part in features.split(BATCH)])
     centre = features.mean(0)
@@ -58,19 +57,17 @@ def describe_pool(
         "likeness": likeness.double().numpy(),
         "features": ((features - centre) @ directions).numpy(),
         "labelled_features": ((labelled - centre) @ directions).numpy(),
-        "labels": np.asarray(labels),
+        "labels": data.labels,
         "class_names": np.array(names, np.str_),
     }
 
 
-def _outputs(
-    run: TrainedRun, images: NDArray[np.uint8], device: torch.device
-) -> tuple[Tensor, Tensor]:
+def _outputs(run: TrainedRun, images: Stored, device: torch.device) -> tuple[Tensor, Tensor]:
     """Normalised features (n, width) and probabilities (n, classes), on the CPU."""
-    classifier, found = on_device(run.classifier, device), []
+    classifier, shown, found = on_device(run.classifier, device), run.inputs(images, device), []
     with torch.no_grad():
-        for part in torch.from_numpy(images).split(BATCH):
-            features = classifier.features(part.to(device).float() / 255)
+        for part in as_tensor(images).split(BATCH):
+            features = classifier.features(shown(part.to(device)))
             probabilities = classifier.head(features).softmax(dim=1)
             found.append((F.normalize(features).cpu(), probabilities.cpu()))
     both = (torch.cat(column) for column in zip(*found, strict=True))
@@ -79,7 +76,7 @@ def _outputs(
 
 
 def _ranking(
-    run: TrainedRun, images: NDArray[np.uint8], device: torch.device
+    run: TrainedRun, images: Stored, device: torch.device
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.bool_]]:
     """Scores, weights and what is kept of the last ranking."""
     pool = run.pool

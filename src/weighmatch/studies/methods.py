@@ -15,11 +15,8 @@ from weighmatch.checks import require_choice
 if TYPE_CHECKING:
     from weighmatch.implicit import Method
 
-# Okabe & Ito (2008).
-BLUE, ORANGE, GREEN, PINK = "#0072B2", "#E69F00", "#009E73", "#CC79A7"
-RED, SKY, GREY, BLACK = "#D55E00", "#56B4E9", "#999999", "#000000"
-# Tol (2021), muted: colours of methods that have no row here.
-ADDED_COLOURS = ("#332288", "#882255", "#999933", "#44AA99", "#661100", "#AA4499", "#DDCC77")
+# Colours of methods that have no row here (Tol, 2021).
+ADDED_COLOURS = ("#6699CC", "#CC6677", "#DDCC77", "#88CCEE", "#004488", "#BBCC33", "#777700")
 # Arguments of a solver that its budget sets.
 LIMITS = ("max_products", "rank", "probes")
 
@@ -31,7 +28,7 @@ class HypergradientMethod:
     Attributes:
         name: what parameters and tables call it.
         label: what figures call it.
-        colour: colour of its marks in figures.
+        colour: colour of its marks in figures, which no other method has.
         marker: matplotlib's sign for its marks.
         solver: name of the class of `weighmatch.implicit` that solves for v; "": the method is
             not an IHVP.
@@ -60,6 +57,11 @@ class HypergradientMethod:
     untrained: bool = False
     minor: bool = False
 
+    @property
+    def is_main(self) -> bool:
+        """Whether the report shows it: an IHVP that both studies have and that is not minor."""
+        return bool(self.solver) and self.name != "exact" and not (self.minor or self.untrained)
+
     def build(self, damping: float, budget: int, **more: Any) -> "Method":
         """The solver with its damping and its budget, and what it takes of further arguments."""
         solvers = _solvers()
@@ -87,19 +89,22 @@ def _row(
 
 _CG = "ConjugateGradient"
 _PLAIN_SERIES, _EK_FAC = {"extrapolate": False}, {"eigenvalue_corrected": True}
+# Colours: Okabe & Ito (2008), and for what is more than eight Tol (2021), muted and bright.
 _ROWS = (
-    _row("none", "no outer learning", f"{GREY} x"),
-    _row("identity", "identity (no curvature)", f"{GREY} s", "Identity"),
-    _row("neumann", "Neumann series", ORANGE, "Neumann", "budgeted", settings=_PLAIN_SERIES),
-    _row("neumann_extrapolated", "Neumann, extrapolated", RED, "Neumann", "budgeted untrained"),
-    _row("chebyshev", "Chebyshev", GREEN, "Chebyshev", "budgeted"),
-    _row("conjugate_gradient", "conjugate gradients", BLUE, _CG, "budgeted"),
-    _row("minres", "MINRES", SKY, "MinRes", "budgeted minor"),
-    _row("nystrom", "Nyström", PINK, "Nystrom", "budgeted", reserve=3),
+    _row("none", "no outer learning", "#BBBBBB x"),
+    _row("identity", "identity (no curvature)", "#777777 s", "Identity"),
+    _row("neumann", "Neumann series", "#E69F00", "Neumann", "budgeted", settings=_PLAIN_SERIES),
+    _row(
+        "neumann_extrapolated", "Neumann, extrapolated", "#D55E00", "Neumann", "budgeted untrained"
+    ),
+    _row("chebyshev", "Chebyshev", "#009E73", "Chebyshev", "budgeted"),
+    _row("conjugate_gradient", "conjugate gradients", "#0072B2", _CG, "budgeted"),
+    _row("minres", "MINRES", "#56B4E9", "MinRes", "budgeted minor"),
+    _row("nystrom", "Nyström", "#CC79A7", "Nystrom", "budgeted", reserve=3),
     _row(
         "nystrom_plain",
         "Nyström, 1/δ outside",
-        f"{PINK} ^",
+        "#AA4499 ^",
         "Nystrom",
         "budgeted untrained minor",
         settings={"complement": "damping"},
@@ -108,25 +113,25 @@ _ROWS = (
     _row(
         "nystrom_cg",
         "CG, Nyström preconditioner",
-        BLACK,
+        "#000000",
         _CG,
         "budgeted minor",
         preconditioner="Nystrom",
     ),
-    _row("diagonal", "diagonal (Hutchinson)", GREY, "Diagonal", "budgeted", reserve=1),
+    _row("diagonal", "diagonal (Hutchinson)", "#999933", "Diagonal", "budgeted minor", reserve=1),
     _row(
         "woodbury_fisher",
         "empirical Fisher (Woodbury)",
-        f"{ORANGE} D",
+        "#661100 D",
         "Woodbury",
         "minor",
         operator="fisher",
     ),
-    _row("kfac", "K-FAC", f"{GREEN} D", "KFAC", "minor", operator="factors"),
+    _row("kfac", "K-FAC", "#117733 D", "KFAC", "minor", operator="factors"),
     _row(
         "ekfac",
         "EK-FAC",
-        f"{BLUE} D",
+        "#332288 D",
         "KFAC",
         "untrained minor",
         settings=_EK_FAC,
@@ -135,15 +140,15 @@ _ROWS = (
     _row(
         "gauss_newton_cg",
         "CG on the Gauss-Newton matrix",
-        f"{SKY} ^",
+        "#44AA99 ^",
         _CG,
         "budgeted untrained",
         operator="gauss_newton",
     ),
-    _row("exact", "exact", f"{RED} *", "Exact"),
-    _row("unrolled", "unrolled differentiation", f"{GREEN} ^", "", "budgeted"),
-    _row("darts", "DARTS (finite difference)", f"{BLACK} s", "", "minor"),
-    _row("sama", "SAMA-like", f"{RED} s", "", "minor"),
+    _row("exact", "exact", "#882255 *", "Exact"),
+    _row("unrolled", "unrolled differentiation", "#997700 ^", "", "budgeted"),
+    _row("darts", "DARTS (finite difference)", "#EE99AA s", "", "minor"),
+    _row("sama", "SAMA-like", "#994455 s", "", "minor"),
 )
 # Methods that parameters of the study of meta-learning name without further ado.
 METHOD_NAMES = tuple(row.name for row in _ROWS if not row.untrained)

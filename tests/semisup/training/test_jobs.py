@@ -7,7 +7,7 @@ from weighmatch.semisup.config import RunsConfig
 from weighmatch.semisup.training import config as training_config
 from weighmatch.semisup.training.compute import Sizes, matched_steps
 from weighmatch.semisup.training.config import RunConfig
-from weighmatch.semisup.training.jobs import Job, finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.training.jobs import Job, finish_jobs, kept_steps, plan_jobs, read_job
 from weighmatch.semisup.training.loop import Run
 
 
@@ -105,8 +105,46 @@ def test_restarts_need_rounds(sets, run_config, caplog):
 
 def test_the_bar_counts_what_other_calls_do(sets, run_config, tmp_path, capsys):
     jobs = plan(("fixmatch",), sets, run_config())
-    finish_jobs(jobs, tmp_path, workers=1, others=(100, 20))
-    assert "180/200" in capsys.readouterr().err
+    finish_jobs(jobs, tmp_path, workers=1, others=(100, 0))
+    shown = capsys.readouterr().err
+    assert " 56 % " in shown
+    assert shown.endswith("left\n")
+    # A bar that another call goes on with leaves no line; here all that it has is finished before.
+    finish_jobs(jobs, tmp_path, workers=1, others=(0, 20))
+    shown = capsys.readouterr().err
+    assert " 80 % " in shown
+    assert shown.endswith("\r")
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("arm", "schedule", "steps"),
+    [("fixmatch", "online", 40), ("pu", "two_stages", 60), ("learned", "rounds", 40)],
+)
+def test_a_run_says_where_it_goes_on(arm, schedule, steps, sets, run_config, tmp_path, caplog):
+    caplog.set_level("INFO")
+    job = plan((arm,), sets, run_config(), schedule)[0]
+    assert kept_steps(job, tmp_path) == 0
+    train_steps, trained = Run.train_steps, []
+
+    def interrupt(self, limit):
+        trained.append(train_steps(self, min(limit, 10)))
+        if sum(trained) >= steps - 10:
+            raise KeyboardInterrupt
+        return trained[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Run, "train_steps", interrupt)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            finish_jobs([job], tmp_path, workers=1)
+    kept = kept_steps(job, tmp_path)
+    assert steps - 20 <= kept <= sum(trained) < steps
+    text = f"{job.name} goes on from step {kept} of {steps}"
+    assert stopped.value.__notes__ == [f"Of 1 runs, {text}"]
+    finish_jobs([job], tmp_path, workers=1)
+    assert f"training 1 runs, 1 at a time: {text}" in caplog.text
+    finish_jobs([job], tmp_path, workers=1)
+    assert "training 1 runs, 1 at a time: 1 is finished" in caplog.text
 
 
 @pytest.mark.integration
@@ -114,7 +152,7 @@ def test_finished_runs_count_in_the_bar_as_well(sets, run_config, tmp_path, caps
     jobs = plan(("pu",), sets, run_config(), "two_stages")[:1]
     for _ in range(2):
         finish_jobs(jobs, tmp_path, workers=1)
-        assert "60/60" in capsys.readouterr().err
+        assert "100 % " in capsys.readouterr().err
 
 
 @pytest.mark.integration

@@ -54,7 +54,7 @@ def test_influence_moves_the_head_and_none_leaves_it_a_pu_classifier(training_se
 
     def scores(arm, measured):
         own = replace(config, arm=arm)
-        head, _ = fit_head(first.classifier, measured, training_set, own)
+        head, *_ = fit_head(first.classifier, measured, training_set, own)
         images = torch.from_numpy(training_set.unlabelled_images).float() / 255
         with torch.no_grad():
             return head(first.classifier.features(images))

@@ -158,7 +158,9 @@ def train(sets, tmp_path, run_config):
     def call(limit, steps=20):
         training = replace(run_config(steps=steps).training, steps=steps)
         runs = RunsConfig(arms=ARMS, workers=1, time_limit=limit)
-        finished, rows = nodes.train_arms(sets, training, runs, str(tmp_path / "runs"))
+        finished, rows = nodes.train_arms(
+            sets, tmp_path / "features", training, runs, str(tmp_path / "runs")
+        )
         assert list(finished) == list(rows["run"])
         return rows
 
@@ -229,12 +231,12 @@ def test_seeds_that_do_not_fit_are_not_planned_and_the_oracle_has_those_of_the_o
     # The oracle's four runs come after the deadline of the others.
     assert ends == pytest.approx(hand.time + 0.85 * 60 - 4 * choice.steps * 0.1, abs=0.5)
     trained = pd.DataFrame({"key": KEYS[:3]})
-    jobs = []
-    finished = nodes.train_oracle(
-        sets, trained, replace(training, steps=20), replace(runs, time_limit=None), str(tmp_path)
+    useful = {key: {"rows": np.arange(20)} for key in KEYS}
+    training, runs = replace(training, steps=20), replace(runs, time_limit=None)
+    finished, _ = nodes.train_oracle(
+        useful, sets, tmp_path / "features", trained, training, runs, str(tmp_path)
     )
-    jobs += list(finished[0])
-    assert jobs == [f"oracle-online-{key}" for key in KEYS[:3]]
+    assert list(finished) == [f"oracle-online-{key}" for key in KEYS[:3]]
 
 
 @pytest.mark.integration

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 
 from weighmatch.semisup import TrainingConfig, build_classifier
 from weighmatch.semisup.config import OPERATIONS
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.weightings import Context
 
 
@@ -60,7 +60,7 @@ def make_context(training_set):
             (labelled, labels),
             ImageStore(images, torch.device("cpu")),
             3,
-            Augmentation(training.augmentation),
+            make_views(training),
             training,
             Streams(0),
         )

@@ -21,6 +21,7 @@ from weighmatch.data.source import (
     Recipe,
     Source,
     UnusableDataError,
+    Wishes,
     register,
     tag_arrays,
     untag_arrays,
@@ -152,10 +153,10 @@ class Folder(Source[FolderParameters]):
         pairs = zip(raw["rejected_paths"].tolist(), raw["rejected_reasons"].tolist(), strict=True)
         return [Rejected(path, reason) for path, reason in pairs]
 
-    def recipe(self, config: DataConfig) -> Recipe:
+    def recipe(self, config: DataConfig, wishes: Wishes = Wishes()) -> Recipe:  # noqa: B008
         layout = read_layout(self.own(config).root)
         pool = sum(file.place == "pool" for file in layout.files)
-        return make_recipe(self.shape(config), pool)
+        return make_recipe(self.shape(config), pool, wishes=wishes)
 
     def describe(self, raw: Arrays, config: DataConfig) -> dict[str, object]:
         raw = untag_arrays(raw, config.own)

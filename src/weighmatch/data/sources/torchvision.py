@@ -23,6 +23,7 @@ from weighmatch.data.source import (
     Recipe,
     Source,
     UnusableDataError,
+    Wishes,
     register,
     tag_arrays,
     untag_arrays,
@@ -277,11 +278,11 @@ class Torchvision(Source[TorchvisionParameters]):
             test_shifted=np.zeros(len(tested), bool),
         )
 
-    def recipe(self, config: DataConfig) -> Recipe:
+    def recipe(self, config: DataConfig, wishes: Wishes = Wishes()) -> Recipe:  # noqa: B008
         known = DATA_SETS[self.own(config).torchvision.dataset]
         pool = config.pool_id + config.pool_ood
-        recipe = make_recipe(self._shape(config), pool, mirrored=known.photographs)
-        return {**super().recipe(config), "training": recipe["training"]}
+        recipe = make_recipe(self._shape(config), pool, known.photographs, wishes)
+        return {**recipe, "runs": {**recipe["runs"], **super().recipe(config)["runs"]}}
 
     def _shape(self, config: DataConfig) -> tuple[int, int, int]:
         own = self.own(config)
@@ -334,8 +335,8 @@ class Stl10(Source[Stl10Parameters]):
             test_labels=raw["test_labels"],
         )
 
-    def recipe(self, config: DataConfig) -> Recipe:
-        return make_recipe(self._shape(config), 100_000, mirrored=True)
+    def recipe(self, config: DataConfig, wishes: Wishes = Wishes()) -> Recipe:  # noqa: B008
+        return make_recipe(self._shape(config), 100_000, True, wishes)
 
     def _shape(self, config: DataConfig) -> tuple[int, int, int]:
         size = self.own(config).size

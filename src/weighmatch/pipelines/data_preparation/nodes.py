@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from weighmatch.arms import declare
 from weighmatch.data.config import DataConfig
 from weighmatch.data.files import Rejected
 from weighmatch.data.grid import Cell, GridConfig, make_cells
@@ -93,6 +94,7 @@ def draw_splits(
     manifest = {
         "parameters": data.parameters(),
         "recipe": source.recipe(data),
+        "primary": declare(source.contaminates).names(),
         "cells": described,
     }
     table = pd.DataFrame([asdict(one) for one in rejected], columns=["path", "reason"])

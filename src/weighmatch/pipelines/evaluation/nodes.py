@@ -2,6 +2,7 @@
 
 import pandas as pd
 
+from weighmatch.arms import get_arm
 from weighmatch.evaluation import judging, lists, pile, ranking, report, tables
 from weighmatch.evaluation.chosen import (
     EVERYTHING,
@@ -12,6 +13,7 @@ from weighmatch.evaluation.chosen import (
     trained_part,
 )
 from weighmatch.evaluation.judging import Arrays, Predictions
+from weighmatch.evaluation.key_numbers import key_numbers
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 
 Truth = dict[str, Arrays]
@@ -54,9 +56,12 @@ def collect_influences(runs: pd.DataFrame, predictions: Predictions) -> pd.DataF
     return judging.collect_influences(runs, predictions)
 
 
-def compare_arms(run_scores: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+def compare_arms(
+    run_scores: pd.DataFrame, manifest: report.Row
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     """A row an arm, and a row a pair of arms, in each cell over paired seeds or folds."""
-    return tables.arm_table(run_scores), tables.compare_arms(run_scores)
+    against = get_arm(manifest["primary"]["against"])
+    return tables.arm_table(run_scores, against), tables.compare_arms(run_scores)
 
 
 def rank_files(
@@ -84,8 +89,6 @@ def judge_pile(
     test_labels: Truth,
     image_files: pd.DataFrame,
     rejected_files: pd.DataFrame,
-    training: TrainingConfig,
-    limits: RunsConfig,
     **tables: pd.DataFrame,
 ) -> report.Row:
     """Whether the pile helped, how much of it is useful, and what would help most."""
@@ -101,9 +104,7 @@ def judge_pile(
         temperature=ranking.fit_temperature(held),
         **tables,
     )
-    judged = pile.judge_pile(run_scores, run, manifest, found)
-    limit = describe_limit(manifest, runs, training.steps, limits.time_limit)
-    return judged if limit is None else {**judged, "verdict": f"{judged['verdict']} {limit}"}
+    return pile.judge_pile(run_scores, run, manifest, found)
 
 
 def summarise(
@@ -116,8 +117,12 @@ def summarise(
     runs: RunsConfig,
 ) -> report.Row:
     """Setting, verdicts and numbers of each arm; the setting is that of the data on disk."""
-    summary = report.summarise(arm_table, comparison, trained_part(manifest, runs_done))
+    done = trained_part(manifest, runs_done)
+    summary = report.summarise(arm_table, comparison, done, pile_verdict)
     limit = describe_limit(manifest, runs_done, training.steps, runs.time_limit)
-    if limit is not None:
-        summary["verdict"] = f"{summary['verdict']} {limit}"
-    return {**summary, "time_limit": limit, "pile": pile_verdict}
+    return {**summary, "time_limit": limit}
+
+
+def pick_key_numbers(summary: report.Row, influences: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """The numbers that DVC compares."""
+    return key_numbers(summary, influences)

@@ -25,6 +25,7 @@ def draw_ihvps(
 ) -> dict[str, Figure]:
     """A figure each, by name."""
     return {
+        "summary": figures.draw_summary(ihvp_comparison),
         "cost": figures.draw_cost(ihvp_comparison),
         "progress": figures.draw_progress(ihvp_comparison),
         "stability": figures.draw_stability(ihvp_comparison),

@@ -1,13 +1,17 @@
 """Nodes of `reporting`."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
 from matplotlib.figure import Figure
 
+from weighmatch.arms import get_arm
 from weighmatch.evaluation import figures, gallery, gallery_page, report
 from weighmatch.evaluation.chosen import choose_run, paths_of
 from weighmatch.evaluation.judging import Arrays, Predictions
+from weighmatch.evaluation.origin import find_origin
+from weighmatch.semisup.config import RunsConfig, TrainingConfig
 
 
 def draw_accuracy(run_scores: pd.DataFrame) -> Figure:
@@ -15,9 +19,9 @@ def draw_accuracy(run_scores: pd.DataFrame) -> Figure:
     return figures.draw_accuracy(run_scores)
 
 
-def draw_differences(run_scores: pd.DataFrame) -> Figure:
-    """Each arm against FixMatch on the same seed."""
-    return figures.draw_differences(run_scores)
+def draw_differences(run_scores: pd.DataFrame, manifest: report.Row) -> Figure:
+    """Each arm against the rival of the declared comparison, on the same seed."""
+    return figures.draw_differences(run_scores, get_arm(manifest["primary"]["against"]))
 
 
 def draw_weights(weight_trace: pd.DataFrame) -> Figure:
@@ -82,12 +86,26 @@ def write_report(
     manifest: report.Row,
     gallery_page: str,
     exported_model: Path,
+    training: TrainingConfig,
+    runs: RunsConfig,
     study: pd.DataFrame | None = None,
     ihvp_figures: dict[str, bytes] | None = None,
     **drawn: bytes,
 ) -> str:
     """One self-contained page, which names the gallery and the files of the model."""
-    shown = drawn if ihvp_figures is None else {**drawn, "ihvp": ihvp_figures["cost"]}
+    shown = drawn if ihvp_figures is None else {**drawn, "ihvp": ihvp_figures["summary"]}
+    groups = {"training": asdict(training), "runs": asdict(runs)}
+    parameters = {"data": manifest["parameters"], **groups}
     sizes = {path.name: path.stat().st_size for path in sorted(exported_model.iterdir())}
     sizes |= {"gallery.html": len(gallery_page.encode())}
-    return report.render_report(metrics, table, study, manifest, shown, sizes)
+    return report.render_report(
+        metrics,
+        table,
+        study,
+        manifest,
+        shown,
+        sizes,
+        parameters,
+        find_origin(),
+        frozen=training.frozen,
+    )

@@ -10,7 +10,7 @@ from weighmatch.pipelines.reporting import nodes
 # What draws each figure, and from what.
 DRAWN: dict[str, tuple[Callable[..., Figure], list[str]]] = {
     "accuracy": (nodes.draw_accuracy, ["run_scores"]),
-    "differences": (nodes.draw_differences, ["run_scores"]),
+    "differences": (nodes.draw_differences, ["run_scores", "manifest"]),
     "weights": (nodes.draw_weights, ["weight_trace"]),
     "auroc": (nodes.draw_auroc, ["run_scores"]),
     "calibration": (nodes.draw_calibration, ["calibration"]),
@@ -38,12 +38,14 @@ def create_pipeline(study: bool = True) -> Pipeline:
     report = Node(
         nodes.write_report,
         {
-            "metrics": "metrics",
+            "metrics": "summary",
             "table": "arm_table",
             "manifest": "manifest",
             "samples": "samples_figure",
             "gallery_page": "gallery_page",
             "exported_model": "exported_model",
+            "training": "params:training",
+            "runs": "params:runs",
             **{name: f"{name}_figure" for name in DRAWN},
             **(STUDY if study else {}),
         },
@@ -58,6 +60,6 @@ def create_pipeline(study: bool = True) -> Pipeline:
     )
     return Pipeline(
         [*drawings, page, report],
-        namespace="experiment.reporting",
+        namespace="train_and_rank.reporting",
         prefix_datasets_with_namespace=False,
     )

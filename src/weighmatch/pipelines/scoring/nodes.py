@@ -15,7 +15,8 @@ from weighmatch.evaluation.chosen import choose_run
 from weighmatch.export import export_run
 from weighmatch.semisup import ranked_pool
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.semisup.training.config import pick_device
+from weighmatch.semisup.feature_store import evaluation_inputs, with_features
+from weighmatch.semisup.training.config import TrainingSet, pick_device
 
 Arrays = dict[str, NDArray[Any]]
 Runs = dict[str, Callable[[], TrainedRun]]
@@ -58,16 +59,18 @@ def score_images(
     checkpoints: Runs,
     oracle_checkpoints: Runs,
     evaluation_images: dict[str, Arrays],
+    features: Path,
 ) -> dict[str, Callable[[], Arrays]]:
     """By run, what makes its predictions; one run at a time is read, used and forgotten."""
     load = {**checkpoints, **oracle_checkpoints}
+    images = evaluation_inputs(evaluation_images, features)
     return {
-        name: partial(_predict, load[name], evaluation_images.get(key, {}))
+        name: partial(_predict, load[name], images.get(key, {}))
         for name, key in zip(runs["run"], runs["key"], strict=True)
     }
 
 
-def _predict(load: Callable[[], TrainedRun], images: Arrays) -> Arrays:
+def _predict(load: Callable[[], TrainedRun], images: Mapping[str, NDArray[Any]]) -> Arrays:
     """What a run says of unseen images and, if it was trained on the whole pool, of the pool."""
     run = load()
     found: Arrays = {}
@@ -108,16 +111,15 @@ def describe_pool(
     checkpoints: Runs,
     oracle_checkpoints: Runs,
     training_sets: dict[str, Arrays],
+    features: Path,
 ) -> Arrays:
     """What the run whose ranking is handed out says of its whole pool."""
     run = choose_run(runs)
     trained = {**checkpoints, **oracle_checkpoints}[run["run"]]()
-    given = training_sets[run["key"]]
+    key = run["key"]
+    sets = with_features({key: training_sets[key]}, features)
     device = pick_device(trained.config.training.device)
-    images = given["unlabelled_images"]
-    return ranked_pool.describe_pool(
-        trained, given["labelled_images"], given["labels"], images, device
-    )
+    return ranked_pool.describe_pool(trained, TrainingSet.of(sets[key]), device)
 
 
 def export_model(

@@ -19,13 +19,13 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.score_images,
-                ["runs", *CHECKPOINTS, "evaluation_images"],
+                ["runs", *CHECKPOINTS, "evaluation_images", "features"],
                 "predictions",
                 name="score_images",
             ),
             Node(
                 nodes.describe_pool,
-                ["runs", *CHECKPOINTS, "training_sets"],
+                ["runs", *CHECKPOINTS, "training_sets", "features"],
                 "ranked_pool",
                 name="describe_pool",
             ),
@@ -36,6 +36,6 @@ def create_pipeline() -> Pipeline:
                 name="export_model",
             ),
         ],
-        namespace="experiment.scoring",
+        namespace="train_and_rank.scoring",
         prefix_datasets_with_namespace=False,
     )

@@ -7,13 +7,22 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
 from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
-from weighmatch.semisup.training.jobs import Job, find_kept, finish_jobs, plan_jobs, read_job
+from weighmatch.semisup.feature_store import with_features, with_rows
+from weighmatch.semisup.training.jobs import (
+    Job,
+    cost_of,
+    find_kept,
+    finish_jobs,
+    plan_jobs,
+    read_job,
+)
 from weighmatch.semisup.training.time_limit import choose_runs, make_deadline, seed_of
 
 log = logging.getLogger(__name__)
@@ -23,14 +32,19 @@ Runs = dict[str, Callable[[], TrainedRun]]
 
 
 def train_arms(
-    training_sets: dict[str, Arrays], training: TrainingConfig, runs: RunsConfig, run_folder: str
+    training_sets: dict[str, Arrays],
+    features: Path,
+    training: TrainingConfig,
+    runs: RunsConfig,
+    run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
     """Train every arm on the contaminated pools, but those that need a clean one.
 
     Under `runs.time_limit` runs may have fewer steps, and seeds may be left out.
     """
     arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
-    folder, sets, deadline = Path(run_folder), training_sets, None
+    folder, deadline = Path(run_folder), None
+    sets = with_features(training_sets, features)
     choice = choose_runs(sets, training, runs, folder)
     if choice is not None:
         deadline = make_deadline(choice, sets, training, runs)
@@ -38,7 +52,9 @@ def train_arms(
         sets = {key: arrays for key, arrays in sets.items() if seed_of(key) in choice.seeds}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     _say_which(jobs, folder)
-    finished = finish_jobs(jobs, folder, runs.workers, deadline=deadline)
+    others = [arm for arm in runs.arms if arm not in arms]
+    after = cost_of(others, sets, training, runs) if jobs else 0.0
+    finished = finish_jobs(jobs, folder, runs.workers, (0.0, after), deadline)
     late = sorted({job.seed for job in jobs} - {job.seed for job in finished})
     if late:
         log.warning(
@@ -52,23 +68,18 @@ def train_arms(
     return _hand_over(finished, folder)
 
 
-def remove_intruders(
-    training_sets: dict[str, Arrays], ood_truth: dict[str, Arrays]
-) -> dict[str, Arrays]:
-    """The training sets without the OOD images of the pool; sets without a truth have none."""
+def find_useful(ood_truth: dict[str, Arrays]) -> dict[str, Arrays]:
+    """The positions of those images of each pool that are no OOD; none without a truth."""
     return {
-        key: {
-            **training_sets[key],
-            "unlabelled_images": training_sets[key]["unlabelled_images"][
-                truth["pool_sources"] == 0
-            ],
-        }
+        key: {"rows": np.flatnonzero(truth["pool_sources"] == 0)}
         for key, truth in ood_truth.items()
     }
 
 
 def train_oracle(
     oracle_sets: dict[str, Arrays],
+    training_sets: dict[str, Arrays],
+    features: Path,
     trained_runs: pd.DataFrame,
     training: TrainingConfig,
     runs: RunsConfig,
@@ -77,13 +88,21 @@ def train_oracle(
     """Train the arms of a clean pool, if there are any, on the sets that the others have."""
     arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
     folder, trained = Path(run_folder), set(trained_runs["key"])
-    choice = choose_runs(oracle_sets, training, runs, folder) if arms else None
+    clean = {
+        key: with_rows(arrays, oracle_sets[key]["rows"])
+        for key, arrays in with_features(training_sets, features).items()
+        if key in oracle_sets
+    }
+    choice = choose_runs(clean, training, runs, folder) if arms else None
     if choice is not None:
         training = replace(training, steps=choice.steps)
-    sets = {key: arrays for key, arrays in oracle_sets.items() if key in trained or not trained}
+    sets = {key: arrays for key, arrays in clean.items() if key in trained or not trained}
     jobs = plan_jobs(arms, sets, training, runs) if arms else []
     _say_which(jobs, folder)
-    return _hand_over(finish_jobs(jobs, folder, runs.workers), folder)
+    # One bar for the runs of both nodes; those of clean pools come last.
+    others = [arm for arm in runs.arms if arm not in arms]
+    before = cost_of(others, sets, training, runs) if jobs else 0.0
+    return _hand_over(finish_jobs(jobs, folder, runs.workers, (before, 0.0)), folder)
 
 
 def _say_which(jobs: list[Job], folder: Path) -> None:

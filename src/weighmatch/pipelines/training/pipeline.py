@@ -13,23 +13,23 @@ def create_pipeline() -> Pipeline:
         [
             Node(
                 nodes.train_arms,
-                ["training_sets", *PARAMETERS],
+                ["training_sets", "features", *PARAMETERS],
                 ["checkpoints", "trained_runs"],
                 name="train_arms",
             ),
             Node(
-                nodes.remove_intruders,
-                ["training_sets", "ood_truth"],
+                nodes.find_useful,
+                "ood_truth",
                 "oracle_sets",
-                name="remove_intruders",
+                name="find_useful",
             ),
             Node(
                 nodes.train_oracle,
-                ["oracle_sets", "trained_runs", *PARAMETERS],
+                ["oracle_sets", "training_sets", "features", "trained_runs", *PARAMETERS],
                 ["oracle_checkpoints", "oracle_runs"],
                 name="train_oracle",
             ),
         ],
-        namespace="experiment.training",
+        namespace="train_and_rank.training",
         prefix_datasets_with_namespace=False,
     )

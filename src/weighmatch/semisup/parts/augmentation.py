@@ -201,6 +201,10 @@ class Augmentation:
     def __init__(self, config: AugmentationConfig) -> None:
         self.config = config
 
+    def plain(self, images: Tensor) -> Tensor:
+        """The images as they are."""
+        return images.float() / 255
+
     def weak(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """Shift by whole pixels, reflecting at the border, and flip where that is on."""
         views = torch.empty(images.shape, device=images.device)

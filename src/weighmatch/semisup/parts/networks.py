@@ -1,9 +1,12 @@
 """Classifiers and the Confidence Network.
 
-All of them normalise with GroupNorm (Wu & He, 2018): an image's output does not depend on the
-batch that it is in, which curvature products and per-image losses rely on.
+An image's output does not depend on the batch that it is in, which curvature products and
+per-image losses rely on: networks that are trained from scratch normalise with GroupNorm (Wu & He,
+2018), and pretrained ones with the statistics of their weights.
 """
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,6 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from weighmatch.checks import require_choice
+from weighmatch.extras import family_of
+from weighmatch.semisup.parts.backbones import Backbone, empty_backbone, load_backbone
+
+# Blocks that are trained where the last ones are fine-tuned, and what the learning rate is
+# multiplied by from one block to the one before it.
+LAST_BLOCKS, RATE_DECAY = 2, 0.75
+# Below it a feature counts as constant, and is not blown up.
+SMALLEST_SPREAD = 1e-4
 
 
 class Classifier(nn.Module):
@@ -29,6 +40,88 @@ class Classifier(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.head(self.features(images))
         return logits
+
+    def rates(self) -> dict[str, float]:
+        """What the learning rate of each parameter that is trained is multiplied by, by name."""
+        return {name: 1.0 for name, p in self.named_parameters() if p.requires_grad}
+
+
+class Standardise(nn.Module):
+    """Features (n, width) with mean 0 and spread 1 on the data, divided by √width."""
+
+    location: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.register_buffer("location", torch.zeros(width))
+        self.register_buffer("scale", torch.full((width,), math.sqrt(width)))
+
+    def fit(self, features: Tensor, together: bool = False) -> None:
+        """Take mean and spread of features.
+
+        Args:
+            features: (n, width).
+            together: whether they share one spread: a feature that hardly varies is not blown up
+                then, nor is its gradient in what computes it.
+        """
+        self.location.copy_(features.mean(0))
+        spread = features.std(0, correction=0)
+        if together:
+            spread = spread.square().mean().sqrt().expand_as(spread)
+        self.scale.copy_(spread.clamp(min=SMALLEST_SPREAD) * math.sqrt(features.shape[1]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        standard: Tensor = (features - self.location) / self.scale
+        return standard
+
+
+class BackboneClassifier(Classifier):
+    """A trunk that normalises images by itself, and a linear head; all of it is trained."""
+
+    trunk: Backbone
+
+    def __init__(self, backbone: Backbone, classes: int) -> None:
+        super().__init__(backbone, backbone.width, classes)
+        self.requires_grad_(True)
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.trunk(images)
+        return features
+
+
+class PretrainedClassifier(BackboneClassifier):
+    """A backbone with weights and a linear head on its standardised features.
+
+    The learning rate falls from the head to the images, block by block (Howard & Ruder, 2018,
+    section 3.2), by the factor of He et al. (2022, table 9). Features that are not standardised
+    are so long that the head diverges at the learning rates of other networks.
+
+    Args:
+        backbone: the trunk.
+        classes: number of logits.
+        fine_tune: what is trained of the trunk; see `TrainingConfig`.
+    """
+
+    def __init__(self, backbone: Backbone, classes: int, fine_tune: str) -> None:
+        super().__init__(backbone, classes)
+        self.standardise = Standardise(backbone.width)
+        blocks = backbone.blocks()
+        trained = {"none": 0, "last": LAST_BLOCKS, "all": len(blocks)}[fine_tune]
+        self._depths = {
+            f"trunk.{name}": depth
+            for depth, block in enumerate(reversed(blocks), 1)
+            for name in block
+        }
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(self._depths.get(name, 0) <= trained)
+
+    def features(self, images: Tensor) -> Tensor:
+        features: Tensor = self.standardise(self.trunk(images))
+        return features
+
+    def rates(self) -> dict[str, float]:
+        return {name: RATE_DECAY ** self._depths.get(name, 0) for name in super().rates()}
 
 
 class WithFeatures(nn.Module):
@@ -159,23 +252,40 @@ def network_names() -> tuple[str, ...]:
 
 
 def build_classifier(
-    name: str, channels: int, classes: int, seed: int, width: int = 16
+    name: str,
+    channels: int,
+    classes: int,
+    seed: int,
+    width: int = 16,
+    weights: str = "none",
+    fine_tune: str = "none",
+    filled: bool = True,
 ) -> Classifier:
-    """A freshly initialised classifier, the same for the same seed.
+    """A classifier before its training, the same for the same seed.
 
     Args:
         name: the network's.
         channels: channels of the images.
         classes: number of logits.
-        seed: decides the initial parameters.
+        seed: decides the parameters that have no weights to start from.
         width: channels of the first layer, where a network has a choice.
+        weights: see `TrainingConfig`; with "none" all parameters are trained.
+        fine_tune: see `TrainingConfig`.
+        filled: whether weights are read; a state dict will replace them otherwise.
 
     Raises:
-        ValueError: if there is no network of that name.
+        ValueError: if there is no network of that name, or its weights cannot be had.
     """
-    require_choice("training.network", name, network_names())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if family_of(name) is not None:
+            load = load_backbone if filled else empty_backbone
+            # The one with weights is shared by all who ask for it.
+            backbone = copy.deepcopy(load(name, weights))
+            if weights == "none":
+                return BackboneClassifier(backbone, classes)
+            return PretrainedClassifier(backbone, classes, fine_tune)
+        require_choice("training.network", name, network_names())
         return _NETWORKS[name](channels, classes, width)
 
 
@@ -196,3 +306,26 @@ class ConfidenceNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         scores: Tensor = self.head(self.trunk(images - 0.5)).squeeze(1)
         return scores
+
+
+class FeatureConfidenceNetwork(nn.Module):
+    """One raw score an image from features of a frozen backbone, (n, width) -> (n,)."""
+
+    def __init__(self, features: int, width: int, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            norm = nn.LayerNorm(features, elementwise_affine=False)
+            self.trunk = nn.Sequential(norm, nn.Linear(features, 4 * width), nn.ReLU())
+            self.head = nn.Linear(4 * width, 1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        scores: Tensor = self.head(self.trunk(features)).squeeze(1)
+        return scores
+
+
+def make_confidence_network(stored: tuple[int, ...], width: int, seed: int) -> nn.Module:
+    """A fresh Confidence Network for stored images: pixels (C, H, W) or (views, features)."""
+    if len(stored) == 3:
+        return ConfidenceNetwork(stored[0], width, seed)
+    return FeatureConfidenceNetwork(stored[1], width, seed)

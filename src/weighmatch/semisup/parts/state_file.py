@@ -13,13 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from weighmatch.checks import ToldError
+
 log = logging.getLogger(__name__)
 
 # Nested dictionaries of tensors, numbers and strings: what a checkpoint holds of an object.
 State = dict[str, Any]
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(ToldError, ValueError):
     """A file whose content is not what was written; the message names it and the cure."""
 
 
@@ -56,7 +58,7 @@ def read_state(path: Path) -> State | None:
     return state
 
 
-def read_if_whole(path: Path, otherwise: str) -> dict[str, Any] | None:
+def read_if_whole(path: Path, otherwise: str) -> State | None:
     """What `read_state` gives; None, and a warning, where the file is damaged.
 
     Args:

@@ -8,18 +8,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+# Pixels (n, C, H, W), or features of views of n images, (n, views, width).
+Stored = NDArray[np.uint8] | NDArray[np.float16]
 # Of a GPU's free memory, the share that images may take; the rest is for training.
 SHARE = 0.25
 
 
 class ImageStore:
-    """uint8 images (N, C, H, W), given out batch by batch on a device.
+    """Stored images, N of them, given out batch by batch on a device.
 
     They lie on the device if they fit; else in the host's memory, and every batch goes over by
     way of pinned memory, without the host waiting for it.
 
     Args:
-        images: uint8 (M, C, H, W), which may be a memory map.
+        images: M of them, pixels or features (`Stored`), which may be a memory map.
         device: where batches are given out.
         memory: where the images lie, see `TrainingConfig.pool_memory`.
         rows: the N images to give out, (N,); None: all of them.
@@ -31,7 +33,7 @@ class ImageStore:
 
     def __init__(
         self,
-        images: NDArray[np.uint8],
+        images: Stored,
         device: torch.device,
         memory: Literal["auto", "device", "host"] = "auto",
         rows: NDArray[np.int64] | None = None,
@@ -51,11 +53,21 @@ class ImageStore:
         return self.shape[0]
 
     def __getitem__(self, indices: Tensor) -> Tensor:
-        """Images at `indices` (n,), which may lie anywhere: (n, C, H, W) on the device."""
+        """Images at `indices` (n,), which may lie anywhere, on the device."""
+        return self._given_out(self._images, self._places(indices))
+
+    def view(self, indices: Tensor, views: Tensor) -> Tensor:
+        """Of stored features at `indices` (n,) one view each, named by `views` (n,): (n, width)."""
+        places = self._places(indices) * self.shape[1]
+        views = views.to(places.device, non_blocking=self.resident)
+        return self._given_out(self._images.flatten(0, 1), places + views)
+
+    def _places(self, indices: Tensor) -> Tensor:
         indices = indices.to(self._images.device, non_blocking=self.resident)
-        if self._rows is not None:
-            indices = self._rows.index_select(0, indices)
-        batch = self._images.index_select(0, indices)
+        return indices if self._rows is None else self._rows.index_select(0, indices)
+
+    def _given_out(self, images: Tensor, places: Tensor) -> Tensor:
+        batch = images.index_select(0, places)
         if self.resident:
             return batch
         return batch.pin_memory().to(self.device, non_blocking=True)

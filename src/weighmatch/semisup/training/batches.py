@@ -1,14 +1,15 @@
 """The views of many steps, made together: one pass over many images instead of many passes."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.parts.views import StoredViews, Views
 
 # Steps whose images are augmented together, and the bytes that their views may take.
 CHUNK, CHUNK_BYTES = 100, 2**28
@@ -34,11 +35,11 @@ class Batches:
     """Draws and augments the images of steps.
 
     Args:
-        labelled: uint8 (n, C, H, W).
+        labelled: stored images, uint8 (n, C, H, W), or stored features, see `TrainingSet`.
         labels: (n,).
         pool: the unlabelled images.
         training: batch size, ratio and layout.
-        augmentation: makes the views.
+        views: makes the views.
         streams: random streams by purpose.
         with_pool: whether steps see unlabelled images.
     """
@@ -49,12 +50,12 @@ class Batches:
         labels: Tensor,
         pool: ImageStore,
         training: TrainingConfig,
-        augmentation: Augmentation,
+        views: Views,
         streams: Streams,
         with_pool: bool,
     ) -> None:
         self.labelled, self.labels, self.pool = labelled, labels, pool
-        self.augmentation, self.streams = augmentation, streams
+        self.views, self.streams = views, streams
         self.batch = training.batch_size
         self.unlabelled = training.unlabelled_ratio * self.batch if with_pool else 0
         self.layout = torch.channels_last if training.channels_last else torch.contiguous_format
@@ -62,11 +63,16 @@ class Batches:
     def chunk(self) -> int:
         """How many steps' images are augmented together; no result depends on it."""
         views = self.batch + 2 * self.unlabelled
-        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * self.pool.shape[1:].numel())))
+        # What a step sees of stored features is one view.
+        shape = self.pool.shape
+        numbers = math.prod(shape[1:]) if len(shape) == 4 else shape[-1]
+        return max(1, min(CHUNK, CHUNK_BYTES // (4 * views * numbers)))
 
     def arranged(self, images: Tensor) -> Tensor:
         """The images in the memory layout of training."""
-        return images.contiguous(memory_format=self.layout)
+        return images.contiguous(
+            memory_format=self.layout if images.ndim == 4 else torch.contiguous_format
+        )
 
     def draw(self, size: int) -> list[Batch]:
         """The batches of `size` steps."""
@@ -74,16 +80,22 @@ class Batches:
         drawn = self.streams.draw(len(self.labelled), size * batch, "labelled batches")
         drawn = drawn.to(self.pool.device, non_blocking=True)
         noise = self.streams["augmentation of labelled images"]
-        labelled = self.augmentation.weak(self.labelled[drawn], noise)
+        labelled = self.views.weak(self.labelled[drawn], noise)
         labels = self.labels[drawn].split(batch)
         if not unlabelled:
             parts = self.arranged(labelled).split(batch)
             return [Batch(*pair) for pair in zip(parts, labels, strict=True)]
         chosen = self.streams.draw(len(self.pool), size * unlabelled, "unlabelled batches")
-        images = self.pool[chosen]
-        weak = self.augmentation.weak(images, self.streams["weak views of unlabelled images"])
+        weak_noise = self.streams["weak views of unlabelled images"]
+        strong_noise = self.streams["strong views of unlabelled images"]
+        if isinstance(self.views, StoredViews):
+            weak = self.views.weak_of(self.pool, chosen, weak_noise)
+            strong = self.views.strong_of(self.pool, chosen, strong_noise)
+        else:
+            images = self.pool[chosen]
+            weak = self.views.weak(images, weak_noise)
+            strong = self.views.strong(images, strong_noise)
         weak_batches = self.arranged(weak).split(unlabelled)
-        strong = self.augmentation.strong(images, self.streams["strong views of unlabelled images"])
         # Only what is differentiated shares a pass: the weak view needs no backward.
         both = torch.cat(
             [labelled.unflatten(0, (size, batch)), strong.unflatten(0, (size, unlabelled))], dim=1

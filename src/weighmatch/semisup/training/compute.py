@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from weighmatch.arms import FIXMATCH, LEARNED, Arm, Schedule
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.store import as_tensor
+from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.loop import Run
 from weighmatch.semisup.training.ranking import (
@@ -38,7 +40,8 @@ class Sizes:
     Attributes:
         labels: labels of the labelled images, in order.
         pool: number of unlabelled images.
-        image: (C, H, W).
+        image: shape of a stored image: (C, H, W), or (views, width) of features.
+        image_shape: (C, H, W).
         classes: number of classes.
         training: parameters of the run.
     """
@@ -46,6 +49,7 @@ class Sizes:
     labels: tuple[int, ...]
     pool: int
     image: tuple[int, ...]
+    image_shape: tuple[int, ...]
     classes: int
     training: TrainingConfig
 
@@ -53,14 +57,17 @@ class Sizes:
     def of(cls, data: TrainingSet, classes: int, training: TrainingConfig) -> "Sizes":
         """The sizes of a run on `data`."""
         shape = data.unlabelled_images.shape
-        return cls(tuple(data.labels.tolist()), data.pool_size, shape[1:], classes, training)
+        labels = tuple(data.labels.tolist())
+        return cls(labels, data.pool_size, shape[1:], data.image_shape, classes, training)
 
     def blank(self) -> TrainingSet:
         """Data of these sizes that show nothing, the pool no larger than is ever measured."""
+        dtype: type = np.uint8 if self.image == self.image_shape else np.float16
         return TrainingSet(
-            np.zeros((len(self.labels), *self.image), np.uint8),
+            np.zeros((len(self.labels), *self.image), dtype),
             np.array(self.labels),
-            np.zeros((min(self.pool, MAX_HEAD_IMAGES), *self.image), np.uint8),
+            np.zeros((min(self.pool, MAX_HEAD_IMAGES), *self.image), dtype),
+            image_shape=self.image_shape,
         )
 
 
@@ -157,7 +164,8 @@ def _ranking_flops(arm: Arm, sizes: Sizes) -> float:
     """
     config, run = _untrained(arm, sizes)
     with torch.no_grad():
-        one = _count(lambda: run.classifier.features(torch.zeros(1, *sizes.image)))
+        shown = make_views(sizes.training).plain(as_tensor(sizes.blank().labelled_images[:1]))
+        one = _count(lambda: run.classifier.features(shown))
     if not Weighting.kind(arm.weighting).ranks_by_head:
         return one * sizes.pool
     copies, fitted = labelled_copies(len(sizes.labels)), min(sizes.pool, MAX_HEAD_IMAGES)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import mmap
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,7 +18,9 @@ from torch import Tensor
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.backbones import load_backbone
 from weighmatch.semisup.parts.state_file import State
+from weighmatch.semisup.parts.store import Stored
 from weighmatch.semisup.training.code import training_code
 
 
@@ -26,13 +29,15 @@ class TrainingSet:
     """All that training may see: no test image, no word on which image is OOD.
 
     Attributes:
-        labelled_images: (n, C, H, W) uint8, C 1 or 3.
+        labelled_images: (n, C, H, W) uint8, C 1 or 3. For a frozen backbone: features of the
+            plain, weak and strong views of each image, (n, views, width) float16.
         labels: (n,) int64, 0 to classes − 1.
-        unlabelled_images: (N, C, H, W) uint8, N at least 1. They need not repeat the labelled
-            images: on 16 paired seeds of digits that changes FixMatch by +0.9 points (−0.7 to
-            +2.6).
+        unlabelled_images: N of them, at least 1, stored as the labelled ones. They need not repeat
+            the labelled images: on 16 paired seeds of digits that changes FixMatch by +0.9 points
+            (−0.7 to +2.6).
         class_names: a name for each class, in the order of the labels; () where there are none.
         rows: the images of `unlabelled_images` that are the pool, (n,); None: all of them.
+        image_shape: (C, H, W) of the images behind stored features; (): that of the images.
 
     A pool that is a memory map is shared by all processes: it travels to them as the name of its
     file.
@@ -41,15 +46,16 @@ class TrainingSet:
         ValueError: if they are not that; labels of another integer type are converted.
     """
 
-    labelled_images: NDArray[np.uint8]
+    labelled_images: Stored
     labels: NDArray[np.int64]
-    unlabelled_images: NDArray[np.uint8]
+    unlabelled_images: Stored
     class_names: tuple[str, ...] = ()
     rows: NDArray[np.int64] | None = None
+    image_shape: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("labelled_images", "unlabelled_images"):
-            object.__setattr__(self, name, require_images(name, getattr(self, name)))
+            object.__setattr__(self, name, require_stored(name, getattr(self, name)))
         mine, theirs = self.labelled_images.shape, self.unlabelled_images.shape
         if mine[1:] != theirs[1:]:
             raise ValueError(
@@ -64,6 +70,12 @@ class TrainingSet:
                 f"images, got {labels.dtype} of shape {labels.shape}; number the classes from 0"
             )
         object.__setattr__(self, "labels", labels.astype(np.int64, copy=False))
+        shape = self.image_shape if self.has_features else mine[1:]
+        if len(shape) != 3:
+            raise ValueError(
+                "stored features need image_shape, (C, H, W) of the images behind them"
+            )
+        object.__setattr__(self, "image_shape", tuple(int(side) for side in shape))
         names = tuple(str(name) for name in self.class_names)
         object.__setattr__(self, "class_names", names)
         if names and len(names) <= int(labels.max()):
@@ -71,6 +83,12 @@ class TrainingSet:
                 f"class_names has {len(names)} names, but labels go up to {labels.max()}; give "
                 "each class a name"
             )
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray[Any]]) -> "TrainingSet":
+        """The set whose attributes are these arrays, as they lie in a file."""
+        given: Any = dict(arrays)
+        return cls(**given)
 
     @functools.cached_property
     def pool_fingerprint(self) -> str:
@@ -85,9 +103,23 @@ class TrainingSet:
         return array_fingerprint(self.unlabelled_images)
 
     @property
-    def pool(self) -> NDArray[np.uint8]:
-        """The images of the pool, (n, C, H, W): a copy only where it is a part of them."""
-        return self.unlabelled_images if self.rows is None else self.unlabelled_images[self.rows]
+    def has_features(self) -> bool:
+        """Whether features of a frozen backbone stand for the images."""
+        return self.unlabelled_images.ndim == 3
+
+    @property
+    def plain_pool(self) -> Stored:
+        """The pool's images as they are, or the features of these, (n, 1, width).
+
+        It is a copy only where the pool is a part of what is stored.
+        """
+        stored = self.unlabelled_images
+        plain = stored[:, :1] if self.has_features else stored
+        return plain if self.rows is None else plain[self.rows]
+
+    def pool_images(self, positions: NDArray[np.int64]) -> Stored:
+        """What is stored of some images of the pool, whose positions are (n,)."""
+        return self.unlabelled_images[positions if self.rows is None else self.rows[positions]]
 
     @property
     def pool_size(self) -> int:
@@ -114,7 +146,7 @@ class TrainingSet:
             with partial.open("wb") as file:
                 np.save(file, self.unlabelled_images)
             os.replace(partial, path)
-        images = np.load(path, mmap_mode="r")
+        images: Stored = np.load(path, mmap_mode="r")
         chosen = replace(self, unlabelled_images=images)
         chosen.__dict__["images_fingerprint"] = self.images_fingerprint
         return chosen
@@ -207,8 +239,22 @@ class RunConfig:
         """The configuration that `to_dict` wrote."""
         return cls(**{**content, "training": TrainingConfig(**content["training"])})
 
-    def check_labels(self, data: TrainingSet) -> None:
-        """Raise a ValueError if a label of `data` is none of the classes."""
+    def check_data(self, data: TrainingSet) -> None:
+        """Check that a run can train on `data`.
+
+        Raises:
+            ValueError: if a label is none of the classes, or a frozen backbone meets images
+                instead of features.
+        """
+        if self.training.frozen != data.has_features:
+            needed, given = (
+                ("features", "images") if self.training.frozen else ("images", "features")
+            )
+            raise ValueError(
+                f"training.network {self.training.network} with training.weights "
+                f"{self.training.weights} trains on {needed}, but the training set has {given}; "
+                "run the pipeline feature_extraction"
+            )
         highest = int(data.labels.max())
         if highest >= self.classes:
             raise ValueError(
@@ -224,6 +270,10 @@ def fingerprint(
     parts = [json.dumps(config.to_dict(), sort_keys=True), json.dumps(data.class_names)]
     parts += [array_fingerprint(array) for array in (data.labelled_images, data.labels)]
     parts.append(data.pool_fingerprint)
+    if config.training.fine_tune != "none":
+        # A file of weights counts by its content.
+        weights = load_backbone(config.training.network, config.training.weights)
+        parts.append(weights.info.digest)
     if start is not None:
         parts += [array_fingerprint(value.cpu().numpy()) for value in start.values()]
     return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:16]
@@ -248,6 +298,18 @@ def array_fingerprint(array: NDArray[Any]) -> str:
     else:
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()[:16]
+
+
+def require_stored(name: str, images: Any) -> Stored:
+    """Images (n, C, H, W) uint8, or features of their views (n, views, width) float16.
+
+    Raises:
+        ValueError: unless they are that, n at least 1.
+    """
+    if getattr(images, "dtype", None) == np.float16 and images.ndim == 3 and len(images):
+        features: NDArray[np.float16] = images
+        return features
+    return require_images(name, images)
 
 
 def _is_mapped(array: Any) -> TypeGuard["np.memmap[Any, Any]"]:

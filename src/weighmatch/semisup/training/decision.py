@@ -23,16 +23,15 @@ class Evidence:
     """What speaks for and against keeping the whole pool.
 
     Attributes:
-        useful: the images that are taken for useful, (N,) bool.
-        p_clean: nominal p of the labelled images lying as they do in a clean pool; 0: unknown.
+        share: the share of the pool that seems useful.
+        p_clean: nominal p of the labelled images lying as they do in a clean pool; None: no test
+            could be made, as a class has a single labelled image.
         level: level below which the pool is taken for contaminated; 1: it is, in any case.
-        testable: whether the test could be made.
     """
 
-    useful: Tensor
-    p_clean: float
+    share: float
+    p_clean: float | None
     level: float
-    testable: bool = True
 
 
 @dataclass(frozen=True)
@@ -59,19 +58,18 @@ def decide(scores: Tensor, classes: Tensor, count: int, evidence: Evidence) -> D
         count: number of classes.
         evidence: whether the pool is contaminated, and how much of it is useful.
     """
-    level = evidence.level
-    if 0 < level < 1 and not evidence.testable:
+    level, share, p_clean = evidence.level, evidence.share, evidence.p_clean
+    if 0 < level < 1 and p_clean is None:
         warnings.warn(
-            "a class has a single labelled image, so that no test can find the pool clean; "
-            "label another one, or set training.ranking.contamination_level to 0 (keep all) "
-            "or 1 (it is contaminated)",
+            "a class has a single labelled image, so that no test can tell whether the pool is "
+            f"clean, and {100 * share:.0f} % of it is kept; label another one, or set "
+            "training.ranking.contamination_level to 0 (keep all) or 1 (it is contaminated)",
             stacklevel=2,
         )
-    contaminated = level >= 1 or evidence.p_clean < level
+    contaminated = level >= 1 or (level > 0 if p_clean is None else p_clean < level)
     kept = torch.ones(len(scores), dtype=torch.bool)
-    if not contaminated or bool(evidence.useful.all()):
+    if not contaminated or share >= 1:
         return Decision(kept, 0.0)
-    share = float(evidence.useful.float().mean())
     cut = float(scores.quantile(1 - share))
     return Decision(keep_best(scores, classes, share, count) if share < 1 else kept, cut)
 
@@ -103,7 +101,7 @@ def keep_best(scores: Tensor, classes: Tensor, share: float, count: int) -> Tens
     return kept
 
 
-def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int) -> float:
+def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int) -> float | None:
     """Nominal one-sided p of the labelled images scoring so much higher than a clean pool.
 
     Were labelled images and pool drawn alike, what tells labelled from unlabelled could not know
@@ -128,12 +126,12 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
         classes: how many there are.
 
     Returns:
-        p; 0, so that no pool looks clean, where a class has a single labelled image, or the pool.
+        p; None where a class, or the pool, has a single image.
     """
     sizes = labels.bincount()
     count = min(FOLDS, int(sizes[sizes > 0].min()), views.shape[1])
     if count < 2:
-        return 0.0
+        return None
     # Every class is in every fold: a labelled image is then judged by class means that lack as much
     # of its class as of any other, and so is an image of the pool.
     folds = torch.empty_like(labels)
@@ -156,7 +154,8 @@ def clean_chance(positives: Tensor, labels: Tensor, views: Tensor, classes: int)
     groups = len(positives) // size
     below, excess, variance = [], 0.0, 0.0
     for fold in range(count):
-        distance.fit(all_labelled.without(labelled[fold]), whole_pool.without(pool[fold]))
+        others_of_class = all_labelled.without(labelled[fold])
+        distance.fit_to_moments(others_of_class, whole_pool.without(pool[fold]))
         mine, theirs = _scored(distance, copies[fold]), _scored(distance, others[fold])
         means = mine[: groups * size].unflatten(0, (groups, size)).mean(1)
         ordered = theirs[:size].mean(0).sort().values

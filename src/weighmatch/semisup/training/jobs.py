@@ -4,6 +4,7 @@ import logging
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +15,12 @@ from numpy.typing import NDArray
 from weighmatch.arms import Arm, get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
+from weighmatch.semisup.training.loop import CHECKPOINT
+from weighmatch.semisup.training.rounds import beyond
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.workers import default_workers, one_thread, run_all
 
@@ -24,6 +28,8 @@ log = logging.getLogger(__name__)
 
 # Bytes from which a pool is shared by processes rather than sent to each of them.
 LARGE = 2**24
+# How many unfinished runs are named.
+NAMED = 4
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -81,7 +87,7 @@ def plan_jobs(
             log.warning("%s is left out: it can only be trained in rounds", arm.name)
     jobs: list[Job] = []
     for key, arrays in sets.items():
-        data, seed = TrainingSet(**dict[str, Any](arrays)), int(key.rpartition("_")[2])
+        data, seed = TrainingSet.of(arrays), int(key.rpartition("_")[2])
         sizes = Sizes.of(data, data.classes, training)
         for arm in planned:
             with one_thread():
@@ -101,6 +107,15 @@ def _steps(arm: Arm, runs: RunsConfig, sizes: Sizes) -> int:
         return sizes.training.steps
     matched = max(matched_steps(schedule, runs.rounds, sizes) for schedule in runs.schedule)
     return matched if arm.compute == "matched" else 2 * matched
+
+
+def cost_of(
+    arms: Sequence[str], sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig
+) -> float:
+    """The cost of all runs of these arms, in steps of FixMatch; sets are as large as the first."""
+    first = dict(list(sets.items())[:1])
+    able = [arm for arm in arms if get_arm(arm).schedules_among(runs.schedule)]
+    return len(sets) * sum(job.cost for job in plan_jobs(able, first, training, runs))
 
 
 @dataclass(frozen=True)
@@ -135,7 +150,7 @@ def finish_jobs(
     jobs: Sequence[Job],
     folder: Path,
     workers: int | Literal["auto"] = "auto",
-    others: tuple[int, int] = (0, 0),
+    others: tuple[float, float] = (0.0, 0.0),
     deadline: Deadline | None = None,
 ) -> list[Job]:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
@@ -146,13 +161,16 @@ def finish_jobs(
         jobs: jobs with different names.
         folder: each run resumes from, and writes to, `Job.folder`.
         workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU.
-        others: steps of runs that another call has done, and that another call will do, which
+        others: cost of the runs that another call has done, and that another call will do, which
             the progress bar and its time left count too.
         deadline: when training has to end, or None. Seeds that would not end in time are left out
             with all of their jobs; another call goes on with them.
 
     Returns:
         The jobs that are finished, in the order of `jobs`.
+
+    Raises:
+        KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
         return []
@@ -162,28 +180,35 @@ def finish_jobs(
         workers = default_workers(pick_device(jobs[0].config.training.device).type)
     if min(workers, len(jobs)) > 1:
         jobs = [_shared(job, folder) for job in jobs]
-    log.info("training %d runs, %d at a time", len(jobs), min(workers, len(jobs)))
+    kept = [kept_steps(job, folder) for job in jobs]
+    state = f": {_in_words(jobs, kept)}" if any(kept) else ""
+    log.info("training %d runs, %d at a time%s", len(jobs), min(workers, len(jobs)), state)
     before, after = others
+    total = before + sum(job.cost for job in jobs) + after
+    done = before + sum(job.cost * k / job.steps for job, k in zip(jobs, kept, strict=True))
     # The longest first, so that no core waits at the end; under a deadline seed by seed.
     seeds = list(dict.fromkeys(job.seed for job in jobs)) if deadline else []
     order = sorted(jobs, key=lambda job: (seeds.index(job.seed) if seeds else 0, -job.cost))
     admission = _Admission(order, deadline or Deadline(float("inf"), 0.0))
-    calls = [(job, folder, admission.ends(k)) for k, job in enumerate(order)]
-    total = before + sum(job.steps for job in jobs) + after
-    title = f"training {len(jobs)} runs"
+    known = dict(zip((job.name for job in jobs), kept, strict=True))
+    calls = [(job, folder, known[job.name], admission.ends(k)) for k, job in enumerate(order)]
     answers = run_all(
         _train,
         calls,
         workers,
-        title=title,
+        title="training",
         total=total,
-        unit="step",
-        done=before,
+        done=done,
         skips=admission.skips,
     )
-    for position, finished in answers:
-        if not finished:
-            admission.left_out.add(order[position].seed)
+    try:
+        for position, finished in answers:
+            if not finished:
+                admission.left_out.add(order[position].seed)
+    except KeyboardInterrupt as stopped:
+        now = [kept_steps(job, folder) for job in jobs]
+        stopped.add_note(f"Of {len(jobs)} runs, {_in_words(jobs, now)}")
+        raise
     shutil.rmtree(folder / "pools", ignore_errors=True)
     return [job for job in planned if job.seed not in admission.left_out]
 
@@ -238,6 +263,45 @@ def _hash_pools(jobs: Sequence[Job]) -> None:
         data.__dict__["images_fingerprint"] = other.images_fingerprint
 
 
+def kept_steps(job: Job, folder: Path) -> int:
+    """Steps of all stages that `folder` keeps of a job, so that they are not done again."""
+    place, config = job.folder(folder), job.config
+    if (place / "run.pt").exists():
+        return job.steps
+    if config.schedule == "two_stages":
+        return sum(_step_in(place / stage) for stage in ("first_stage", "second_stage"))
+    if config.schedule != "rounds":
+        return _step_in(place)
+    for number in reversed(range(config.rounds)):
+        step = _step_in(place / f"round_{number}")
+        if step:
+            begin, end = (n * config.steps // config.rounds for n in (number, number + 1))
+            # As long as nothing is dropped, rounds count on from one another.
+            return step if step > end - begin else begin + step
+    return 0
+
+
+def _step_in(folder: Path) -> int:
+    """The step of a checkpoint; 0 if there is none, or a damaged one."""
+    state = None
+    with suppress(DamagedFileError):
+        state = read_state(folder / CHECKPOINT)
+    return 0 if state is None else int(state["step"])
+
+
+def _in_words(jobs: Sequence[Job], kept: Sequence[int]) -> str:
+    """How far runs are, as `5 are finished, a goes on from step 40 of 100, 3 begin anew`."""
+    pairs = list(zip(jobs, kept, strict=True))
+    going = [(job, steps) for job, steps in pairs if 0 < steps < job.steps]
+    finished = sum(steps >= job.steps for job, steps in pairs)
+    more, new = max(len(going) - NAMED, 0), len(jobs) - finished - len(going)
+    parts = [f"{finished} {'is' if finished == 1 else 'are'} finished"] if finished else []
+    parts += [f"{job.name} goes on from step {n} of {job.steps}" for job, n in going[:NAMED]]
+    parts += [f"{more} more {'goes' if more == 1 else 'go'} on"] if more else []
+    parts += [f"{new} {'begins' if new == 1 else 'begin'} anew"] if new else []
+    return ", ".join(parts)
+
+
 def _shared(job: Job, folder: Path) -> Job:
     """The job with a large pool in a file, which all processes map instead of holding a copy."""
     if job.data.unlabelled_images.nbytes < LARGE or isinstance(
@@ -257,11 +321,17 @@ def read_job(job: Job, folder: Path) -> TrainedRun:
         return make_schedule(job.config).fit(job.data, job.folder(folder))
 
 
-def _train(job: Job, folder: Path, ends: float, progress: Callable[[int], None]) -> bool:
-    """Train a job; whether it was finished before the time `ends`."""
+def _train(
+    job: Job, folder: Path, kept: int, ends: float, progress: Callable[[float], None]
+) -> bool:
+    """Train a job; whether it was finished before the time `ends`.
+
+    Progress is told in parts of the job's cost, without the steps that were `kept`.
+    """
+    told = beyond(kept, lambda steps: progress(steps * job.cost / job.steps))
 
     def report(steps: int) -> None:
-        progress(steps)
+        told(steps)
         if CLOCK.now() > ends:
             raise TimeUpError
 

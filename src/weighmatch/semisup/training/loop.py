@@ -23,13 +23,14 @@ from weighmatch.semisup.checkpoint import (
     TrainedRun,
     load_classifier,
 )
-from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.feature_classifier import fit_to_data, make_classifier
 from weighmatch.semisup.parts.losses import fixmatch_loss, mean_one, pseudo_label
-from weighmatch.semisup.parts.networks import build_classifier
+from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.running import DistributionAlignment
 from weighmatch.semisup.parts.state_file import State, read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.batches import Batch, Batches
 from weighmatch.semisup.training.config import (
     RunConfig,
@@ -114,12 +115,12 @@ class Run:
             outer = (labelled[~kept], labels[~kept])
             labelled, labels = labelled[kept], labels[kept]
         pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory, data.rows)
-        augmentation = Augmentation(self.training.augmentation)
+        views = make_views(self.training)
         self.with_pool = config.row.pool != "none"
         self.batches = Batches(
-            labelled, labels, pool, self.training, augmentation, self.streams, self.with_pool
+            labelled, labels, pool, self.training, views, self.streams, self.with_pool
         )
-        self._build_networks(pool.shape[1], start)
+        self._build_networks(pool, start)
         self.alignment: DistributionAlignment | None = None
         if self.training.distribution_alignment != (config.row.alignment == "opposite"):
             self.alignment = DistributionAlignment(labels, config.classes)
@@ -131,7 +132,7 @@ class Run:
                 outer,
                 pool,
                 config.classes,
-                augmentation,
+                views,
                 self.training,
                 self.streams,
                 self.alignment,
@@ -149,24 +150,28 @@ class Run:
         self.saved: int | None = None  # the step of the checkpoint in `directory`
         self._resume(config.steps if until is None else until, earlier or directory)
 
-    def _build_networks(self, channels: int, start: Parameters | None) -> None:
+    def _build_networks(self, pool: ImageStore, start: Parameters | None) -> None:
         """The classifier, its average and its optimiser."""
         training = self.training
         seed = derive_seed(self.config.seed, "initialisation of the classifier")
-        self.classifier = build_classifier(
-            training.network, channels, self.config.classes, seed, training.width
-        ).to(self.device)
-        if start is not None:
+        stored = tuple(pool.shape[1:])
+        self.classifier = make_classifier(training, stored, self.config.classes, seed)
+        self.classifier = self.classifier.to(self.device)
+        if start is None:
+            fit_to_data(self.classifier, pool)
+        else:
             self.classifier.load_state_dict(start)
         self.classifier = self.classifier.to(memory_format=self.batches.layout)
         self._forward: Callable[[Tensor], Tensor] = self.classifier
         if training.compile:
             self._forward = torch.compile(self.classifier)
         self.average = copy.deepcopy(self.classifier).requires_grad_(False)
-        self._tensors: list[Tensor] = list(self.classifier.parameters())
-        self._average_tensors: list[Tensor] = list(self.average.parameters())
+        averages = dict(self.average.named_parameters())
+        trained = {n: p for n, p in self.classifier.named_parameters() if p.requires_grad}
+        self._tensors: list[Tensor] = list(trained.values())
+        self._average_tensors: list[Tensor] = [averages[name] for name in trained]
         self.optimizer = torch.optim.SGD(
-            decay_groups(self._tensors, training.weight_decay),
+            decay_groups(self.classifier, training.weight_decay),
             lr=training.learning_rate,
             momentum=training.momentum,
             nesterov=True,
@@ -259,7 +264,7 @@ class Run:
                 self.training.unlabelled_weight,
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self._learning_rate()
+            group["lr"] = self._learning_rate() * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -328,7 +333,7 @@ class Run:
         labels = torch.zeros(len(pool), dtype=torch.long, device=self.device)
         with torch.no_grad():
             for part in torch.arange(len(pool), device=self.device).split(1024):
-                images = self.batches.arranged(pool[part].float() / 255)
+                images = self.batches.arranged(self.batches.views.plain(pool[part]))
                 confidence[part], labels[part] = self.average(images).softmax(dim=1).max(dim=1)
                 if self._weighs():
                     logits = self._logits(images)
@@ -340,14 +345,14 @@ class Run:
     def result(self) -> TrainedRun:
         """The run as it stands."""
         state = {name: value.cpu() for name, value in self.average.state_dict().items()}
-        shape = self.batches.pool.shape
         meter = self.weighting.meter
         measured = None if meter is None else meter.measured.to(CPU)
+        channels, height, width = self.data.image_shape
         return TrainedRun(
             config=self.config,
-            classifier=load_classifier(self.config, state, shape[1]),
+            classifier=load_classifier(self.config, state, self.data.image_shape),
             weighting=self.weighting.state_dict(),
-            image_shape=(shape[1], shape[2], shape[3]),
+            image_shape=(channels, height, width),
             class_names=self.data.class_names,
             pool_fingerprint=self.data.pool_fingerprint,
             history=History.of(self.snapshots),
@@ -412,16 +417,19 @@ _NUMBERS = ("step", "seconds", "updates", "updates_skipped", "update_seconds", "
 _PARTS = ("classifier", "average", "optimizer", "weighting", "streams")
 
 
-def decay_groups(parameters: list[Tensor], weight_decay: float) -> list[State]:
+def decay_groups(classifier: Classifier, weight_decay: float) -> list[State]:
     """Groups for an optimiser in which kernels decay, and biases and norms do not.
 
-    That is FixMatch's own choice (Sohn et al., 2020, its code).
+    That is FixMatch's own choice (Sohn et al., 2020, its code). The learning rate is multiplied by
+    the group's `rate`; parameters that are not trained are in none.
     """
-    kernels = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups: dict[tuple[float, bool], list[Tensor]] = {}
+    parameters = dict(classifier.named_parameters())
+    for name, rate in classifier.rates().items():
+        groups.setdefault((rate, parameters[name].ndim > 1), []).append(parameters[name])
     return [
-        {"params": kernels, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {"params": members, "weight_decay": weight_decay if kernels else 0.0, "rate": rate}
+        for (rate, kernels), members in groups.items()
     ]
 
 

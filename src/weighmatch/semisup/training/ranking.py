@@ -11,22 +11,23 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import BATCH, History, TrainedRun, on_device
 from weighmatch.semisup.config import RankingConfig
-from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.feature_classifier import FeatureClassifier
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
-from weighmatch.semisup.parts.store import as_tensor
+from weighmatch.semisup.parts.store import Stored, as_tensor
 from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.parts.views import Views, make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
 from weighmatch.semisup.training.decision import Evidence, clean_chance, decide, decide_by_cut
 from weighmatch.semisup.weightings import Weighting
 from weighmatch.semisup.weightings.base import otsu_cut
 from weighmatch.semisup.weightings.head import ConfidenceHead
 from weighmatch.semisup.weightings.meter import Measured
+from weighmatch.semisup.weightings.nearness import Nearness, judge_pool
 
 # Augmented copies whose features are kept: at most COPIES_PER_IMAGE of a labelled image and
 # MAX_LABELLED_COPIES of all of them together (but one of each), and POOL_VIEWS of a pool image.
@@ -71,7 +72,7 @@ def rank_pool(
     kind = Weighting.kind(config.row.weighting)
     if kind.ranks_by_head:
         return _rank_by_head(run, measured if kind.measures_rounds else None, data, config)
-    found = run.score_unchecked(data.pool, pick_device(config.training.device))
+    found = run.score_unchecked(data.plain_pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
     _require_finite(scores)
     classes = torch.from_numpy(found.probabilities.argmax(axis=1))
@@ -83,24 +84,23 @@ def _rank_by_head(
     run: TrainedRun, measured: Measured | None, data: TrainingSet, config: RunConfig
 ) -> Ranking:
     classifier = on_device(run.classifier, pick_device(config.training.device))
-    head, p_clean = fit_head(classifier, measured, data, config)
-    pool, found = data.pool, []
+    head, p_clean, share = fit_head(classifier, measured, data, config)
+    views = make_views(config.training)
+    pool, found = data.plain_pool, []
     with torch.no_grad():
         for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
-            features = _features(classifier, pool[start : start + HEAD_BATCH])
+            features = _features(classifier, pool[start : start + HEAD_BATCH], views)
             found.append((run.classifier.head(features).argmax(dim=1), head.parts(features)))
         pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
         head.standardise(parts)
         scores = torch.sigmoid(head.combine(parts))
         _require_finite(scores)
+    ranking = config.training.ranking
+    if share is None:
+        # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
         likely = torch.sigmoid(parts[:, 0])
-    # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
-    evidence = Evidence(
-        useful=likely > config.training.ranking.keep_above,
-        p_clean=p_clean,
-        level=config.training.ranking.contamination_level,
-        testable=1 not in np.bincount(data.labels),
-    )
+        share = float((likely > ranking.keep_above).float().mean())
+    evidence = Evidence(share, p_clean, ranking.contamination_level)
     decision = decide(scores, pseudo_classes, config.classes, evidence)
     return Ranking(scores, decision.cut, decision.kept, head.state_dict())
 
@@ -145,14 +145,14 @@ def record_kept(
     snapshots = []
     for step, run, kept in stages:
         device = pick_device(run.config.training.device)
-        confidence, labels = run.classify(data.pool, device).max(dim=1)
+        confidence, labels = run.classify(data.plain_pool, device).max(dim=1)
         snapshots.append((step, mean_one(kept.float()), confidence))
     return History.of(snapshots), labels
 
 
 def fit_head(
     classifier: Classifier, measured: Measured | None, data: TrainingSet, config: RunConfig
-) -> tuple[ConfidenceHead, float]:
+) -> tuple[ConfidenceHead, float | None, float | None]:
     """Fit the head that ranks images on frozen features f, and test whether the pool is clean.
 
     Its MLPs h descend BCE(labelled against pool) − β · mean_i ŝ_i σ(h(f(u_i))). The first term is
@@ -167,20 +167,77 @@ def fit_head(
         config: what defines the run.
 
     Returns:
-        The head, whose parts are not standardised yet; and p of `clean_chance`.
+        The head, whose parts are not standardised yet; p of the pool being clean, or None; and
+        the useful share of the pool, or None where the head's MLPs are to say.
     """
-    augmentation = Augmentation(config.training.augmentation)
+    views_of = make_views(config.training)
     noise = Streams(config.seed)["augmentation for the head"]
     chosen = pool_sample(data.pool_size, config.seed)
-    pool = as_tensor(data.pool)[chosen]
+    pool = as_tensor(data.pool_images(chosen.numpy()))
     influence = None if measured is None else measured.to("cpu").standardised()[chosen]
     image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
-    copies = torch.from_numpy(data.labelled_images)[image]
-    positives = _augmented_features(classifier, copies, augmentation, noise)
+    copies = torch.from_numpy(np.asarray(data.labelled_images))[image]
+    positives = _augmented_features(classifier, copies, views_of, noise)
     views = torch.stack(
-        [_augmented_features(classifier, pool, augmentation, noise) for _ in range(POOL_VIEWS)]
+        [_augmented_features(classifier, pool, views_of, noise) for _ in range(POOL_VIEWS)]
     )
-    return fit_to_features(positives, torch.from_numpy(data.labels), views, influence, config)
+    labels = torch.from_numpy(data.labels)
+    if not isinstance(classifier, FeatureClassifier):
+        head, p_clean = fit_to_features(positives, labels, views, influence, config)
+        return head, p_clean, None
+    labelled = _features(classifier, data.labelled_images, views_of)
+    plain = _in_batches(classifier, pool, views_of.plain)
+    return fit_to_frozen(positives, views, influence, labelled, labels, plain, config)
+
+
+def fit_to_frozen(
+    positives: Tensor,
+    views: Tensor,
+    influence: Tensor | None,
+    labelled: Tensor,
+    labels: Tensor,
+    pool: Tensor,
+    config: RunConfig,
+) -> tuple[ConfidenceHead, float | None, float]:
+    """`fit_head` on features of a frozen backbone, by nearness (`weightings.nearness`).
+
+    Args:
+        positives: features of strong views of the labelled images in turn, (m, width).
+        views: features of strong views of pool images, (views, N, width).
+        influence: influences of these images, standardised, (N,), or none.
+        labelled: features of the n labelled images as they are, (n, width).
+        labels: their labels, (n,).
+        pool: features of the pool images as they are, (N, width).
+        config: what defines the run.
+    """
+    streams, width = Streams(config.seed), labelled.shape[1]
+    seed = derive_seed(config.seed, "initialisation of the head")
+    distance = Nearness(width, config.classes)
+    head = ConfidenceHead(width, config.classes, seed, distance=distance)
+    positives, views = head.norm(positives), head.norm(views)
+    _fit_members(head, positives, views, influence, config.training.ranking, streams)
+    labelled, pool = head.norm(labelled), head.norm(pool)
+    head.fit_distance(labelled, labels, pool)
+    return head, *judge_pool(labelled, labels, pool, config.classes)
+
+
+def rank_early(data: TrainingSet) -> Tensor:
+    """Nearness of the pool's images to the labelled ones, (N,): a ranking before any training.
+
+    Args:
+        data: of stored features.
+    """
+    classifier = FeatureClassifier(data.unlabelled_images.shape[2], data.classes)
+    pool = as_tensor(data.plain_pool)
+    classifier.trunk.fit(pool[:MAX_HEAD_IMAGES, 0].float())
+    norm = nn.LayerNorm(pool.shape[2], elementwise_affine=False)
+    labelled = as_tensor(data.labelled_images)[:, 0].float()
+    nearness = Nearness(pool.shape[2], data.classes)
+    with torch.no_grad():
+        sample = norm(classifier.trunk(pool[:MAX_HEAD_IMAGES, 0].float()))
+        nearness.fit(norm(classifier.trunk(labelled)), torch.from_numpy(data.labels), sample)
+        parts = pool[:, 0].split(BATCH)
+        return torch.cat([nearness(norm(classifier.trunk(part.float()))) for part in parts])
 
 
 def labelled_copies(count: int) -> int:
@@ -194,7 +251,7 @@ def fit_to_features(
     views: Tensor,
     influence: Tensor | None,
     config: RunConfig,
-) -> tuple[ConfidenceHead, float]:
+) -> tuple[ConfidenceHead, float | None]:
     """`fit_head`, given features of augmented images.
 
     Args:
@@ -258,16 +315,16 @@ def pool_sample(size: int, seed: int) -> Tensor:
     return everyone[:MAX_HEAD_IMAGES]
 
 
-def _features(classifier: Classifier, images: NDArray[np.uint8]) -> Tensor:
+def _features(classifier: Classifier, images: Stored, views: Views) -> Tensor:
     """Features of images as they are, (n, width), on the CPU."""
-    return _in_batches(classifier, as_tensor(images), lambda batch: batch.float() / 255)
+    return _in_batches(classifier, as_tensor(images), views.plain)
 
 
 def _augmented_features(
-    classifier: Classifier, images: Tensor, augmentation: Augmentation, noise: torch.Generator
+    classifier: Classifier, images: Tensor, views: Views, noise: torch.Generator
 ) -> Tensor:
     """Features of strong views, (n, width), on the CPU."""
-    return _in_batches(classifier, images, lambda batch: augmentation.strong(batch, noise))
+    return _in_batches(classifier, images, lambda batch: views.strong(batch, noise))
 
 
 def _in_batches(

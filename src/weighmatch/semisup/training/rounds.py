@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
+from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.loop import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
@@ -127,7 +127,7 @@ def _train_round(
         spent, offset = before.seconds if before is not None else 0.0, 0
         earlier = folder / f"round_{number - 1}"
         trained = train_online(
-            fixmatch, data, place, _beyond(done, progress), until=end, earlier=earlier
+            fixmatch, data, place, beyond(done, progress), until=end, earlier=earlier
         )
     else:
         spent, offset = 0.0, done
@@ -197,7 +197,7 @@ def _rank(
     return ranking, measured, seconds
 
 
-def _beyond(done: int, progress: Progress) -> Progress:
+def beyond(done: int, progress: Progress) -> Progress:
     """`progress` without the first `done` steps, which it was told of before."""
     known = done
 
@@ -240,7 +240,7 @@ def measure_pool(
         (labelled, labels),
         ImageStore(data.unlabelled_images, device, training.pool_memory, data.rows),
         config.classes,
-        Augmentation(training.augmentation),
+        make_views(training),
         training,
         Streams(derive_seed(seed, "influence of the pool")),
     )

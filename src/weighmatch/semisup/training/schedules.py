@@ -56,7 +56,7 @@ class Fit:
                 was halved three times.
             ValueError: if a label is none of the classes.
         """
-        self.config.check_labels(data)
+        self.config.check_data(data)
         finished = self.read(data, folder)
         if finished is not None:
             progress(self.config.first_steps + self.config.steps)

@@ -183,7 +183,7 @@ def _cost_of_a_set(sets: Mapping[str, Arrays], training: TrainingConfig, runs: R
 
 def _seconds_of_a_step(arrays: Arrays, training: TrainingConfig) -> float:
     """Seconds of a step of FixMatch on this machine, on one thread."""
-    data = TrainingSet(**dict[str, Any](arrays))
+    data = TrainingSet.of(arrays)
     config = RunConfig(FIXMATCH.name, 0, 10_000, data.classes, replace(training, snapshots=1))
     with one_thread(), TemporaryDirectory() as folder:
         run = Run(config, data, Path(folder))

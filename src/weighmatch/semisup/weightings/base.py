@@ -17,12 +17,12 @@ from torch import Tensor
 
 from weighmatch.checks import require_choice
 from weighmatch.semisup.config import TrainingConfig
-from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.parts.views import Views
 from weighmatch.semisup.weightings.meter import InfluenceMeter
 
 # Weight of an image below the cut, before normalisation: small, so that it can come back.
@@ -40,12 +40,12 @@ class Context:
 
     Attributes:
         classifier: the classifier that is being trained.
-        labelled: uint8 images (n, C, H, W) that it trains on.
+        labelled: stored images that it trains on, uint8 (n, C, H, W), or stored features.
         labels: their labels, (n,).
         outer: images and labels of the outer loss; often the same ones.
-        pool: the unlabelled images, uint8 (N, C, H, W).
+        pool: the stored unlabelled images, N of them.
         classes: number of classes.
-        augmentation: makes weak and strong views.
+        views: makes plain, weak and strong views.
         training: the parameters of the run.
         streams: random streams by purpose.
         align: aligns the pseudo-labels' probabilities, as in training; None: nothing does.
@@ -57,7 +57,7 @@ class Context:
     outer: tuple[Tensor, Tensor]
     pool: ImageStore
     classes: int
-    augmentation: Augmentation
+    views: Views
     training: TrainingConfig
     streams: Streams
     align: Callable[[Tensor], Tensor] | None = None

@@ -31,6 +31,6 @@ class Energy(Weighting):
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         with torch.no_grad():
-            logits = classifier(self.context.pool[self.pool_sample()].float() / 255)
+            logits = classifier(self.context.views.plain(self.context.pool[self.pool_sample()]))
         self.cut = otsu_cut(negative_free_energy(logits))
         return {"energy_cut": -self.cut}

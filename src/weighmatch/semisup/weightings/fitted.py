@@ -5,7 +5,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor, nn
 
-from weighmatch.semisup.parts.networks import ConfidenceNetwork
+from weighmatch.semisup.parts.networks import make_confidence_network
 from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.streams import derive_seed
 from weighmatch.semisup.weightings.base import Context, Features, Weighting, otsu_cut
@@ -54,8 +54,8 @@ class ImageWeighting(FittedWeighting):
     """
 
     def make_network(self, seed: int) -> nn.Module:
-        channels = self.context.pool.shape[1]
-        return ConfidenceNetwork(channels, self.context.training.weighting.width, seed)
+        stored = tuple(self.context.pool.shape[1:])
+        return make_confidence_network(stored, self.context.training.weighting.width, seed)
 
     def criterion(self, images: Tensor, features: Features, logits: Tensor) -> Tensor:
         with torch.no_grad():
@@ -65,7 +65,9 @@ class ImageWeighting(FittedWeighting):
         """Score the pool or a sample of it; move the cut to where the scores fall apart."""
         sample = self.pool_sample()
         with torch.no_grad():
-            scores = torch.sigmoid(self.network(self.context.pool[sample].float() / 255))
+            scores = torch.sigmoid(
+                self.network(self.context.views.plain(self.context.pool[sample]))
+            )
         self.pool_scores = scores if len(sample) == len(self.context.pool) else None
         if self.context.training.weighting.weights == "hard":
             self.cut = otsu_cut(scores)

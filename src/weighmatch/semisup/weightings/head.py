@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weighmatch.semisup.weightings.nearness import Nearness
+
 
 class Moments(NamedTuple):
     """Sums over features by class; those of a set less those of a part are those of the rest.
@@ -66,7 +68,12 @@ class RelativeMahalanobis(nn.Module):
         self.register_buffer("constant", torch.zeros(classes))
         self.register_buffer("centre", torch.zeros(width))
 
-    def fit(self, labelled: "Moments", pool: "Moments") -> None:
+    def fit(self, labelled: Tensor, labels: Tensor, pool: Tensor) -> None:
+        """Estimate the densities from features (m, width), labels (m,) and the pool's features."""
+        moments = Moments.of(labelled, labels, len(self.constant))
+        self.fit_to_moments(moments, Moments.of(pool))
+
+    def fit_to_moments(self, labelled: "Moments", pool: "Moments") -> None:
         """Estimate the densities.
 
         Args:
@@ -110,18 +117,26 @@ class ConfidenceHead(nn.Module):
     """One raw score an image from frozen features, (n, width) -> (n,).
 
     The score is a weighted sum of two parts, each divided by its spread on the pool: the mean of
-    some small MLPs, and the relative Mahalanobis distance. The MLPs make no assumption on the
-    features; the distance cannot learn few labelled images by heart. One MLP depends much on its
-    start, so there are five of them, side by side in one wide layer. The features come from a
-    classifier that is no longer trained: the score is a function of the image alone, and the
+    some small MLPs, and a distance: the relative Mahalanobis distance on features that were
+    trained on the labels, and nearness on those of a frozen backbone. The MLPs make no assumption
+    on the features; the distance cannot learn few labelled images by heart. One MLP depends much
+    on its start, so there are five of them, side by side in one wide layer. The features come from
+    a classifier that is no longer trained: the score is a function of the image alone, and the
     mixed derivative by one JVP stays exact.
     """
 
     location: Tensor
     scale: Tensor
+    distance: RelativeMahalanobis | Nearness
 
     def __init__(
-        self, width: int, classes: int, seed: int, hidden: int = 16, members: int = 5
+        self,
+        width: int,
+        classes: int,
+        seed: int,
+        hidden: int = 16,
+        members: int = 5,
+        distance: Nearness | None = None,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -131,9 +146,21 @@ class ConfidenceHead(nn.Module):
             bound = hidden**-0.5
             self.output = nn.Parameter(torch.empty(members, hidden).uniform_(-bound, bound))
             self.bias = nn.Parameter(torch.empty(members).uniform_(-bound, bound))
-        self.distance = RelativeMahalanobis(width, classes)
+        self.distance = distance or RelativeMahalanobis(width, classes)
         self.register_buffer("location", torch.zeros(2))
         self.register_buffer("scale", torch.ones(2))
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], classes: int) -> "ConfidenceHead":
+        """The head whose parameters and buffers these are."""
+        width = state["hidden.weight"].shape[1]
+        distance = None
+        if "distance.references" in state:
+            sizes = (len(state[f"distance.{name}"]) for name in ("examples", "references"))
+            distance = Nearness(width, classes, *sizes)
+        head = cls(width, classes, seed=0, distance=distance)
+        head.load_state_dict(state)
+        return head
 
     def members(self, features: Tensor) -> Tensor:
         """The score of every MLP, (n, members)."""
@@ -153,8 +180,7 @@ class ConfidenceHead(nn.Module):
             labels: their labels, (m,).
             pool: features of the pool after `norm`, (N, width).
         """
-        labelled = Moments.of(features, labels, len(self.distance.constant))
-        self.distance.fit(labelled, Moments.of(pool))
+        self.distance.fit(features, labels, pool)
 
     def standardise(self, parts: Tensor) -> None:
         """Give both parts mean 0 and spread 1, given those of the pool's images, (N, 2)."""

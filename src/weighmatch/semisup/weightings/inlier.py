@@ -74,7 +74,7 @@ class InlierFilter(Weighting):
                 len(labelled), config.fit_batch, "labelled images for the inlier heads"
             )
             noise = streams["augmentation for the inlier heads"]
-            images = self.context.augmentation.weak(labelled[drawn], noise)
+            images = self.context.views.weak(labelled[drawn], noise)
             with torch.no_grad():
                 features = classifier.features(images)
             loss = one_vs_all_loss(self.heads(features), labels[drawn])

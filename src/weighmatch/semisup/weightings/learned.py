@@ -54,7 +54,7 @@ class Learned(ImageWeighting):
         for _ in range(config.fit_steps):
             drawn = known[streams.draw(len(known), config.fit_batch, "fit batch").to(known.device)]
             noise = streams["augmentation for the confidence network"]
-            weak = self.context.augmentation.weak(self.context.pool[drawn], noise)
+            weak = self.context.views.weak(self.context.pool[drawn], noise)
             weights = mean_one(torch.sigmoid(self.network(weak)))
             pull = config.proximity / 2 * (weights - 1).square().mean()
             self.descend(-(mean[drawn] * weights).mean() + pull)

@@ -197,8 +197,8 @@ class InfluenceMeter:
         context = self.context
         images = context.pool[indices]
         noise = context.streams["augmentation for influence"]
-        weak = context.augmentation.weak(images, noise)
-        strong = context.augmentation.strong(images, noise)
+        weak = context.views.weak(images, noise)
+        strong = context.views.strong(images, noise)
         with torch.no_grad():
             pseudo = pseudo_label(classifier(weak), context.training.threshold, context.align)
         return Views(indices.to(images.device), weak, strong, pseudo)
@@ -209,7 +209,7 @@ class InfluenceMeter:
         images, labels = context.outer
         noise = context.streams["augmentation for the outer loss"]
         drawn = context.streams.draw(len(images), self.config.outer_batch, "outer batch")
-        outer = context.augmentation.strong(images[drawn], noise)
+        outer = context.views.strong(images[drawn], noise)
         outer_loss = F.cross_entropy(classifier(outer), labels[drawn])
         leaves = [p for p in classifier.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(outer_loss, leaves)
@@ -227,7 +227,7 @@ class InfluenceMeter:
         n = min(self.config.curvature_batch, len(views.strong))
         noise = context.streams["augmentation for the outer loss"]
         drawn = context.streams.draw(len(context.labelled), n, "labelled images in the curvature")
-        labelled = context.augmentation.weak(context.labelled[drawn], noise)
+        labelled = context.views.weak(context.labelled[drawn], noise)
         labels = context.labels[drawn]
         part = PseudoLabels(*(t[:n] for t in vars(views.pseudo).values()))
         weights = self.weigh(views.weak[:n], part, views.indices[:n])
@@ -320,10 +320,11 @@ def head_gradient_norm(probabilities: Tensor, labels: Tensor, features: Tensor) 
 
 
 def parameters_of(network: nn.Module) -> Parameters:
-    """A copy of the parameters by name, without a graph."""
+    """A copy of the parameters that are trained, by name, without a graph."""
     # In the plain layout whatever that of training is: forward mode through group norm needs it
     # in torch 2.11. Cloned, since kernels of one channel pass for contiguous in either.
     return {
         name: p.detach().clone(memory_format=torch.contiguous_format)
         for name, p in network.named_parameters()
+        if p.requires_grad
     }

@@ -29,7 +29,7 @@ class PositiveUnlabelled(ImageWeighting):
             noise = streams["augmentation for the confidence network"]
             positives = labelled[streams.draw(len(labelled), half, "positives")]
             negatives = pool[streams.draw(len(pool), half, "negatives")]
-            images = self.context.augmentation.strong(torch.cat([positives, negatives]), noise)
+            images = self.context.views.strong(torch.cat([positives, negatives]), noise)
             targets = torch.arange(2 * half, device=images.device).lt(half).float()
             loss = F.binary_cross_entropy_with_logits(self.network(images), targets)
             self.descend(loss)
