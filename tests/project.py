@@ -1,6 +1,7 @@
 """What tests of the whole project share: runs of it, and which code depends on which."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 from kedro.framework.session import KedroSession
@@ -42,8 +43,13 @@ def file_of(module):
     return next((file for file in files if file.is_file()), None)
 
 
+@cache
 def imported(path):
     """The modules that a file imports, also within functions, by their names or for types alone."""
+    return list(_imported(path))
+
+
+def _imported(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield node.module

@@ -17,6 +17,8 @@ from kedro.framework.project import configure_project, pipelines
 from tests.project import ROOT, as_paths, code_behind, load_context, path_of
 from weighmatch.pipeline_registry import register_pipelines
 
+pytestmark = pytest.mark.integration
+
 ENVIRONMENTS = {
     "main": "base",
     "benchmark": "experiments/benchmark",

@@ -153,7 +153,7 @@ def test_the_outputs_are_there_and_complete(job):
 
 
 def test_the_study_of_digits_is_left_out(job):
-    assert "hypergradient" not in (job.reporting / "report.html").read_text()
+    assert "IHVP" not in (job.reporting / "report.html").read_text()
     assert not (job.reporting / "ihvp_figures").exists()
 
 

@@ -167,6 +167,7 @@ def test_of_several_frames_it_is_the_first(tmp_path):
         assert abs(int(decode(path, SHAPE)[0, 8, 8]) - 10) <= 2
 
 
+@pytest.mark.integration
 def test_a_large_photograph_is_no_bomb(tmp_path):
     rng = np.random.default_rng(0)
     coarse = rng.integers(0, 256, (600, 800, 3), dtype=np.uint8)

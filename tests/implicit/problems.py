@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -165,6 +166,14 @@ PROBLEMS = {
     "CNN with GroupNorm": _cnn,
     "many kinds of convolution": lambda: problem(ManyConvolutions(), draw(3, 2, 6, 6)),
 }
+
+# For `parametrize`: the last one takes most of the time.
+PROBLEM_NAMES = [
+    "MLP",
+    "unused parameters",
+    "CNN with GroupNorm",
+    pytest.param("many kinds of convolution", marks=pytest.mark.integration),
+]
 
 
 def dense_hessian(loss, params):

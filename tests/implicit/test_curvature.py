@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.implicit.problems import (
+    PROBLEM_NAMES,
     PROBLEMS,
     dense_gauss_newton,
     dense_hessian,
@@ -26,7 +27,7 @@ from weighmatch.implicit import (
 from weighmatch.implicit.memory import keep_freed_memory
 
 KINDS = ("Hessian", "GaussNewton", "EmpiricalFisher")
-each_problem = pytest.mark.parametrize("name", PROBLEMS)
+each_problem = pytest.mark.parametrize("name", PROBLEM_NAMES)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
 

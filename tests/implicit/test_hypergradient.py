@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from tests.implicit.problems import PROBLEMS, draw, relative
+from tests.implicit.problems import PROBLEM_NAMES, PROBLEMS, draw, relative
 from weighmatch.implicit import (
     ConjugateGradient,
     Exact,
@@ -223,7 +223,7 @@ def test_weight_gradient_is_double_backward_on_a_wide_resnet_in_single_precision
     assert relative(found, by_double_backward(losses, params, vector)) < 1e-6
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", PROBLEM_NAMES)
 def test_weight_gradient_is_double_backward_on_every_kind_of_layer(name):
     problem = PROBLEMS[name]()
     vector = draw(problem.size, seed=1)

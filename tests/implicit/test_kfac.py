@@ -74,6 +74,7 @@ def test_an_mlp_has_the_factors_that_curvlinops_finds(corrected, kind, damping):
     assert relative(inverse, torch.linalg.inv(shifted(expected, damping))) < 1e-8
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("corrected", "kind"), KINDS)
 def test_a_cnn_has_layers_and_one_exact_rest(corrected, kind):
     made = PROBLEMS["CNN with GroupNorm"]()

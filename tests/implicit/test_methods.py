@@ -14,6 +14,7 @@ from scipy.sparse.linalg import minres
 from tests.implicit.problems import (
     DEFINITE,
     HARD,
+    PROBLEM_NAMES,
     PROBLEMS,
     Counting,
     draw,
@@ -962,7 +963,7 @@ def test_a_preconditioner_that_is_not_positive_definite_does_not_raise(signs):
 
 
 @pytest.mark.parametrize("damping", [1e-4, 1.0])
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", PROBLEM_NAMES)
 def test_woodbury_solves_with_the_empirical_fisher(name, damping):
     problem = PROBLEMS[name]()
     op = EmpiricalFisher(problem.example_losses, problem.params)

@@ -9,24 +9,26 @@ from weighmatch.arms import FIXMATCH, LEARNED, MATCHED, ORACLE, SUPERVISED, all_
 
 # Arms whose accuracy is told first, and how many are told.
 FIRST = (SUPERVISED, FIXMATCH, MATCHED, LEARNED, ORACLE)
-ARMS = 6
+ARMS = 5
 # Differences that are told: those of the declared comparisons, and that to plain FixMatch.
 RIVALS = (MATCHED, SUPERVISED, FIXMATCH)
 
 
 def key_numbers(
-    summary: Mapping[str, Any], influences: pd.DataFrame
+    summary: Mapping[str, Any], influences: pd.DataFrame, training_log: pd.DataFrame
 ) -> dict[str, dict[str, float]]:
     """What `metrics.json` holds.
 
     Args:
         summary: from `summarise`.
         influences: from `collect_influences`.
+        training_log: the lines of each run, in order, with `run` and `loss`.
 
     Returns:
         Groups of numbers by names that say what they are and their unit; what is not known is
         left out. Accuracies, calibration errors and shares are in percent, differences in points
-        with their 95 % interval. A harmful image is one that, measured, raises the loss.
+        with their 95 % interval; the loss is the mean over runs at their end. A harmful image is
+        one that, measured, raises the loss.
     """
     arms, minus, pile = summary["arms"], summary["learned_minus"], summary.get("pile") or {}
     order = [*FIRST, *(arm for arm in all_arms() if arm not in FIRST)]
@@ -45,6 +47,7 @@ def key_numbers(
             "learned_weight": learned.get("auroc_weight"),
             "confidence": learned.get("auroc_confidence"),
         },
+        "last_training_loss": {LEARNED.name: _last_loss(training_log)},
         "calibration_error_percent": {LEARNED.name: _percent(learned.get("ece"))},
         "pool_percent": {
             "useful": _percent(pile.get("useful", {}).get("share")),
@@ -52,6 +55,12 @@ def key_numbers(
         },
     }
     return {name: numbers for name, group in groups.items() if (numbers := dict(_known(group)))}
+
+
+def _last_loss(log: pd.DataFrame) -> float | None:
+    """The loss of learned weights at the end of training, over runs."""
+    mine = log[log["run"].str.startswith(f"{LEARNED.name}-")]
+    return float(mine.groupby("run")["loss"].last().mean()) if len(mine) else None
 
 
 def _percent(share: float | None) -> float | None:

@@ -13,6 +13,8 @@ from weighmatch.semisup.training.compute import (
     relative_cost,
 )
 
+pytestmark = pytest.mark.integration
+
 FIXMATCH, SUPERVISED, LEARNED = map(get_arm, ("fixmatch", "supervised", "learned"))
 
 
@@ -21,7 +23,6 @@ def sizes(training_set, run_config):
     return Sizes.of(training_set, 3, run_config().training)
 
 
-@pytest.mark.integration
 def test_matched_fixmatch_has_the_learned_arms_operations(sizes):
     training = sizes.training
     steps = matched_steps("online", 1, sizes)
@@ -71,7 +72,6 @@ def test_costs_depend_on_sizes_alone(sizes, training_set, run_config):
     assert flops_per_step(FIXMATCH, wider) > 2 * flops_per_step(FIXMATCH, sizes)
 
 
-@pytest.mark.integration
 def test_arms_have_a_cost_in_each_of_their_schedules(sizes):
     # The dearest of the others have tests of their own.
     for arm in (arm for arm in all_arms() if arm.name not in ("learned", "ds3l")):

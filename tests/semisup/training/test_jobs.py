@@ -65,6 +65,7 @@ def test_a_pool_of_several_sets_is_hashed_once(sets, run_config, tmp_path, monke
     assert sum(array is shared for array in hashed) == 1
 
 
+@pytest.mark.integration
 def test_converged_fixmatch_has_twice_the_matched_steps(sets, run_config):
     arms = (
         "fixmatch_converged",
@@ -82,6 +83,7 @@ def test_converged_fixmatch_has_twice_the_matched_steps(sets, run_config):
     assert alone[0].config == jobs[0].config
 
 
+@pytest.mark.integration
 def test_fixmatch_is_matched_to_the_dearest_schedule(training_set, run_config):
     config = run_config()
     sizes = Sizes.of(training_set, 3, config.training)

@@ -34,6 +34,7 @@ def break_once(monkeypatch, owner, name, broken, call=2):
     monkeypatch.setattr(owner, name, maybe)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("what", ["outer_gradient", "influence"])
 def test_an_update_that_is_not_finite_is_skipped_and_counted(
     what, training_set, run_config, tmp_path, monkeypatch, caplog
@@ -60,6 +61,7 @@ def test_a_curvature_that_is_not_finite_is_skipped(
     assert is_finite(run.to_state())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("arm", LEARNING)
 def test_an_update_that_spoils_the_weighting_is_undone(
     arm, training_set, run_config, tmp_path, monkeypatch

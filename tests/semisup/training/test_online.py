@@ -81,6 +81,7 @@ def test_a_killed_run_resumes_to_the_same_end(arm, aligned, training_set, run_co
     assert [json.loads(line)["step"] for line in lines] == [16, 32, 48]
 
 
+@pytest.mark.integration
 def test_a_finished_run_is_not_trained_again(training_set, run_config, tmp_path, monkeypatch):
     first = make_schedule(run_config()).fit(training_set, tmp_path)
     monkeypatch.setattr(Run, "train_steps", lambda *_: pytest.fail("trained again"))
@@ -90,6 +91,7 @@ def test_a_finished_run_is_not_trained_again(training_set, run_config, tmp_path,
     assert same(make_schedule(run_config()).fit(training_set, tmp_path), first)
 
 
+@pytest.mark.integration
 def test_a_damaged_checkpoint_is_named_and_trained_again(
     training_set, run_config, tmp_path, caplog
 ):
@@ -107,6 +109,7 @@ def test_a_damaged_checkpoint_is_named_and_trained_again(
         assert "what it held is trained again" in caplog.text
 
 
+@pytest.mark.integration
 def test_a_damaged_finished_run_is_made_again_from_its_checkpoints(
     training_set, run_config, tmp_path, monkeypatch, caplog
 ):

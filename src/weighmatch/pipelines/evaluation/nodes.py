@@ -123,6 +123,8 @@ def summarise(
     return {**summary, "time_limit": limit}
 
 
-def pick_key_numbers(summary: report.Row, influences: pd.DataFrame) -> dict[str, dict[str, float]]:
+def pick_key_numbers(
+    summary: report.Row, influences: pd.DataFrame, training_log: pd.DataFrame
+) -> dict[str, dict[str, float]]:
     """The numbers that DVC compares."""
-    return key_numbers(summary, influences)
+    return key_numbers(summary, influences, training_log)

@@ -66,7 +66,7 @@ def create_pipeline() -> Pipeline:
             ),
             Node(
                 nodes.pick_key_numbers,
-                ["summary", "influences"],
+                ["summary", "influences", "training_log"],
                 "metrics",
                 name="pick_key_numbers",
             ),

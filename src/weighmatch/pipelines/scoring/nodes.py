@@ -38,8 +38,9 @@ def collect_runs(
     rows, lines = [], []
     for name, load in {**checkpoints, **oracle_checkpoints}.items():
         run = load()
-        # A clean pool is a part of the pool that the manifest describes.
-        pool = "" if get_arm(run.config.arm).pool == "clean" else run.pool_fingerprint
+        # The manifest describes whole pools of images: no parts of them, and no features.
+        other = get_arm(run.config.arm).pool == "clean" or run.config.training.frozen
+        pool = "" if other else run.pool_fingerprint
         rows.append((name, run.seconds, run.update_seconds, run.mask_rate(), pool))
         lines += [{"run": name, **line} for line in run.log]
     measured = pd.DataFrame(rows, columns=["run", "seconds", "update_seconds", "mask_rate", "pool"])

@@ -79,14 +79,17 @@ def plan_jobs(
         runs: schedules and number of rounds. Arms whose compute is "matched" or "doubled" have
             that of the dearest of the learned arm's schedules, or twice it.
     """
+    planned = []
     for arm in map(get_arm, arms):
-        if not arm.schedules_among(runs.schedule):
+        if arm.schedules_among(runs.schedule):
+            planned.append(arm)
+        else:
             log.warning("%s is left out: it can only be trained in rounds", arm.name)
     jobs: list[Job] = []
     for key, arrays in sets.items():
         data, seed = TrainingSet.of(arrays), int(key.rpartition("_")[2])
         sizes = Sizes.of(data, data.classes, training)
-        for arm in map(get_arm, arms):
+        for arm in planned:
             with one_thread():
                 steps = _steps(arm, runs, sizes)
                 for schedule in arm.schedules_among(runs.schedule):

@@ -5,7 +5,7 @@ run has half of those asked for. Then seeds are left out, the last ones first, u
 Only then do runs have less than half of the steps. Steps come first as they cost each run a little,
 and all runs alike; three instead of six folds make the interval of a comparison twice as wide
 (t quantile × √(1/k + n_test / n_train), Nadeau & Bengio, 2003). A seed less comes before runs that
-have hardly begun to converge. The size of images is left as it is, see docs/own_images.md.
+have hardly begun to converge. The size of images is settled before, see docs/own_images.md.
 
 While runs are trained a deadline holds, see `deadline` and `jobs.finish_jobs`.
 """
