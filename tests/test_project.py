@@ -382,11 +382,11 @@ def test_figures_tables_and_metrics_have_a_preview(outputs, graph, monkeypatch):
             assert (found is None) == (name in missing), name
 
 
-def test_the_graph_opens_on_at_most_nine_boxes(graph):
+def test_the_graph_opens_on_at_most_eight_boxes(graph):
     """What kedro-viz shows before anything is unfolded: outer namespaces and what joins them."""
     outer = {node.namespace.partition(".")[0] for node in graph.nodes}
     parts = [graph.only_nodes_with_namespaces([name]) for name in outer]
     shown = set().union(*(part.inputs() | part.outputs() for part in parts))
     shown |= {name for part in parts for name in part.all_outputs() & (graph - part).inputs()}
     datasets = {name for name in shown if not name.startswith("params:")}
-    assert len(outer | datasets) <= 9
+    assert len(outer | datasets) <= 8
