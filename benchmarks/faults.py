@@ -18,18 +18,19 @@ import pandas as pd
 
 ROOT = Path(__file__).parents[1]
 JOB = "test"
-STAGES = ("data_preparation", "training", "scoring", "evaluation", "ihvp_analysis", "reporting")
+LATER = ("training", "scoring", "evaluation", "ihvp_analysis", "reporting")
+STAGES = ("data_preparation,feature_extraction", *LATER)
 # What is trained in every trial, unless it says otherwise.
 ARMS = {"runs.arms": "fixmatch+learned+oracle", "runs.schedule": "online"}
 # Which pipelines read a file, by a part of its path.
 READERS = {
     "01_raw": "data_preparation",
-    "training_sets": "training",
+    "04_feature": "training",
+    "_sets": "training",
     "evaluation_images": "scoring",
     "ood_truth": "training,evaluation",
     "test_labels": "evaluation",
     "manifest.json": "scoring",
-    "oracle_sets": "training",
     "checkpoints": "scoring",
     "_runs.parquet": "scoring",
     "07_model_output": "evaluation,reporting",
@@ -102,7 +103,7 @@ def cure(folder: Path, said: str, **params: object) -> None:
     Raises:
         LostError: if it names none.
     """
-    found = re.search(r"run the pipelines? (.*?)(?: again)?$", said)
+    found = re.search(r"run the pipelines? (.*?)(?: again| as well)?$", said)
     if found is None:
         raise LostError(f"the error names no pipeline to run: {said}")
     names = found[1].replace(" and ", ", ").split(", ")
@@ -350,10 +351,9 @@ def begun(folder: Path) -> bool:
 
 def is_worker(process: int) -> bool:
     """Whether a process is one that trains."""
-    try:
+    with contextlib.suppress(OSError):
         return b"spawn_main" in Path(f"/proc/{process}/cmdline").read_bytes()
-    except OSError:
-        return False
+    return False
 
 
 def wait_for(path: Path, process: "subprocess.Popen[str]", seconds: float = 60) -> None:

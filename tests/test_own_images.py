@@ -26,6 +26,7 @@ from weighmatch.pipelines.training import nodes
 
 pytestmark = pytest.mark.integration
 
+UP_TO_TRAINING = ["data_preparation", "feature_extraction", "training"]
 # Between the few steps of the other tests and those that the recipe recommends.
 TRAINING = {
     "steps": 400,
@@ -216,7 +217,7 @@ def test_runs_of_other_data_are_kept_and_the_log_says_which_is_used(tmp_path, ca
 
     def train():
         caplog.clear()
-        run_project(tmp_path / "data", names=["data_preparation", "training"], params=params)
+        run_project(tmp_path / "data", names=UP_TO_TRAINING, params=params)
         return {path: path.stat().st_mtime_ns for path in runs.glob("*/run.pt")}
 
     first = train()

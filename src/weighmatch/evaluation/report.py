@@ -65,7 +65,9 @@ def summarise(
         row["arm"]: {str(k): _number(v) for k, v in row.items() if k not in SERIES}
         for row in mine.to_dict("records")
     }
-    pairs = comparison.merge(first).merge(mine[["arm", "schedule"]])
+    # The tables are files of two kinds, which keep an empty column as another type.
+    pairs = comparison.merge(cells.head(1).astype(comparison[list(CELL)].dtypes))
+    pairs = pairs.merge(mine[["arm", "schedule"]])
     pairs = pairs[pairs["arm"] == LEARNED.name].set_index("against")[list(DIFFERENCE)]
     known: Any = pairs.astype(object).where(pairs.notna(), None)
     against = {str(arm): PairedDifference(*row) for arm, *row in known.itertuples()}
