@@ -149,7 +149,7 @@ def generate(root: Path, files: int, labels: int, test: int, seed: int = 0) -> R
         (root, k, kinds[k : k + CHUNK], folders[k : k + CHUNK], seed)
         for k in range(0, len(kinds), CHUNK)
     ]
-    made = dict(run_all(draw_files, jobs, title="drawing", total=len(kinds), unit="file"))
+    made = dict(run_all(draw_files, jobs, title="drawing", total=len(kinds)))
     rows = [row for k in range(len(jobs)) for row in made[k] if row[0].startswith("unlabelled/")]
     return [(path, "useful" if kind in SEEN else "foreign") for path, kind in rows] + spoil(root)
 
