@@ -12,6 +12,8 @@ from tests.project import ROOT
 from tests.test_commands import assert_one_sentence
 from weighmatch.mistakes import nearest
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture
 def command(monkeypatch, tmp_path):

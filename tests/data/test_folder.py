@@ -155,11 +155,14 @@ def test_a_class_with_fewer_images_than_folds_is_tested_in_some(tmp_path, prepar
 
 
 def test_there_are_six_folds_where_nothing_else_is_asked_for(tmp_path):
-    given = {"data": {"source": "folder", "root": str(make_folder(tmp_path / "own"))}}
+    given = {
+        "data": {"source": "folder", "root": str(make_folder(tmp_path / "own"))},
+        "training": {"network": "small_cnn"},
+    }
     loader = ExperimentLoader(
         str(ROOT / "conf"), base_env="base", env="local", runtime_params=given
     )
-    assert len(loader["parameters"]["data"]["seeds"]) == 6
+    assert len(DataConfig(**loader["parameters"]["data"]).seeds) == 6
 
 
 def test_a_test_folder_is_the_test_set_of_every_seed(tmp_path, prepare):

@@ -12,6 +12,8 @@ from weighmatch.semisup.feature_store import CHUNK, FeatureStore, Recipe, with_f
 from weighmatch.semisup.parts.backbones import load_backbone
 from weighmatch.semisup.parts.state_file import DamagedFileError
 
+pytestmark = pytest.mark.integration
+
 WIDTH = 1280
 
 

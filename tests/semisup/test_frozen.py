@@ -19,6 +19,8 @@ from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.ranking import rank_early
 from weighmatch.semisup.training.schedules import make_schedule
 
+pytestmark = pytest.mark.integration
+
 SETTINGS = {
     "network": "efficientnet_lite0",
     "weights": "packaged",

@@ -13,6 +13,8 @@ from weighmatch.extras import backbone_available, family_of
 from weighmatch.semisup import TrainingConfig
 from weighmatch.semisup.parts.backbones import Backbone, load_backbone
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def resnet(tmp_path_factory):

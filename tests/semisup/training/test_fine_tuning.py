@@ -13,6 +13,8 @@ from weighmatch.semisup import TrainedRun, TrainingSet, make_schedule
 from weighmatch.semisup.training.config import fingerprint
 from weighmatch.semisup.training.loop import Run
 
+pytestmark = pytest.mark.integration
+
 NETWORK = "timm/test_resnet"
 
 
@@ -117,7 +119,6 @@ def test_the_head_sees_features_of_length_one(tuned, colours, tmp_path):
     torch.testing.assert_close(features.square().sum(1).mean(), torch.tensor(1.0))
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("schedule", ["online", "rounds"])
 def test_a_killed_run_resumes_to_the_same_end(schedule, tuned, colours, tmp_path, monkeypatch):
     monkeypatch.setattr("weighmatch.semisup.training.batches.CHUNK", 1)
@@ -127,7 +128,6 @@ def test_a_killed_run_resumes_to_the_same_end(schedule, tuned, colours, tmp_path
     assert same(whole, make_schedule(config).fit(colours, tmp_path / "killed"))
 
 
-@pytest.mark.integration
 def test_a_run_is_kept_exported_and_read_without_its_weights(
     tuned, colours, tmp_path, weights, monkeypatch
 ):
