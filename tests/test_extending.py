@@ -130,7 +130,14 @@ def stripes():
 def run_graph(folder, study, parameters):
     """The whole graph, with the study of IHVPs that the report needs already there."""
     shutil.copytree(study, folder, dirs_exist_ok=True)
-    names = ["data_preparation", "training", "scoring", "evaluation", "reporting"]
+    names = [
+        "data_preparation",
+        "feature_extraction",
+        "training",
+        "scoring",
+        "evaluation",
+        "reporting",
+    ]
     run_project(folder, names=names, params=parameters)
 
 

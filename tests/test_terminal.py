@@ -24,11 +24,18 @@ TRAINING = [
 ]
 
 
+# A shell that puts tests into the background has them ignore Ctrl-C.
+KEDRO = (
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from kedro.framework.cli import main; main()"
+)
+
+
 def start(*arguments):
     """A run of the project as a command in a terminal of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "src")}
     return subprocess.Popen(
-        [sys.executable, "-m", "kedro", "run", "--env", "test", *arguments],
+        [sys.executable, "-c", KEDRO, "run", "--env", "test", *arguments],
         cwd=ROOT,
         env=environment,
         text=True,

@@ -168,9 +168,12 @@ def test_a_worker_killed_between_two_calls_is_replaced():
 
 
 PARENT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from weighmatch.workers import run_in_order
+
+# A shell that puts tests into the background has them ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def wait(folder, progress):
     import os

@@ -20,7 +20,7 @@ def test_the_relative_distance_is_a_ratio_of_normal_densities():
     labelled = means[labels] + torch.randn(40, 3, generator=generator)
     pool, images = (torch.randn(n, 3, generator=generator) + 0.3 for n in (60, 9))
     distance = RelativeMahalanobis(3, classes=3)
-    distance.fit(Moments.of(labelled, labels, 3), Moments.of(pool))
+    distance.fit(labelled, labels, pool)
 
     def shrunk(centred):
         covariance = np.cov(centred.T, bias=True)
