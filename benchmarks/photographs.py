@@ -5,13 +5,14 @@
 `CIFAR` holds CIFAR-10 as files, `train/<class>/` and `test/<class>/`. Six animals are seen, four
 vehicles are foreign; and all ten classes are seen in a clean pool. Each setting has a pool of 1,500
 images, fresh labels and pools a seed, and the last checkpoint. Settings are those of own folders
-(`data/recipes.py`), which were tuned on six other classes and other seeds. Features lie in DIR and
-are computed once; runs are done in parallel. Prints tables; some 40 minutes on two cores.
+(`data/recipes.py`), which were tuned on six other classes and other seeds. Features lie in DIR
+and what runs give are kept, so that a command that was ended goes on. Prints tables; about an
+hour on two cores.
 """
 
 import argparse
+import json
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.feature_store import Arrays, FeatureStore
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.schedules import make_schedule
-from weighmatch.workers import run_in_order
+from weighmatch.workers import run_all
 
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
 VEHICLES = ("airplane", "automobile", "ship", "truck")
@@ -158,6 +159,28 @@ def measure(
     return found
 
 
+def measure_all(photographs: Photographs, seeds: int, path: Path) -> dict[Setting, list[Found]]:
+    """What every seed of each setting gives; what `path` holds of an earlier call is not redone."""
+    known: dict[tuple[int, int], Found] = {}
+    if path.exists():
+        for line in path.read_text("utf-8").splitlines():
+            number, seed, found = json.loads(line)
+            known[number, seed] = found
+    # Seed after seed, so that a run that is ended has as many of each setting.
+    places = [(n, FIRST_SEED + k) for k in range(seeds) for n in range(len(SETTINGS))]
+    missing = [place for place in places if place not in known]
+    calls = [(photographs, SETTINGS[number], seed) for number, seed in missing]
+    with path.open("a", encoding="utf-8") as file:
+        for position, found in run_all(measure, calls, title="photographs", total=len(calls)):
+            known[missing[position]] = found
+            file.write(json.dumps([*missing[position], found]) + "\n")
+            file.flush()
+    return {
+        setting: [known[number, FIRST_SEED + k] for k in range(seeds)]
+        for number, setting in enumerate(SETTINGS)
+    }
+
+
 def settings() -> TrainingConfig:
     """The settings of own folders of photographs."""
     return TrainingConfig(**{**make_recipe((3, 32, 32), POOL)["training"], "device": "cpu"})
@@ -191,15 +214,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     FeatureStore.extract(given.out, sets, {"all": {"test_images": test_images}}, settings())
     photographs = Photographs(given.out, names, test_names)
     features_took = time.monotonic() - began
-    calls = [
-        (photographs, setting, FIRST_SEED + seed)
-        for setting in SETTINGS
-        for seed in range(given.seeds)
-    ]
-    answers = run_in_order(measure, calls, title="photographs", total=len(calls))
-    by_setting: dict[Setting, list[Found]] = defaultdict(list)
-    for (_, setting, _), found in zip(calls, answers, strict=True):
-        by_setting[setting].append(found)
+    by_setting = measure_all(photographs, given.seeds, given.out / "found.jsonl")
     accuracies, differences, rankings = [], [], []
     for setting, runs in by_setting.items():
         name = f"{len(setting.seen)} | {setting.ratio:g} | {setting.labels}".split(" | ")

@@ -309,7 +309,7 @@ def test_many_files_are_read_by_several_processes_as_by_one(tmp_path, monkeypatc
     paths = [root / path for path in list_images(root).paths]
     found = dict(decode_many(paths, SHAPE, workers=2, title="looking"))
     assert sorted(found) == list(range(len(paths)))
-    assert "looking: 100 %" in capsys.readouterr().err
+    assert "looking: 100" in capsys.readouterr().err
     for position, path in enumerate(paths):
         reason = reason_of(path)
         if reason is None:
