@@ -14,7 +14,7 @@ from tests.project import ROOT
 
 pytestmark = pytest.mark.slow
 
-STAGES = ["prepare", "train", "score", "evaluate", "report", "rank"]
+STAGES = ["prepare", "extract_features", "train", "score", "evaluate", "report", "rank"]
 REPRO = ("dvc", "repro", "own_images/dvc.yaml")
 
 
