@@ -31,7 +31,6 @@ from weighmatch.data.source import (
 from weighmatch.data.splits import Arrays, Images, Labels, Splits, Unlabelled, proportional, stream
 
 log = logging.getLogger(__name__)
-
 Part = Literal["train", "test", "unlabelled"]
 CIFAR_10 = "airplane automobile bird cat deer dog frog horse ship truck"
 STL_10 = "airplane bird car cat deer dog horse monkey ship truck"
