@@ -12,6 +12,8 @@ from weighmatch.checks import require_choice
 
 Schedule = Literal["online", "two_stages", "rounds"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+# What says how much of a ranked pool is kept.
+Judge = Literal["otsu", "test", "mixture", "hypergradient", "truth"]
 
 
 @dataclass(frozen=True)
@@ -25,11 +27,16 @@ class Arm:
         weighting: name of its class in `weighmatch.semisup.weightings`.
         compute: the steps of a run. "equal": `training.steps`; "matched": as many as cost what
             the arm `learned` costs; "doubled": twice these.
-        pool: the unlabelled images that it trains on: "none", the "whole" pool, or the "clean"
-            one, from which OOD images were removed with the help of the truth.
+        pool: the unlabelled images that it trains on: "none", the "whole" pool, the "clean" one,
+            from which OOD images were removed with the help of the truth, or "told": the whole
+            pool and, of the truth, how much of it is useful.
         schedules: those that it can be trained in. "online": weights are learned while training;
             "two_stages": they are learned, frozen, and a classifier is trained anew; "rounds":
             the pool is ranked and a classifier trained on its best, in turn.
+        judge: what says how much of a ranking is kept between stages and rounds: "otsu" cuts it
+            where it falls apart; the others rank by the head on features. "test" is a test of a
+            clean pool and the head's own odds, "mixture" the same test and the share of a
+            mixture, "hypergradient" the posterior of `weightings.share`, "truth" the true share.
         alignment: whether distribution alignment is "as_set" by the parameters or the "opposite".
         reads: groups of the parameters `training` that it reads, where its schedule does.
         inductive: whether it scores images that it never saw.
@@ -43,8 +50,9 @@ class Arm:
     colour: str
     weighting: str = "uniform"
     compute: Literal["equal", "matched", "doubled"] = "equal"
-    pool: Literal["none", "whole", "clean"] = "whole"
+    pool: Literal["none", "whole", "clean", "told"] = "whole"
     schedules: tuple[Schedule, ...] = ("online",)
+    judge: Judge = "otsu"
     alignment: Literal["as_set", "opposite"] = "as_set"
     reads: tuple[str, ...] = ("weighting",)
     inductive: bool = True
@@ -55,6 +63,16 @@ class Arm:
     def weighs(self) -> bool:
         """Whether it gives different images different weights."""
         return self.weighting != "uniform"
+
+    @property
+    def averages(self) -> bool:
+        """Whether its ranking is averaged over neighbours; that of the control `pu` is not."""
+        return self.judge not in ("otsu", "test")
+
+    @property
+    def knows_truth(self) -> bool:
+        """Whether it is told something of which images are OOD."""
+        return self.pool in ("clean", "told")
 
     def schedules_among(self, wanted: Sequence[Schedule]) -> tuple[Schedule, ...]:
         """The wanted schedules that it can be trained in, or else "online" if it can."""
@@ -201,6 +219,7 @@ register(
         "#CC79A7",
         weighting="positive_unlabelled",
         schedules=("online", "two_stages", "rounds"),
+        judge="test",
         reads=("weighting", "ranking"),
         rival=True,
         control="weights from a classifier of labelled against pool images, which need no "
@@ -237,6 +256,19 @@ register(
         inductive=False,
     )
 )
+register(
+    Arm(
+        "gate_mixture",
+        "learned ranking, share of a mixture",
+        "#88CCEE",
+        weighting="positive_unlabelled",
+        schedules=("rounds",),
+        judge="mixture",
+        reads=("ranking",),
+        rival=True,
+        control="the same ranking, of which a mixture model keeps a share without a hypergradient",
+    )
+)
 LEARNED = register(
     Arm(
         "learned",
@@ -244,7 +276,20 @@ LEARNED = register(
         "#D55E00",
         weighting="learned",
         schedules=("online", "two_stages", "rounds"),
+        judge="hypergradient",
         reads=("weighting", "influence", "ranking"),
+    )
+)
+register(
+    Arm(
+        "gate_told",
+        "learned ranking, told the share",
+        "#117733",
+        weighting="positive_unlabelled",
+        pool="told",
+        schedules=("rounds",),
+        judge="truth",
+        reads=("ranking",),
     )
 )
 ORACLE = register(Arm("oracle", "oracle (OOD removed)", "#009E73", pool="clean"))

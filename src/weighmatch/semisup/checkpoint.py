@@ -21,6 +21,7 @@ from weighmatch.semisup.parts.store import ImageStore, Stored, as_tensor
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig
+from weighmatch.semisup.training.decision import Evidence
 from weighmatch.semisup.weightings import Context, Weighting
 from weighmatch.semisup.weightings.base import confidence_weights
 from weighmatch.semisup.weightings.head import ConfidenceHead
@@ -86,6 +87,7 @@ class PoolState:
         cut: the score above which the last ranking takes an image for useful.
         kept: the images that the last ranking keeps, (N,) bool. The history has what each
             classifier was trained on.
+        evidence: what that choice rests on.
         measured: their influences.
     """
 
@@ -93,6 +95,7 @@ class PoolState:
     scores: Tensor | None = None
     cut: float | None = None
     kept: Tensor | None = None
+    evidence: Evidence | None = None
     measured: Measured | None = None
 
 
@@ -302,7 +305,7 @@ class TrainedRun:
         """Nested containers of tensors, numbers and strings."""
         own = ("weighting", "pool_fingerprint", "log", "seconds", "update_seconds")
         pool = {**vars(self.pool)}
-        measured = pool.pop("measured")
+        measured, evidence = pool.pop("measured"), pool.pop("evidence")
         return {
             **{name: getattr(self, name) for name in own},
             "config": self.config.to_dict(),
@@ -312,6 +315,7 @@ class TrainedRun:
             "history": vars(self.history),
             "pool": pool,
             "measured": None if measured is None else vars(measured),
+            "evidence": None if evidence is None else vars(evidence),
             "ranker": None if self.ranker is None else vars(self.ranker),
         }
 
@@ -320,6 +324,7 @@ class TrainedRun:
         """The run that `to_state` described."""
         state = dict(state)
         measured, ranker = state.pop("measured"), state["ranker"]
+        evidence = state.pop("evidence")
         config = RunConfig.from_dict(state["config"])
         channels, height, width = state["image_shape"]
         shape = (channels, height, width)
@@ -332,7 +337,9 @@ class TrainedRun:
                 "class_names": tuple(state["class_names"]),
                 "history": History(**state["history"]),
                 "pool": PoolState(
-                    **state["pool"], measured=None if measured is None else Measured(**measured)
+                    **state["pool"],
+                    evidence=None if evidence is None else Evidence(**evidence),
+                    measured=None if measured is None else Measured(**measured),
                 ),
                 "ranker": None if ranker is None else Ranker(**ranker),
             }

@@ -171,6 +171,8 @@ class InfluenceConfig:
         outer_batch: labelled images, strongly augmented, in one estimate of the outer gradient.
         curvature_batch: unlabelled images in the curvature.
         batch: unlabelled images whose influence is measured in one pass.
+        measurements: measurements at the classifier that a round or a stage ends with; at least 2,
+            as their spread is the error of their mean.
         memory: weight of the past in an image's running mean of influence; 0 for none.
     """
 
@@ -180,6 +182,7 @@ class InfluenceConfig:
     outer_batch: int = 64
     curvature_batch: int = 24
     batch: int = 128
+    measurements: int = 6
     memory: float = 0.9
 
     def __post_init__(self) -> None:
@@ -189,6 +192,7 @@ class InfluenceConfig:
         require_number(f"{group}.damping", self.damping, 0, 1e6, above=True)
         for name in ("outer_batch", "curvature_batch", "batch"):
             require_integer(f"{group}.{name}", getattr(self, name), 1)
+        require_integer(f"{group}.measurements", self.measurements, 2)
         require_number(f"{group}.memory", self.memory, 0, 1)
 
 
@@ -201,20 +205,15 @@ class RankingConfig:
         batch: images in one of them, half of them labelled; even.
         learning_rate: step size of Adam.
         weight_decay: decoupled weight decay.
-        influence_weight: β, the weight of the measured influence in the head's objective (arm
-            `learned`).
-        keep_above: the MLPs' probability from which an image counts towards the share that is
-            kept. At ½ it is more like a labelled image than like one of the pool.
-        contamination_level: nominal level of the test whether the pool is clean, in which case it
-            is kept whole; at 1 every pool is taken for contaminated.
+        contamination_level: the chance that the pool is clean, as the arm `learned` sees it, or
+            the p of a test of other arms, below which it is not kept whole; at 0 every pool is
+            kept whole, at 1 every one is taken for contaminated.
     """
 
     steps: int = 75
     batch: int = 256
     learning_rate: float = 1e-2
     weight_decay: float = 1e-2
-    influence_weight: float = 0.3
-    keep_above: float = 0.5
     contamination_level: float = 0.2
 
     def __post_init__(self) -> None:
@@ -223,8 +222,6 @@ class RankingConfig:
         require_multiple(f"{group}.batch", self.batch, 2, "half of it is labelled")
         require_number(f"{group}.learning_rate", self.learning_rate, 0, 10, above=True)
         require_number(f"{group}.weight_decay", self.weight_decay, 0, 10)
-        require_number(f"{group}.influence_weight", self.influence_weight, 0, 1e6)
-        require_number(f"{group}.keep_above", self.keep_above, 0, 1)
         require_number(f"{group}.contamination_level", self.contamination_level, 0, 1, below=False)
 
 

@@ -1,7 +1,7 @@
 """Nodes of `training`."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from weighmatch.arms import get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.feature_store import with_features, with_rows
+from weighmatch.semisup.training.config import TrainingSet
 from weighmatch.semisup.training.jobs import (
     Job,
     cost_of,
@@ -38,11 +39,11 @@ def train_arms(
     runs: RunsConfig,
     run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
-    """Train every arm on the contaminated pools, but those that need a clean one.
+    """Train every arm on the contaminated pools, but those that are told something of the truth.
 
     Under `runs.time_limit` runs may have fewer steps, and seeds may be left out.
     """
-    arms = [arm for arm in runs.arms if get_arm(arm).pool != "clean"]
+    arms = [arm for arm in runs.arms if not get_arm(arm).knows_truth]
     folder, deadline = Path(run_folder), None
     sets = with_features(training_sets, features)
     choice = choose_runs(sets, training, runs, folder)
@@ -85,24 +86,38 @@ def train_oracle(
     runs: RunsConfig,
     run_folder: str,
 ) -> tuple[Runs, pd.DataFrame]:
-    """Train the arms of a clean pool, if there are any, on the sets that the others have."""
-    arms = [arm for arm in runs.arms if get_arm(arm).pool == "clean"]
+    """Train the arms that are told of the truth, if there are any, on the sets of the others."""
+    arms = [arm for arm in runs.arms if get_arm(arm).knows_truth]
     folder, trained = Path(run_folder), set(trained_runs["key"])
-    clean = {
-        key: with_rows(arrays, oracle_sets[key]["rows"])
+    whole = {
+        key: arrays
         for key, arrays in with_features(training_sets, features).items()
-        if key in oracle_sets
+        if key in oracle_sets and (key in trained or not trained)
     }
+    clean = {key: with_rows(arrays, oracle_sets[key]["rows"]) for key, arrays in whole.items()}
     choice = choose_runs(clean, training, runs, folder) if arms else None
     if choice is not None:
         training = replace(training, steps=choice.steps)
-    sets = {key: arrays for key, arrays in clean.items() if key in trained or not trained}
-    jobs = plan_jobs(arms, sets, training, runs) if arms else []
+    told = {
+        key: {**arrays, "useful_share": np.array(_pool_size(clean[key]) / _pool_size(arrays))}
+        for key, arrays in whole.items()
+    }
+    jobs = [
+        job
+        for pool, sets in (("clean", clean), ("told", told))
+        for job in plan_jobs(
+            [arm for arm in arms if get_arm(arm).pool == pool], sets, training, runs
+        )
+    ]
     _say_which(jobs, folder)
     # One bar for the runs of both nodes; those of clean pools come last.
     others = [arm for arm in runs.arms if arm not in arms]
-    before = cost_of(others, sets, training, runs) if jobs else 0.0
+    before = cost_of(others, whole, training, runs) if jobs else 0.0
     return _hand_over(finish_jobs(jobs, folder, runs.workers, (before, 0.0)), folder)
+
+
+def _pool_size(arrays: Mapping[str, NDArray[Any]]) -> int:
+    return TrainingSet.of(arrays).pool_size
 
 
 def _say_which(jobs: list[Job], folder: Path) -> None:

@@ -17,15 +17,15 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.store import as_tensor
 from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
+from weighmatch.semisup.training.judges import Seen
 from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.training.measuring import measure_pool
 from weighmatch.semisup.training.ranking import (
     MAX_HEAD_IMAGES,
     POOL_VIEWS,
     fit_to_features,
     labelled_copies,
 )
-from weighmatch.semisup.training.rounds import measure_pool
-from weighmatch.semisup.weightings import Weighting
 from weighmatch.semisup.weightings.meter import PROBE_EVERY
 
 # Steps that are counted: with an update of the weights on each, as many as there are between two
@@ -147,12 +147,12 @@ def _untrained(arm: Arm, sizes: Sizes) -> tuple[RunConfig, TrainedRun]:
 @functools.lru_cache
 def _measuring_flops(arm: Arm, sizes: Sizes) -> float:
     """Operations of measuring the influences of a pool once."""
-    if not Weighting.kind(arm.weighting).measures_rounds:
+    if arm.judge != "hypergradient" or sizes.training.frozen:
         return 0.0
     config, run = _untrained(arm, sizes)
     data = sizes.blank()
-    kept = torch.ones(data.pool_size, dtype=torch.bool)
-    return _count(lambda: measure_pool(run, data, kept, None, config, 0))
+    kept, scores = torch.ones(data.pool_size, dtype=torch.bool), torch.zeros(data.pool_size)
+    return _count(lambda: measure_pool(run, data, kept, scores, None, config, 0))
 
 
 @functools.lru_cache
@@ -166,7 +166,7 @@ def _ranking_flops(arm: Arm, sizes: Sizes) -> float:
     with torch.no_grad():
         shown = make_views(sizes.training).plain(as_tensor(sizes.blank().labelled_images[:1]))
         one = _count(lambda: run.classifier.features(shown))
-    if not Weighting.kind(arm.weighting).ranks_by_head:
+    if arm.judge == "otsu":
         return one * sizes.pool
     copies, fitted = labelled_copies(len(sizes.labels)), min(sizes.pool, MAX_HEAD_IMAGES)
     generator = torch.Generator().manual_seed(0)
@@ -174,11 +174,13 @@ def _ranking_flops(arm: Arm, sizes: Sizes) -> float:
     positives = torch.randn(copies, width, generator=generator)
     views = torch.randn(POOL_VIEWS, fitted, width, generator=generator)
     labels = torch.tensor(sizes.labels)
+    plain = views[0]
+    seen = Seen(positives, labels, views, plain[: len(labels)], plain)
 
     def rank() -> None:
-        head, _ = fit_to_features(positives, labels, views, None, config)
+        head = fit_to_features(seen, sizes.training.frozen, config)
         with torch.no_grad():
-            head(views[0])
+            head(plain)
 
     # The whole pool is scored, by features as its images are; the head is a hundredth of it.
     return _count(rank) + one * (copies + POOL_VIEWS * fitted + sizes.pool)

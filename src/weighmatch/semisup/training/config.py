@@ -38,6 +38,8 @@ class TrainingSet:
         class_names: a name for each class, in the order of the labels; () where there are none.
         rows: the images of `unlabelled_images` that are the pool, (n,); None: all of them.
         image_shape: (C, H, W) of the images behind stored features; (): that of the images.
+        useful_share: the share of the pool that is useful, for arms that are told so much of the
+            truth; None: nobody tells.
 
     A pool that is a memory map is shared by all processes: it travels to them as the name of its
     file.
@@ -52,6 +54,7 @@ class TrainingSet:
     class_names: tuple[str, ...] = ()
     rows: NDArray[np.int64] | None = None
     image_shape: tuple[int, ...] = ()
+    useful_share: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("labelled_images", "unlabelled_images"):
@@ -76,6 +79,8 @@ class TrainingSet:
                 "stored features need image_shape, (C, H, W) of the images behind them"
             )
         object.__setattr__(self, "image_shape", tuple(int(side) for side in shape))
+        if self.useful_share is not None:  # read from a file it is an array
+            object.__setattr__(self, "useful_share", float(self.useful_share))
         names = tuple(str(name) for name in self.class_names)
         object.__setattr__(self, "class_names", names)
         if names and len(names) <= int(labels.max()):
@@ -269,7 +274,7 @@ def fingerprint(
     """Identifies a run: configuration (code included), data, start; 16 hexadecimal digits."""
     parts = [json.dumps(config.to_dict(), sort_keys=True), json.dumps(data.class_names)]
     parts += [array_fingerprint(array) for array in (data.labelled_images, data.labels)]
-    parts.append(data.pool_fingerprint)
+    parts += [data.pool_fingerprint, f"{data.useful_share}"]
     if config.training.fine_tune != "none":
         # A file of weights counts by its content.
         weights = load_backbone(config.training.network, config.training.weights)

@@ -24,14 +24,20 @@ class Evidence:
 
     Attributes:
         share: the share of the pool that seems useful.
-        p_clean: nominal p of the labelled images lying as they do in a clean pool; None: no test
-            could be made, as a class has a single labelled image.
+        p_clean: the chance that the pool is clean, or nominal p of the labelled images lying as
+            they do in a clean pool; None: no test could be made, as a class has a single labelled
+            image.
         level: level below which the pool is taken for contaminated; 1: it is, in any case.
+        low: with `high` the interval that holds the useful share with a chance of 95 %, if the
+            pool is contaminated; None: it is not known.
+        high: see `low`.
     """
 
     share: float
     p_clean: float | None
     level: float
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)

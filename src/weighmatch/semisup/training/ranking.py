@@ -2,7 +2,8 @@
 
 Arms with a head fit it to the features of a trained averaged classifier, which stays as it is: it
 tells near OOD apart where a network on the image alone does not. Other arms rank by the
-criterion of their weighting. `decision` says how much of the ranking is kept, without any truth.
+criterion of their weighting. `judges` has what tells how much of a ranking is worth training on,
+and `decision` keeps so much.
 """
 
 from collections.abc import Callable
@@ -18,23 +19,24 @@ from weighmatch.semisup.config import RankingConfig
 from weighmatch.semisup.parts.feature_classifier import FeatureClassifier
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
+from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import Stored, as_tensor
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.parts.views import Views, make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
-from weighmatch.semisup.training.decision import Evidence, clean_chance, decide, decide_by_cut
+from weighmatch.semisup.training.decision import Evidence, decide, decide_by_cut
+from weighmatch.semisup.training.judges import JUDGES, Case, Known, Seen
 from weighmatch.semisup.weightings import Weighting
 from weighmatch.semisup.weightings.base import otsu_cut
 from weighmatch.semisup.weightings.head import ConfidenceHead
-from weighmatch.semisup.weightings.meter import Measured
-from weighmatch.semisup.weightings.nearness import Nearness, judge_pool
+from weighmatch.semisup.weightings.nearness import Nearness
 
 # Augmented copies whose features are kept: at most COPIES_PER_IMAGE of a labelled image and
 # MAX_LABELLED_COPIES of all of them together (but one of each), and POOL_VIEWS of a pool image.
 COPIES_PER_IMAGE, MAX_LABELLED_COPIES, POOL_VIEWS = 128, 6144, 2
 # Images whose features are held at a time while a pool is ranked.
 HEAD_BATCH = 8192
-# Images of a large pool that the head is fitted on and whose influence is measured; all are ranked.
+# Images of a large pool that the head is fitted on; all are ranked.
 MAX_HEAD_IMAGES = 2048
 
 
@@ -47,62 +49,79 @@ class Ranking:
         cut: the score above which an image counts as useful; 0: the pool seems clean.
         kept: the images that the next stage or round trains on, (N,) bool.
         head: parameters of the head on frozen features; None: the arm has none.
+        evidence: what the decision rests on; None: the ranking was cut where it falls apart.
     """
 
     scores: Tensor
     cut: float
     kept: Tensor
     head: dict[str, Tensor] | None
+    evidence: Evidence | None = None
+
+    def to_state(self) -> State:
+        """Nested containers of tensors and numbers."""
+        evidence = None if self.evidence is None else vars(self.evidence)
+        return {**vars(self), "evidence": evidence}
+
+    @classmethod
+    def from_state(cls, state: State) -> "Ranking":
+        """The ranking that `to_state` described."""
+        evidence = state["evidence"]
+        return cls(**{**state, "evidence": None if evidence is None else Evidence(**evidence)})
 
 
 def rank_pool(
-    run: TrainedRun, measured: Measured | None, data: TrainingSet, config: RunConfig
-) -> Ranking:
+    run: TrainedRun, known: Known, data: TrainingSet, config: RunConfig, seed: int
+) -> tuple[Ranking, Known]:
     """Scores of the pool, and which images to keep.
 
     Args:
         run: the trained run whose classifier and weighting rank.
-        measured: influences of the pool's images, for the head of an arm that measures them.
+        known: what is known of the pool before.
         data: labelled images, and the pool (N, C, H, W).
         config: what defines the whole run; `training.ranking` says how the head is fitted.
+        seed: of what is drawn to measure influences.
+
+    Returns:
+        The ranking, and what is known after it.
 
     Raises:
         FloatingPointError: if a score is not finite.
     """
+    if config.row.judge != "otsu":
+        return _rank_by_head(run, known, data, config, seed)
     kind = Weighting.kind(config.row.weighting)
-    if kind.ranks_by_head:
-        return _rank_by_head(run, measured if kind.measures_rounds else None, data, config)
     found = run.score_unchecked(data.plain_pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
     _require_finite(scores)
     classes = torch.from_numpy(found.probabilities.argmax(axis=1))
     decision = decide_by_cut(scores, classes, config.classes, cut)
-    return Ranking(scores, decision.cut, decision.kept, None)
+    return Ranking(scores, decision.cut, decision.kept, None), known
 
 
 def _rank_by_head(
-    run: TrainedRun, measured: Measured | None, data: TrainingSet, config: RunConfig
-) -> Ranking:
+    run: TrainedRun, known: Known, data: TrainingSet, config: RunConfig, seed: int
+) -> tuple[Ranking, Known]:
     classifier = on_device(run.classifier, pick_device(config.training.device))
-    head, p_clean, share = fit_head(classifier, measured, data, config)
-    views = make_views(config.training)
-    pool, found = data.plain_pool, []
+    views, pool = make_views(config.training), data.plain_pool
+    seen, head = fit_head(classifier, data, config)
+    classes, likely, found = [], [], []
     with torch.no_grad():
         for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
             features = _features(classifier, pool[start : start + HEAD_BATCH], views)
-            found.append((run.classifier.head(features).argmax(dim=1), head.parts(features)))
-        pseudo_classes, parts = (torch.cat(column) for column in zip(*found, strict=True))
-        head.standardise(parts)
-        scores = torch.sigmoid(head.combine(parts))
-        _require_finite(scores)
-    ranking = config.training.ranking
-    if share is None:
-        # As many as a positive-unlabelled classifier would keep; which ones, both parts say.
-        likely = torch.sigmoid(parts[:, 0])
-        share = float((likely > ranking.keep_above).float().mean())
-    evidence = Evidence(share, p_clean, ranking.contamination_level)
+            classes.append(run.classifier.head(features).argmax(dim=1))
+            likely.append(torch.sigmoid(head.parts(features)[:, 0]))
+            found.append(head(features))
+    raw, pseudo_classes = torch.cat(found), torch.cat(classes)
+    _require_finite(raw)
+    case = Case(run, data, config, seed, seen, head, raw, torch.cat(likely), known)
+    # Features that were not trained on the labels can be judged by a test of ranks.
+    tested = data.has_features and config.row.judge != "truth"
+    evidence, known = JUDGES["nearness" if tested else config.row.judge](case)
+    scores = torch.sigmoid(raw)
     decision = decide(scores, pseudo_classes, config.classes, evidence)
-    return Ranking(scores, decision.cut, decision.kept, head.state_dict())
+    ranking = Ranking(scores, decision.cut, decision.kept, head.state_dict(), evidence)
+    return ranking, known
 
 
 def _require_finite(scores: Tensor) -> None:
@@ -151,74 +170,66 @@ def record_kept(
 
 
 def fit_head(
-    classifier: Classifier, measured: Measured | None, data: TrainingSet, config: RunConfig
-) -> tuple[ConfidenceHead, float | None, float | None]:
-    """Fit the head that ranks images on frozen features f, and test whether the pool is clean.
+    classifier: Classifier, data: TrainingSet, config: RunConfig
+) -> tuple[Seen, ConfidenceHead]:
+    """Fit the head that ranks images on frozen features.
 
-    Its MLPs h descend BCE(labelled against pool) − β · mean_i ŝ_i σ(h(f(u_i))). The first term is
-    a positive-unlabelled classifier (Elkan & Noto, 2008); the second is the learned weighting's
-    own objective, whose gradient in h is the hypergradient, with ŝ_i the mean measured influence
-    over its spread. Without measurements β = 0. The head's distance is estimated.
+    Its MLPs tell labelled images from the pool, as a positive-unlabelled classifier does (Elkan &
+    Noto, 2008). The head's distance is estimated.
 
     Args:
         classifier: a trained, averaged classifier.
-        measured: influences of the pool's images, or none.
         data: labelled images and the pool.
         config: what defines the run.
 
     Returns:
-        The head, whose parts are not standardised yet; p of the pool being clean, or None; and
-        the useful share of the pool, or None where the head's MLPs are to say.
+        The features that it was fitted to, and the head.
     """
     views_of = make_views(config.training)
     noise = Streams(config.seed)["augmentation for the head"]
     chosen = pool_sample(data.pool_size, config.seed)
     pool = as_tensor(data.pool_images(chosen.numpy()))
-    influence = None if measured is None else measured.to("cpu").standardised()[chosen]
     image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
     copies = torch.from_numpy(np.asarray(data.labelled_images))[image]
     positives = _augmented_features(classifier, copies, views_of, noise)
     views = torch.stack(
         [_augmented_features(classifier, pool, views_of, noise) for _ in range(POOL_VIEWS)]
     )
-    labels = torch.from_numpy(data.labels)
-    if not isinstance(classifier, FeatureClassifier):
-        head, p_clean = fit_to_features(positives, labels, views, influence, config)
-        return head, p_clean, None
-    labelled = _features(classifier, data.labelled_images, views_of)
-    plain = _in_batches(classifier, pool, views_of.plain)
-    return fit_to_frozen(positives, views, influence, labelled, labels, plain, config)
+    seen = Seen(
+        positives,
+        torch.from_numpy(data.labels),
+        views,
+        _features(classifier, data.labelled_images, views_of),
+        _in_batches(classifier, pool, views_of.plain),
+    )
+    return seen, fit_to_features(seen, data.has_features, config)
 
 
-def fit_to_frozen(
-    positives: Tensor,
-    views: Tensor,
-    influence: Tensor | None,
-    labelled: Tensor,
-    labels: Tensor,
-    pool: Tensor,
-    config: RunConfig,
-) -> tuple[ConfidenceHead, float | None, float]:
-    """`fit_head` on features of a frozen backbone, by nearness (`weightings.nearness`).
+def fit_to_features(seen: Seen, frozen: bool, config: RunConfig) -> ConfidenceHead:
+    """`fit_head`, given the features.
 
     Args:
-        positives: features of strong views of the labelled images in turn, (m, width).
-        views: features of strong views of pool images, (views, N, width).
-        influence: influences of these images, standardised, (N,), or none.
-        labelled: features of the n labelled images as they are, (n, width).
-        labels: their labels, (n,).
-        pool: features of the pool images as they are, (N, width).
+        seen: the features.
+        frozen: whether they are of a backbone that was not trained on the labels: the distance is
+            then nearness, which averages over the pool itself.
         config: what defines the run.
     """
-    streams, width = Streams(config.seed), labelled.shape[1]
+    streams, width = Streams(config.seed), seen.positives.shape[1]
     seed = derive_seed(config.seed, "initialisation of the head")
-    distance = Nearness(width, config.classes)
+    distance = Nearness(width, config.classes) if frozen else None
     head = ConfidenceHead(width, config.classes, seed, distance=distance)
-    positives, views = head.norm(positives), head.norm(views)
-    _fit_members(head, positives, views, influence, config.training.ranking, streams)
-    labelled, pool = head.norm(labelled), head.norm(pool)
-    head.fit_distance(labelled, labels, pool)
-    return head, *judge_pool(labelled, labels, pool, config.classes)
+    positives, views = head.norm(seen.positives), head.norm(seen.views)
+    _fit_members(head, positives, views, config.training.ranking, streams)
+    if frozen:
+        head.fit_distance(head.norm(seen.labelled), seen.labels, head.norm(seen.pool))
+    else:
+        image = torch.arange(len(positives)) % len(seen.labels)
+        head.fit_distance(positives, seen.labels[image], views.flatten(0, 1))
+    with torch.no_grad():
+        head.standardise(head.parts(seen.pool))
+        if config.row.averages and not frozen:
+            head.refer_to(seen.pool)
+    return head
 
 
 def rank_early(data: TrainingSet) -> Tensor:
@@ -245,37 +256,10 @@ def labelled_copies(count: int) -> int:
     return count * max(1, min(COPIES_PER_IMAGE, MAX_LABELLED_COPIES // count))
 
 
-def fit_to_features(
-    positives: Tensor,
-    labels: Tensor,
-    views: Tensor,
-    influence: Tensor | None,
-    config: RunConfig,
-) -> tuple[ConfidenceHead, float | None]:
-    """`fit_head`, given features of augmented images.
-
-    Args:
-        positives: features of the labelled images in turn, (m, width).
-        labels: labels of the n labelled images, (n,).
-        views: features of pool images, (views, N, width).
-        influence: their influences, standardised, (N,), or none.
-        config: what defines the run.
-    """
-    streams = Streams(config.seed)
-    seed = derive_seed(config.seed, "initialisation of the head")
-    head = ConfidenceHead(positives.shape[1], config.classes, seed)
-    positives, views = head.norm(positives), head.norm(views)
-    _fit_members(head, positives, views, influence, config.training.ranking, streams)
-    image = torch.arange(len(positives)) % len(labels)
-    head.fit_distance(positives, labels[image], views.flatten(0, 1))
-    return head, clean_chance(positives, labels, views, config.classes)
-
-
 def _fit_members(
     head: ConfidenceHead,
     positives: Tensor,
     views: Tensor,
-    influence: Tensor | None,
     ranking: RankingConfig,
     streams: Streams,
 ) -> None:
@@ -299,10 +283,6 @@ def _fit_members(
         logits = head.members_of(torch.cat([positives[likely], views[view, drawn]]))
         count = logits.shape[1]
         loss = count * F.binary_cross_entropy_with_logits(logits, targets.expand(-1, count))
-        if influence is not None:
-            weights = torch.sigmoid(logits[half:])
-            gain = (influence[drawn].unsqueeze(1) * weights).mean(0).sum()
-            loss = loss - ranking.influence_weight * gain
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()

@@ -7,16 +7,14 @@ So ranking and training alternate. Every round
    whole pool) and trains it by FixMatch on what is kept, the learning rate from the start. As
    long as no round has dropped anything, it goes on with FixMatch's own run, so that a pool that
    never looks contaminated costs nothing but its rankings;
-2. measures, for an arm that does so, the influence of pool images (`ranking.pool_sample`) at the
-   classifier so found: the hypergradient with respect to an image's weight;
-3. ranks the whole pool and keeps the best of each pseudo-class (`ranking.rank_pool`): an image
-   left out may come back.
+2. ranks the whole pool at the classifier so found (`ranking.rank_pool`);
+3. keeps the best of each pseudo-class, as many as the arm's judge says (`judges`): for the arm
+   `learned` by hypergradients that are measured there. An image left out may come back.
 
 All rounds together take `RunConfig.steps` steps. An arm that weighs nothing keeps the whole pool in
 all rounds, and starts each of them with the learning rate from the start.
 """
 
-import copy
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,15 +24,14 @@ from torch import Tensor
 
 from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
 from weighmatch.semisup.parts.state_file import read_if_whole, write_state
-from weighmatch.semisup.parts.store import ImageStore
-from weighmatch.semisup.parts.streams import Streams, derive_seed
-from weighmatch.semisup.parts.views import make_views
-from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
+from weighmatch.semisup.parts.streams import derive_seed
+from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
+from weighmatch.semisup.training.judges import Known
 from weighmatch.semisup.training.loop import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
-from weighmatch.semisup.training.ranking import Ranking, pool_sample, rank_pool, record_kept
-from weighmatch.semisup.weightings import Context, Weighting
-from weighmatch.semisup.weightings.meter import InfluenceMeter, Measured
+from weighmatch.semisup.training.ranking import Ranking, rank_pool, record_kept
+from weighmatch.semisup.weightings.meter import Measured
+from weighmatch.semisup.weightings.share import Slope
 
 
 @dataclass
@@ -45,6 +42,7 @@ class _Progress:
         kept: the images that the next round trains on, (N,) bool.
         whole: whether no round has dropped anything, so that FixMatch's own run goes on.
         measured: influences so far, or none.
+        slopes: what they said of the useful share.
         trained: the last round's run.
         ranking: the last round's ranking.
         stages: for each round its last step, its run and what it was trained on.
@@ -56,6 +54,7 @@ class _Progress:
     kept: Tensor
     whole: bool
     measured: Measured | None = None
+    slopes: list[Slope] = field(default_factory=list)
     trained: TrainedRun | None = None
     ranking: Ranking | None = None
     stages: list[tuple[int, TrainedRun, Tensor]] = field(default_factory=list)
@@ -92,7 +91,14 @@ def train_in_rounds(
     pool = PoolState(labels)
     ranker = None
     if ranking is not None:
-        pool = PoolState(labels, ranking.scores, ranking.cut, ranking.kept, so_far.measured)
+        pool = PoolState(
+            labels,
+            ranking.scores,
+            ranking.cut,
+            ranking.kept,
+            ranking.evidence,
+            so_far.measured,
+        )
         ranker = Ranker(config.row.weighting, {}, head=ranking.head)
     return replace(
         trained,
@@ -137,9 +143,10 @@ def _train_round(
         trained = train_online(own, chosen, place, progress, start)
     seconds = 0.0
     if config.row.weighs:
-        so_far.ranking, so_far.measured, seconds = _rank(
+        so_far.ranking, known, seconds = _rank(
             trained, data, so_far, config, place, _seed(config, number)
         )
+        so_far.measured, so_far.slopes = known.measured, known.slopes
     so_far.log += [
         {
             **line,
@@ -170,31 +177,35 @@ def _rank(
     config: RunConfig,
     folder: Path,
     seed: int,
-) -> tuple[Ranking, Measured | None, float]:
-    """The ranking of an earlier call for the same run or a new one, and the seconds it took."""
+) -> tuple[Ranking, Known, float]:
+    """The ranking of an earlier call for the same run or a new one, what is known, and seconds."""
     path = folder / "ranking.pt"
     run = fingerprint(config, data, trained.classifier.state_dict())
-    known = read_if_whole(path, "the pool is ranked again")
-    if known is not None and known["fingerprint"] == run:
-        measured = known["measured"]
-        return (
-            Ranking(**known["ranking"]),
+    state = read_if_whole(path, "the pool is ranked again")
+    if state is not None and state["fingerprint"] == run:
+        measured = state["measured"]
+        known = Known(
+            so_far.kept,
             None if measured is None else Measured(**measured),
-            known["seconds"],
+            [Slope(**slope) for slope in state["slopes"]],
         )
+        return Ranking.from_state(state["ranking"]), known, state["seconds"]
     started = time.perf_counter()
     with algorithms(config.training.deterministic):
-        measured = so_far.measured
-        if Weighting.kind(config.row.weighting).measures_rounds:
-            measured = measure_pool(trained, data, so_far.kept, measured, config, seed)
+        known = Known(so_far.kept, so_far.measured, so_far.slopes)
         # FixMatch trained it; the arm's own weighting, as it starts, says what ranks its outputs.
         ranked = replace(trained, config=replace(trained.config, arm=config.arm), weighting={})
-        ranking = rank_pool(ranked, measured, data, config)
+        ranking, known = rank_pool(ranked, known, data, config, seed)
     seconds = time.perf_counter() - started
-    found = None if measured is None else vars(measured)
-    state = {"ranking": vars(ranking), "measured": found, "seconds": seconds}
-    write_state(path, {"fingerprint": run, **state})
-    return ranking, measured, seconds
+    state = {
+        "fingerprint": run,
+        "ranking": ranking.to_state(),
+        "measured": None if known.measured is None else vars(known.measured),
+        "slopes": [vars(slope) for slope in known.slopes],
+        "seconds": seconds,
+    }
+    write_state(path, state)
+    return ranking, known, seconds
 
 
 def beyond(done: int, progress: Progress) -> Progress:
@@ -208,47 +219,3 @@ def beyond(done: int, progress: Progress) -> Progress:
         progress(steps - told)
 
     return report
-
-
-def measure_pool(
-    trained: TrainedRun,
-    data: TrainingSet,
-    kept: Tensor,
-    before: Measured | None,
-    config: RunConfig,
-    seed: int,
-) -> Measured:
-    """Influence of images of the pool at a trained classifier, averaged with earlier ones.
-
-    Args:
-        trained: a run trained with equal weights.
-        data: with the pool (N, C, H, W).
-        kept: the images that it was trained on, (N,) bool.
-        before: what this function returned of an earlier classifier, or nothing.
-        config: what defines the whole run.
-        seed: seed of what is drawn; another one each time, so that the average loses noise.
-    """
-    training = config.training
-    device = pick_device(training.device)
-    classifier = copy.deepcopy(trained.classifier).to(device)
-    labelled = torch.from_numpy(data.labelled_images).to(device)
-    labels = torch.from_numpy(data.labels).to(device)
-    context = Context(
-        classifier,
-        labelled,
-        labels,
-        (labelled, labels),
-        ImageStore(data.unlabelled_images, device, training.pool_memory, data.rows),
-        config.classes,
-        make_views(training),
-        training,
-        Streams(derive_seed(seed, "influence of the pool")),
-    )
-    meter = InfluenceMeter(
-        context, lambda weak, pseudo, indices: torch.ones(len(weak), device=weak.device)
-    )
-    if before is not None:
-        meter.measured = copy.deepcopy(before).to(device)
-    images = pool_sample(data.pool_size, config.seed)
-    meter.measure_many(classifier, kept.nonzero().squeeze(1), images)
-    return meter.measured.to("cpu")

@@ -106,7 +106,7 @@ def make_deadline(
         training: as in `choose_runs`.
         runs: as in `choose_runs`.
     """
-    clean = tuple(arm for arm in runs.arms if get_arm(arm).pool == "clean")
+    clean = tuple(arm for arm in runs.arms if get_arm(arm).knows_truth)
     cost = 0.0
     if clean:
         steps, later = replace(training, steps=choice.steps), replace(runs, arms=clean)

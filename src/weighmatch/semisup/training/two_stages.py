@@ -9,9 +9,12 @@
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
 from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
+from weighmatch.semisup.training.judges import Known
 from weighmatch.semisup.training.loop import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
 from weighmatch.semisup.training.ranking import Ranking, rank_pool, record_kept
@@ -46,7 +49,14 @@ def train_in_two_stages(
         config=config,
         pool_fingerprint=data.pool_fingerprint,
         history=history,
-        pool=PoolState(labels, ranking.scores, ranking.cut, ranking.kept, first.pool.measured),
+        pool=PoolState(
+            labels,
+            ranking.scores,
+            ranking.cut,
+            ranking.kept,
+            ranking.evidence,
+            first.pool.measured,
+        ),
         ranker=Ranker(
             config.row.weighting, first.weighting, first.classifier.state_dict(), ranking.head
         ),
@@ -61,8 +71,9 @@ def _rank(first: TrainedRun, data: TrainingSet, config: RunConfig, folder: Path)
     path, run = folder / "ranking.pt", fingerprint(config, data)
     state = read_if_whole(path, "the pool is ranked again")
     if state is not None and state["fingerprint"] == run:
-        return Ranking(**state["ranking"])
+        return Ranking.from_state(state["ranking"])
     with algorithms(config.training.deterministic):
-        ranking = rank_pool(first, first.pool.measured, data, config)
-    write_state(path, {"fingerprint": run, "ranking": vars(ranking)})
+        known = Known(torch.ones(data.pool_size, dtype=torch.bool), first.pool.measured)
+        ranking, _ = rank_pool(first, known, data, config, config.seed)
+    write_state(path, {"fingerprint": run, "ranking": ranking.to_state()})
     return ranking

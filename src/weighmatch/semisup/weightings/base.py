@@ -74,9 +74,6 @@ class Weighting(ABC):
         masks: whether an image's pseudo-label must also reach τ; not where weights stand in for τ.
         lowers_outer_loss: whether the weights are learned to lower a loss on labelled images, so
             that half of these can be held out for it.
-        ranks_by_head: whether stages and rounds rank the pool by a head on frozen features; else
-            they rank by the criterion.
-        measures_rounds: whether rounds measure the influence of pool images for that head.
         transductive: whether it has scores for pool images alone, for those that were measured.
         cut: the score above which an image has full weight; None: scores are the weights.
         pool_scores: scores of the whole pool until the next update, (N,), or None.
@@ -87,8 +84,6 @@ class Weighting(ABC):
     name: ClassVar[str]
     masks: ClassVar[bool] = True
     lowers_outer_loss: ClassVar[bool] = False
-    ranks_by_head: ClassVar[bool] = False
-    measures_rounds: ClassVar[bool] = False
     transductive: ClassVar[bool] = False
 
     def __init_subclass__(cls) -> None:

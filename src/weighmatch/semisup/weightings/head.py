@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weighmatch.semisup.weightings.nearness import Nearness
+from weighmatch.semisup.weightings.nearness import NEIGHBOURS, REFERENCES, Nearness
 
 
 class Moments(NamedTuple):
@@ -123,10 +123,15 @@ class ConfidenceHead(nn.Module):
     on its start, so there are five of them, side by side in one wide layer. The features come from
     a classifier that is no longer trained: the score is a function of the image alone, and the
     mixed derivative by one JVP stays exact.
+
+    A head with references averages an image's score with those of its nearest images of the pool:
+    images of one kind lie together, and their mean has less noise.
     """
 
     location: Tensor
     scale: Tensor
+    references: Tensor
+    reference_scores: Tensor
     distance: RelativeMahalanobis | Nearness
 
     def __init__(
@@ -137,6 +142,7 @@ class ConfidenceHead(nn.Module):
         hidden: int = 16,
         members: int = 5,
         distance: Nearness | None = None,
+        references: int = 0,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
@@ -149,6 +155,8 @@ class ConfidenceHead(nn.Module):
         self.distance = distance or RelativeMahalanobis(width, classes)
         self.register_buffer("location", torch.zeros(2))
         self.register_buffer("scale", torch.ones(2))
+        self.register_buffer("references", torch.zeros(references, width, dtype=torch.float16))
+        self.register_buffer("reference_scores", torch.zeros(references))
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], classes: int) -> "ConfidenceHead":
@@ -158,7 +166,8 @@ class ConfidenceHead(nn.Module):
         if "distance.references" in state:
             sizes = (len(state[f"distance.{name}"]) for name in ("examples", "references"))
             distance = Nearness(width, classes, *sizes)
-        head = cls(width, classes, seed=0, distance=distance)
+        references = len(state["reference_scores"])
+        head = cls(width, classes, seed=0, distance=distance, references=references)
         head.load_state_dict(state)
         return head
 
@@ -192,11 +201,31 @@ class ConfidenceHead(nn.Module):
         normalised = self.norm(features)
         return torch.stack([self.members_of(normalised).mean(1), self.distance(normalised)], dim=1)
 
+    def refer_to(self, features: Tensor) -> None:
+        """Average scores over the pool from now on; comes after `standardise`.
+
+        Args:
+            features: features of images of the pool, (N, width); the first ones are kept.
+        """
+        kept = features[:REFERENCES]
+        self.reference_scores = self.combine(self.parts(kept))
+        self.references = F.normalize(self.norm(kept)).half()
+
     def forward(self, features: Tensor) -> Tensor:
-        return self.combine(self.parts(features))
+        return self.averaged(features, self.combine(self.parts(features)))
 
     def combine(self, parts: Tensor) -> Tensor:
-        """The raw score from both parts, (n, 2) -> (n,)."""
+        """The raw score of an image alone from both parts, (n, 2) -> (n,)."""
         mlps, distance = ((parts - self.location) / self.scale).unbind(1)
         scores: Tensor = mlps + DISTANCE_WEIGHT * distance
         return scores
+
+    def averaged(self, features: Tensor, scores: Tensor) -> Tensor:
+        """Scores (n,) of features (n, width), averaged with those of their nearest references."""
+        if len(self.references) == 0:
+            return scores
+        directions = F.normalize(self.norm(features))
+        count = min(NEIGHBOURS, len(self.references))
+        near = (directions @ self.references.float().T).topk(count, dim=1).indices
+        together: Tensor = (scores + self.reference_scores[near].sum(1)) / (1 + count)
+        return together

@@ -24,13 +24,12 @@ from weighmatch.semisup.weightings.meter import InfluenceMeter
 class Learned(ImageWeighting):
     """Weights that lower the loss on labelled images.
 
-    Stages and rounds rank by a head on the classifier's features instead (`weightings.head`).
+    Stages and rounds rank by a head on the classifier's features instead (`weightings.head`), and
+    the hypergradient says how much of that ranking to train on (`weightings.share`).
     """
 
     name = "learned"
     lowers_outer_loss = True
-    ranks_by_head = True
-    measures_rounds = True
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

@@ -165,13 +165,16 @@ class InfluenceMeter:
             "largest_eigenvalue": self.largest_eigenvalue,
         }
 
-    def measure_many(self, classifier: Classifier, trained: Tensor, images: Tensor) -> None:
-        """Measure many images of the pool by one solve, as an averaged classifier moves little.
+    def measure_at(self, classifier: Classifier, trained: Tensor, images: Tensor) -> Tensor:
+        """Measure images of the pool at a classifier that is trained no further.
 
         Args:
             classifier: at the end of training.
             trained: indices of the pool images that it was trained on, for the curvature.
-            images: indices of those to measure.
+            images: indices of those to measure, (n,).
+
+        Returns:
+            Their influences, in units of their root mean square, (n,).
 
         Raises:
             FloatingPointError: if a gradient, the curvature or an influence is not finite.
@@ -179,13 +182,13 @@ class InfluenceMeter:
         size = self.config.curvature_batch
         drawn = trained[self.context.streams.draw(len(trained), size, "influence batch")]
         solution = self.solve(classifier, self.make_views(classifier, drawn))
-        for part in images.split(self.config.batch):
-            views = self.make_views(classifier, part)
-            # Images that do not reach τ yet are ranked as well.
-            whole = replace(views.pseudo, mask=torch.ones_like(views.pseudo.mask))
-            views = views._replace(pseudo=whole)
-            influence = require_finite(self.influence(classifier, views, solution.value))
-            self.measured.remember(views.indices, influence, self.config.memory)
+        views = self.make_views(classifier, images)
+        # Images that do not reach τ yet are ranked as well.
+        whole = replace(views.pseudo, mask=torch.ones_like(views.pseudo.mask))
+        views = views._replace(pseudo=whole)
+        influence = require_finite(self.influence(classifier, views, solution.value))
+        self.measured.remember(views.indices, influence, self.config.memory)
+        return influence / influence.square().mean().sqrt().clamp(min=1e-12)
 
     def draw_views(self, classifier: Classifier) -> Views:
         """Views of pool images drawn with replacement."""

@@ -18,7 +18,6 @@ class PositiveUnlabelled(ImageWeighting):
     """
 
     name = "positive_unlabelled"
-    ranks_by_head = True
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         config, streams = self.context.training.weighting, self.context.streams
