@@ -22,9 +22,9 @@ from weighmatch.semisup.config import TrainingConfig, WeightingConfig
 from weighmatch.semisup.training.batches import CHUNK
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.jobs import Job, finish_jobs
+from weighmatch.semisup.training.judges import Known
 from weighmatch.semisup.training.loop import Run
 from weighmatch.semisup.training.ranking import rank_pool
-from weighmatch.semisup.training.rounds import measure_pool
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.semisup.weightings.meter import PROBE_EVERY
 
@@ -268,8 +268,7 @@ def rank(run: Run, setting: Setting) -> None:
     config = replace(run.config, arm="learned")
     trained = run.result()
     kept = torch.ones(len(setting.data.unlabelled_images), dtype=torch.bool)
-    measured = measure_pool(trained, setting.data, kept, None, config, config.seed)
-    rank_pool(trained, measured, setting.data, config)
+    rank_pool(trained, Known(kept), setting.data, config, config.seed)
 
 
 def throughput_table(settings: list[Setting], rounds: int, folder: Path) -> list[str]:

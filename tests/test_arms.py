@@ -10,6 +10,7 @@ import pytest
 from weighmatch import arms
 from weighmatch.arms import Arm, all_arms, arm_names, get_arm, in_order, require_arms
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.training.judges import JUDGES
 from weighmatch.semisup.weightings import Weighting
 
 
@@ -25,7 +26,11 @@ def test_what_a_row_refers_to_exists(arm):
     assert re.fullmatch("[a-z0-9_]+", arm.name)  # it is part of the names of runs
     # What weighs by measured influences reads how they are measured, and nothing else does.
     assert ("influence" in arm.reads) == kind.lowers_outer_loss
-    assert ("ranking" in arm.reads) == kind.ranks_by_head
+    assert (arm.judge == "hypergradient") <= kind.lowers_outer_loss
+    assert ("ranking" in arm.reads) == (arm.judge != "otsu")
+    assert arm.judge == "otsu" or arm.judge in JUDGES
+    # What is told of the truth is trained apart from the others.
+    assert arm.knows_truth == (arm.pool == "clean" or arm.judge == "truth")
     assert arm.inductive != kind.transductive
 
 
@@ -36,7 +41,7 @@ def test_every_weighting_has_an_arm():
 @pytest.mark.parametrize("attribute", ["name", "label", "colour"])
 def test_arms_are_told_apart(attribute):
     values = [getattr(arm, attribute) for arm in all_arms()]
-    assert len(set(values)) == len(values) == 15
+    assert len(set(values)) == len(values) == 17
 
 
 def test_controls_have_words_of_their_own():
@@ -112,8 +117,10 @@ def test_an_arm_that_a_test_registers_can_be_taken_out_again():
 
 def test_what_an_arm_weighs():
     weighs = {arm.name for arm in all_arms() if arm.weighs}
-    assert weighs == {"max_prob", "softmatch", "energy", "pu", "inlier", "ds3l", "free", "learned"}
-    assert [arm.name for arm in all_arms() if arm.pool != "whole"] == ["supervised", "oracle"]
+    fitted = {"pu", "gate_mixture", "gate_told", "inlier", "ds3l", "free", "learned"}
+    assert weighs == {"max_prob", "softmatch", "energy"} | fitted
+    others = [arm.name for arm in all_arms() if arm.pool != "whole"]
+    assert others == ["supervised", "gate_told", "oracle"]
 
 
 def test_importing_the_arms_and_parameters_imports_no_torch():

@@ -9,13 +9,17 @@ from tests.semisup.helpers import fit_until_killed, parameters, same
 from weighmatch.arms import all_arms, get_arm
 from weighmatch.semisup import make_schedule
 from weighmatch.semisup.parts.state_file import read_state
+from weighmatch.semisup.training.measuring import measure_pool
 from weighmatch.semisup.training.online import train_online
-from weighmatch.semisup.training.rounds import measure_pool
 
 pytestmark = pytest.mark.integration
 
 # Arms that rank the pool between rounds.
-RANKED_ANEW = [arm.name for arm in all_arms() if arm.weighs and "rounds" in arm.schedules]
+RANKED_ANEW = [
+    arm.name
+    for arm in all_arms()
+    if arm.weighs and "rounds" in arm.schedules and not arm.knows_truth
+]
 CLEAN = {"contamination_level": 0.0}
 
 
@@ -53,7 +57,7 @@ def test_confidences_of_the_pool_are_the_same_measure_in_every_schedule(
 
 @pytest.mark.parametrize("arm", RANKED_ANEW)
 def test_rounds_rank_the_whole_pool(arm, training_set, run_config, tmp_path):
-    assert RANKED_ANEW == ["max_prob", "pu", "learned"]
+    assert RANKED_ANEW == ["max_prob", "pu", "gate_mixture", "learned"]
     found = train(run_config(arm, schedule="rounds", rounds=3), training_set, tmp_path)
     pool = found.pool
     assert 0 < pool.kept.sum() <= len(pool.kept) == 40
@@ -125,7 +129,7 @@ def test_every_round_measures_influence_with_draws_of_its_own(
         seeds.append(arguments[-1])
         return measure_pool(*arguments)
 
-    monkeypatch.setattr("weighmatch.semisup.training.rounds.measure_pool", measure)
+    monkeypatch.setattr("weighmatch.semisup.training.judges.measure_pool", measure)
     config = run_config("learned", schedule="rounds", rounds=3, ranking=CLEAN)
     train(config, training_set, tmp_path)
     assert len(set(seeds)) == 3
@@ -151,12 +155,13 @@ def test_rounds_of_another_seed_are_not_taken_for_these(training_set, run_config
     assert same(other.fit(training_set, tmp_path), other.fit(training_set, tmp_path / "fresh"))
 
 
-def test_the_influence_of_every_image_is_measured_every_round(training_set, run_config, tmp_path):
-    config = run_config("learned", schedule="rounds", rounds=3)
+def test_influences_are_remembered_over_measurements_and_rounds(training_set, run_config, tmp_path):
+    measuring = {"batch": 40, "measurements": 2}
+    config = run_config("learned", schedule="rounds", rounds=3, influence=measuring)
     measured = train(config, training_set, tmp_path).pool.measured
     memory = config.training.influence.memory
-    # Three measurements, each with a weight of 1 − memory when it came.
-    expected = (1 - memory) * (1 + memory + memory**2)
+    # Six measurements of all images, each with a weight of 1 − memory when it came.
+    expected = (1 - memory) * sum(memory**k for k in range(6))
     torch.testing.assert_close(measured.evidence, torch.full((40,), expected))
     mean = measured.influence / measured.evidence
     square = measured.influence_square / measured.evidence
@@ -174,7 +179,8 @@ def test_influence_is_the_cosine_with_the_outer_gradient_where_curvature_is_damp
     config = run_config("learned", steps=20, influence=measuring, augmentation=plain)
     trained = train_online(replace(config, arm="fixmatch"), training_set, tmp_path)
     kept = torch.ones(40, dtype=torch.bool)
-    influence = measure_pool(trained, training_set, kept, None, config, 0).influence
+    measured, _ = measure_pool(trained, training_set, kept, torch.arange(40.0), None, config, 0)
+    influence = measured.influence
 
     classifier = trained.classifier
     labelled = torch.from_numpy(training_set.labelled_images).float() / 255
