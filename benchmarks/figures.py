@@ -8,6 +8,7 @@ A figure therefore shows what its page says, and is drawn again when a table cha
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from weighmatch.arms import all_arms, get_arm
 
@@ -190,6 +192,37 @@ def draw_speed() -> Figure:
     return figure
 
 
+def draw_reliability() -> Figure:
+    """The share of tries that survived by fault, and the lowest share that they leave possible."""
+    figure, (axes,) = _make_axes(5.2, 8)
+    rows = [
+        (row["fault"], int(row["survived"]), int(row["tries"]))
+        for row in read_table("reliability", "fault", "tries", "survived", "lost")
+    ]
+    rows.sort(key=lambda row: (-least_share(*row[1:]), row[0]))
+    for height, (_, survived, tries) in enumerate(rows):
+        share = 100 * survived / tries
+        interval = Interval(share, 100 * least_share(survived, tries), share)
+        _draw_interval(axes, interval, height, GREEN if survived == tries else RED)
+        axes.text(104, height, f"{survived} of {tries}", va="center", fontsize=9)
+    _name_rows(axes, [textwrap.fill(fault, 32) for fault, *_ in rows])
+    axes.tick_params("y", labelsize=9)
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 25), xlabel="tries that survived, %")
+    title = "Dot: tries that survived. Line: how low the rate\nmay be all the same (one-sided 95 % bound)"
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def least_share(survived: int, tries: int) -> float:
+    """The lower 95 % bound, one-sided, of a rate of which so many tries succeeded.
+
+    It is the exact binomial bound of Clopper & Pearson (1934), and one less it is the upper bound
+    of the rate of loss.
+    """
+    lost = tries - survived
+    return 1 - float(stats.beta.ppf(0.95, lost + 1, survived)) if survived else 0.0
+
+
 def _make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
     axes = figure.subplots(1, columns, squeeze=False)[0]
@@ -223,6 +256,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "ihvp": draw_ihvp,
     "meta_learning": draw_meta_learning,
     "speed": draw_speed,
+    "reliability": draw_reliability,
 }
 
 
