@@ -208,8 +208,11 @@ def draw_reliability() -> Figure:
     _name_rows(axes, [textwrap.fill(fault, 32) for fault, *_ in rows])
     axes.tick_params("y", labelsize=9)
     axes.set(xlim=(0, 128), xticks=range(0, 101, 25), xlabel="tries that survived, %")
-    title = "Dot: tries that survived. Line: how low the rate\nmay be all the same (one-sided 95 % bound)"
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(
+        "Dot: tries that survived. Line: how low the rate\n"
+        "may be all the same (one-sided 95 % bound)",
+        fontsize=11,
+    )
     return figure
 
 

@@ -280,8 +280,10 @@ def test_the_page_holds_verdict_numbers_figures_and_data():
     assert found["verdict"] in html
     assert found["sure"] in html
     accuracy, data = section(html, "accuracy"), section(html, "data")
-    assert cells_of(accuracy, "learned weights")[:3] == ["86.5", "+4.5", "-1.9 to +10.9"]
+    assert cells_of(accuracy, "learned weights")[:3] == ["86.5", "+4.5", "−1.9 to +10.9"]
     assert cells_of(accuracy, "FixMatch, learned arm&#39;s compute")[:3] == ["82.0", "–", "–"]
+    told = re.sub(r"<[^>]*>", " ", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))
+    assert not re.search(r"(?<!\S)-\d", told)
     assert accuracy.index("compute</th>") < accuracy.index("learned weights</th>")
     assert "learned weights close 43 % of the gap" in accuracy
     against = section(html, "comparisons")
