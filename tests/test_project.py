@@ -102,7 +102,7 @@ def test_the_whole_graph_runs_and_reports(outputs):
     assert manifest["primary"] == {"arm": "learned", "against": "fixmatch_matched"}
     declared = metrics["learned_minus"]["fixmatch_matched"]
     assert (declared["seeds"], declared["p_holm"]) == (2, None)
-    assert "<code>training.steps</code></th><td>40</td>" in page
+    assert "<code>training.<wbr>steps</code></th><td>40</td>" in page
     assert page.count("data:image/png;base64,") >= 8
     assert "http://" not in page
     assert "https://" not in page
