@@ -8,6 +8,7 @@ A figure therefore shows what its page says, and is drawn again when a table cha
 
 import argparse
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
+from scipy import stats
 
 from weighmatch.arms import all_arms, get_arm
 
 PAGES = Path(__file__).parents[1] / "docs" / "results"
 # Okabe & Ito (2008), which colour-blind readers tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#999999"
+WIDTH = 5.2  # inches
 Row = dict[str, str]
 
 
@@ -71,7 +74,7 @@ def read_interval(cell: str) -> Interval | None:
 
 def draw_digits() -> Figure:
     """The difference to FixMatch of each arm, at both budgets."""
-    figure, axes = _make_axes(8.4, 2.9, 2)
+    figure, axes = _make_axes(2.4, 2)
     text = (PAGES / "digits.md").read_text()
     labels = {arm.name: arm for arm in all_arms()}
     for panel, budget in zip(axes, (4, 2), strict=True):
@@ -83,13 +86,12 @@ def draw_digits() -> Figure:
         _name_rows(panel, [labels[row[0]].label for row in known])
         panel.set_title(f"{budget} labels a class")
         panel.set_xlabel("accuracy less FixMatch's, points")
-    axes[1].tick_params(labelleft=False)
     return figure
 
 
 def draw_glyphs() -> Figure:
     """The difference to FixMatch of learned weights, the control and the oracle, by setting."""
-    figure, (axes,) = _make_axes(7.6, 4.2)
+    figure, (axes,) = _make_axes(5.2)
     rows = read_table("glyphs", "setting", "OOD", "learned - FixMatch")
     shown = (("learned", "learned - FixMatch"), ("pu", "pu - FixMatch"))
     for arm, column in (*shown, ("oracle", "oracle - FixMatch")):
@@ -99,14 +101,14 @@ def draw_glyphs() -> Figure:
             label = get_arm(arm).label if not height else None
             _draw_interval(axes, interval, height + offset, get_arm(arm).colour, label)
     _name_rows(axes, [f"{row['setting']}, {row['OOD']} OOD" for row in rows])
-    axes.set_xlabel("accuracy less FixMatch's at equal compute, points (95 % interval)")
-    figure.legend(loc="outside upper center", ncols=3, frameon=False)
+    axes.set_xlabel("accuracy less FixMatch's,\npoints (95 % interval)")
+    figure.legend(loc="outside upper center", ncols=2, frameon=False)
     return figure
 
 
 def draw_cifar10() -> Figure:
     """What is kept of the pile, and that 120 labels cannot show a gain."""
-    figure, (kept, differences) = _make_axes(9.2, 2.2, 2)
+    figure, (kept, differences) = _make_axes(1.7, 2)
     rows = read_table("cifar10", "images of the pile", "kept")
     shares = [read_numbers(row["kept"])[0] for row in rows]
     bars = kept.barh(range(len(rows)), shares, 0.6, color=[GREEN, GREY])
@@ -126,7 +128,7 @@ def draw_cifar10() -> Figure:
 
 def draw_ihvp() -> Figure:
     """Error of the hypergradient by method, on four networks."""
-    figure, (axes,) = _make_axes(7.6, 4.6)
+    figure, (axes,) = _make_axes(4.8)
     rows = read_table("ihvp", "method", "products", "softmax", "wide MLP")
     rows = [row for row in rows if row["method"] != "exact"]
     networks = {"softmax": ("o", BLUE), "MLP": ("s", ORANGE), "wide MLP": ("D", GREEN)}
@@ -137,14 +139,14 @@ def draw_ihvp() -> Figure:
     axes.set_xscale("log")
     axes.axvline(1, color=GREY, linewidth=0.8)
     _name_rows(axes, [row["method"] for row in rows])
-    axes.set_xlabel("relative error of the hypergradient; above 1, zero would be better")
+    axes.set_xlabel("relative error of the hypergradient;\nabove 1, zero would be better")
     figure.legend(loc="outside upper center", ncols=4, frameon=False)
     return figure
 
 
 def draw_meta_learning() -> Figure:
     """Accuracy that worse hypergradients lose, and what a stable step does to forgetting."""
-    figure, (accuracy, drops) = _make_axes(9.2, 3.7, 2)
+    figure, (accuracy, drops) = _make_axes(3.2, 2)
     compared = read_table("meta_learning", "method", "- CG-20", "cost")[1:]
     for height, row in enumerate(compared):
         difference = read_interval(row["- CG-20"]) or Interval(0, 0, 0)
@@ -152,7 +154,7 @@ def draw_meta_learning() -> Figure:
     _name_rows(accuracy, [f"{row['method']} ({row['cost']})" for row in compared])
     accuracy.axvline(0, color=GREY, linewidth=0.8, zorder=0)
     accuracy.set_xlabel("test accuracy less that of CG-20 (1,345)")
-    accuracy.set_title("Example weights (cost, inner gradients)")
+    accuracy.set_title("Example weights (inner gradients)")
     table = read_table("meta_learning", "case", "identity", "CG-20", "exact")
     rows = {row["case"]: row for row in table}
     methods = ("identity", "Neumann-20", "CG-20", "exact")
@@ -170,7 +172,7 @@ def draw_meta_learning() -> Figure:
 
 def draw_speed() -> Figure:
     """The cost of learned weights, and augmentation beside other libraries."""
-    figure, (cost, pairs) = _make_axes(9.2, 2.7, 2)
+    figure, (cost, pairs) = _make_axes(2.3, 2)
     rows = read_table("speed", "network", "schedule", "learned / FixMatch")
     for height, row in enumerate(rows):
         _draw_interval(cost, read_interval(row["learned / FixMatch"]), height, RED)
@@ -190,9 +192,44 @@ def draw_speed() -> Figure:
     return figure
 
 
-def _make_axes(width: float, height: float, columns: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    figure = Figure(figsize=(width, height), layout="constrained", dpi=120)
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+def draw_reliability() -> Figure:
+    """The share of tries that survived by fault, and the lowest share that they leave possible."""
+    figure, (axes,) = _make_axes(8)
+    rows = [
+        (row["fault"], int(row["survived"]), int(row["tries"]))
+        for row in read_table("reliability", "fault", "tries", "survived", "lost")
+    ]
+    rows.sort(key=lambda row: (-least_share(*row[1:]), row[0]))
+    for height, (_, survived, tries) in enumerate(rows):
+        share = 100 * survived / tries
+        interval = Interval(share, 100 * least_share(survived, tries), share)
+        _draw_interval(axes, interval, height, GREEN if survived == tries else RED)
+        axes.text(104, height, f"{survived} of {tries}", va="center", fontsize=9)
+    _name_rows(axes, [textwrap.fill(fault, 32) for fault, *_ in rows])
+    axes.tick_params("y", labelsize=9)
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 25), xlabel="tries that survived, %")
+    figure.suptitle(
+        "Dot: tries that survived. Line: how low the rate\n"
+        "may be all the same (one-sided 95 % bound)",
+        fontsize=11,
+    )
+    return figure
+
+
+def least_share(survived: int, tries: int) -> float:
+    """The lower 95 % bound, one-sided, of a rate of which so many tries succeeded.
+
+    It is the exact binomial bound of Clopper & Pearson (1934), and one less it is the upper bound
+    of the rate of loss.
+    """
+    lost = tries - survived
+    return 1 - float(stats.beta.ppf(0.95, lost + 1, survived)) if survived else 0.0
+
+
+def _make_axes(height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Panels of a height in inches, one below the other, so that a phone shows them readably."""
+    figure = Figure(figsize=(WIDTH, panels * height), layout="constrained", dpi=120)
+    axes = figure.subplots(panels, 1, squeeze=False)[:, 0]
     for panel in axes:
         panel.spines[["top", "right"]].set_visible(False)
         panel.title.set_fontsize(11)
@@ -223,6 +260,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "ihvp": draw_ihvp,
     "meta_learning": draw_meta_learning,
     "speed": draw_speed,
+    "reliability": draw_reliability,
 }
 
 

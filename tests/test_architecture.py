@@ -70,6 +70,7 @@ def test_every_floor_has_its_place():
         "__init__",
         "__main__",
         "cli",
+        "graph",
         "hooks",
         "keeping",
         "mistakes",

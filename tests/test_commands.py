@@ -154,3 +154,28 @@ def test_a_ranking_needs_a_folder_and_a_model(command, tmp_path):
     result = command("rank.images=x", "--pipelines", "data_preparation")
     assert_one_sentence(result, "rank.images has no effect on the pipelines of this run")
     assert command(f"rank.images={tmp_path}", "--pipelines", "rank").exit_code == 1
+
+
+@pytest.mark.parametrize("browser", [True, False])
+def test_the_graph_is_opened_without_the_data_sets_between_its_steps(monkeypatch, capsys, browser):
+    from kedro_viz.launchers.cli.main import viz
+
+    from weighmatch import graph
+    from weighmatch.cli import cli
+
+    assert cli
+    assert viz.get_command(None, "run") is graph.run
+    opened = []
+    monkeypatch.setattr("webbrowser.open_new", opened.append)
+    monkeypatch.setattr(graph.started, "_VIZ_PROCESSES", {})
+
+    def start(*, host, port, browser, **_):
+        assert not browser
+        graph.started._VIZ_PROCESSES[port + 1] = host  # the port that was asked for is taken
+
+    monkeypatch.setattr(graph.started.run, "callback", start)
+    flag = "--browser" if browser else "--no-browser"
+    graph.run.main([flag, "--port", "4300"], standalone_mode=False)
+    page = "http://127.0.0.1:4301/?types=nodes"
+    assert page in capsys.readouterr().out
+    assert opened == [page] * browser

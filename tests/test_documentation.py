@@ -43,7 +43,7 @@ def sentences_of(text):
 
 
 def test_the_first_page_is_short_and_its_sentences_are_too():
-    assert len(README.split()) < 900
+    assert len(README.split()) < 650
     long = [sentence for sentence in sentences_of(README) if len(sentence.split()) > 30]
     assert not long
 

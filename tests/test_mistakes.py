@@ -38,12 +38,12 @@ def command(monkeypatch, tmp_path):
         ("--env tset", "--env: there is no environment 'tset'; did you mean test?"),
         ("--env experiments/benchmrak", "did you mean experiments/benchmark?"),
         ("--tags slow", "--tags: the nodes of this project have no tags; choose by --nodes or"),
-        ("--nodes train_arms", "did you mean train_and_rank.training.train_arms?"),
-        ("--from-nodes train_and_rank.evaluation.judge_run", "train_and_rank.evaluation.judge_run"),
-        ("--to-nodes train_arm", "have no node 'train_arm'; did you mean train_and_rank.training."),
+        ("--nodes train_arms", "did you mean training.train_arms?"),
+        ("--from-nodes evaluation.judge_run", "did you mean evaluation.judge_runs?"),
+        ("--to-nodes train_arm", "have no node 'train_arm'; did you mean training."),
         ("--nodes moon", "have no node 'moon'; kedro registry describe lists the nodes"),
         ("--nodes train_arms --pipelines rank", "have no node 'train_arms'; choose from rank."),
-        ("--namespaces train_and_rank.scorin", "did you mean train_and_rank.scoring?"),
+        ("--namespaces scorin", "did you mean scoring?"),
         ("--from-inputs trainig_sets", "have no dataset 'trainig_sets'; did you mean training_se"),
         ("--to-outputs repot", "have no dataset 'repot'; did you mean report?"),
         ("--runner ParallelRunner", "--runner ParallelRunner keeps no records of files; leave it"),
@@ -59,9 +59,8 @@ def test_a_wrong_name_is_told_with_the_nearest_right_one(command, arguments, mes
 
 
 def test_options_that_leave_no_node_are_told(command):
-    nodes = {part: f"train_and_rank.{part}" for part in ("reporting", "scoring")}
-    first, last = f"{nodes['reporting']}.write_report", f"{nodes['scoring']}.score_images"
-    result = command("--from-nodes", first, "--to-nodes", last)
+    chosen = ("--from-nodes", "reporting.write_report", "--to-nodes", "scoring.score_images")
+    result = command(*chosen)
     assert_one_sentence(result, "no node is chosen by --from-nodes, --to-nodes together")
 
 

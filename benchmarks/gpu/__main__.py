@@ -2,7 +2,7 @@
 
     python -m benchmarks.gpu --out DIR [--cifar DIR] [--minutes 6] [--only training,ihvps]
     python -m benchmarks.gpu --out DIR --tiny --device cpu      # a rehearsal of every part
-    python -m benchmarks.gpu --table DIR/gpu.json               # the table of docs/results/gpu.md
+    python -m benchmarks.gpu --table DIR/gpu.json               # the table of docs/results/speed.md
 
 Prints a line a part and writes each to `gpu.json` as soon as it is done, so that a run that is cut
 keeps what it has. A part that fails does not stop the others; the exit status is then 1.

@@ -1,4 +1,4 @@
-"""The table of docs/results/gpu.md from a `gpu.json`."""
+"""The table of a GPU in docs/results/speed.md from a `gpu.json`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

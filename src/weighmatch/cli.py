@@ -1,4 +1,4 @@
-"""`kedro run` for this project: Kedro's own, with mistakes told in a sentence."""
+"""The commands of this project: Kedro's own, with mistakes told in a sentence."""
 
 import errno
 import logging
@@ -18,6 +18,7 @@ from kedro.framework.cli.utils import CONTEXT_SETTINGS, KedroCliError
 from kedro.framework.project import LOGGING
 from kedro.utils import find_config_file
 from kedro.validation.exceptions import ParameterValidationError
+from kedro_viz.launchers.cli.main import viz  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
 from weighmatch.checks import ToldError
@@ -161,3 +162,6 @@ class _Jupyter(click.Group):
 
 
 cli.add_command(_Jupyter("jupyter", kedro_jupyter.commands, help=kedro_jupyter.help))
+
+# kedro-viz is a global command, which no command of a project replaces; its table is open.
+viz.lazy_subcommands["run"] = "weighmatch.graph.run"

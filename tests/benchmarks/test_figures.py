@@ -31,6 +31,20 @@ def test_every_figure_shows_what_its_table_says(name):
     assert (figures.PAGES / f"{name}.png").stat().st_size < 150_000
 
 
+def test_few_tries_leave_room_for_loss():
+    """Where none of n tries is lost, (rate of survival) ** n = .05 at the bound."""
+    assert figures.least_share(3, 3) == pytest.approx(0.05 ** (1 / 3))
+    assert figures.least_share(1, 1) == pytest.approx(0.05)
+    # At most one of three is lost with probability p³ + 3 p² (1 - p); at the bound it is .95.
+    least = figures.least_share(2, 3)
+    assert 3 * least**2 - 2 * least**3 == pytest.approx(0.05)
+    assert figures.least_share(0, 3) == 0
+    axes = figures.draw_reliability().axes[0]
+    lowest = [line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2]
+    assert lowest == sorted(lowest, reverse=True)
+    assert len(lowest) == len(figures.read_table("reliability", "fault", "tries"))
+
+
 def test_no_other_figure_lies_beside_the_pages():
     linked = {
         link

@@ -155,7 +155,7 @@ def test_half_of_the_width_is_reached_by_the_images_that_are_asked_for():
 def test_how_much_is_useful_comes_with_its_range():
     found = judged(learned=[80, 81], supervised=[60, 61])
     assert found["useful"]["sentence"] == (
-        "60 % of the pile looks useful (30 of 50 images); over 2 runs it is 60 % to 60 %."
+        "60 % of the pile looks useful (30 of 50 images); the share is 60 % in each of 2 runs."
     )
     clean = judged(given=lists(kept=50), learned=[80], supervised=[60])
     assert (

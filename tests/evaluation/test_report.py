@@ -257,7 +257,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("img", "meta", "br"):
+        if tag not in ("img", "meta", "br", "wbr"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -280,8 +280,10 @@ def test_the_page_holds_verdict_numbers_figures_and_data():
     assert found["verdict"] in html
     assert found["sure"] in html
     accuracy, data = section(html, "accuracy"), section(html, "data")
-    assert cells_of(accuracy, "learned weights")[:3] == ["86.5", "+4.5", "-1.9 to +10.9"]
+    assert cells_of(accuracy, "learned weights")[:3] == ["86.5", "+4.5", "−1.9 to +10.9"]
     assert cells_of(accuracy, "FixMatch, learned arm&#39;s compute")[:3] == ["82.0", "–", "–"]
+    told = re.sub(r"<[^>]*>", " ", re.sub(r"<style.*?</style>", "", html, flags=re.DOTALL))
+    assert not re.search(r"(?<!\S)-\d", told)
     assert accuracy.index("compute</th>") < accuracy.index("learned weights</th>")
     assert "learned weights close 43 % of the gap" in accuracy
     against = section(html, "comparisons")
@@ -351,10 +353,13 @@ def test_the_page_ends_with_settings_and_how_it_was_made():
     parameters = {"training": {"steps": 1000, "influence": {"damping": 0.1}}, "data": {"ratio": 1}}
     _, html = page(scores(**RUNS), manifest, parameters=parameters, origin=ORIGIN)
     found = section(html, "parameters")
-    assert cells_of(found, "<code>training.influence.damping</code>") == ["0.1", "the recipe"]
+    assert cells_of(found, "<code>training.<wbr>influence.<wbr>damping</code>") == [
+        "0.1",
+        "the recipe",
+    ]
     # What was given instead is not the recipe's.
-    assert cells_of(found, "<code>training.steps</code>") == ["1000", ""]
-    assert cells_of(found, "<code>data.ratio</code>") == ["1", ""]
+    assert cells_of(found, "<code>training.<wbr>steps</code>") == ["1000", ""]
+    assert cells_of(found, "<code>data.<wbr>ratio</code>") == ["1", ""]
     made = section(html, "origin")
     assert "2026-11-27 14:00 UTC" in made
     assert "<code>kedro run</code>" in made
@@ -396,7 +401,9 @@ def test_the_page_copes_without_truth_and_test_labels():
     found, html = page(runs, {**MANIFEST, "cells": cells})
     assert found["verdict"] in html
     assert cells_of(section(html, "accuracy"), "learned weights")[0] == "–"
-    assert cells_of(section(html, "data"), "1")[1:3] == ["600", "–"]
+    data = section(html, "data")
+    assert cells_of(data, "1")[:3] == ["24", "600", "0"]
+    assert "foreign" not in data
     assert "nan" not in html
 
 
@@ -419,5 +426,9 @@ def test_the_page_tells_what_is_in_the_pile_and_names_the_lists():
     assert "gallery.html</a> (1.3 MB)" in found
     assert "<li>Label more cats &amp; dogs.</li>" in found
     assert "60 % of the pile looks useful. 3 files could not be used." in found
-    assert "are copies" not in found
+    assert "copies of" not in found
+    pile["files"] = {"rejected": 1, "copies": 1}
+    _, html = page(scores(**RUNS), changes={"pile": pile}, sizes=sizes)
+    told = "1 file could not be used. 1 file is a copy of another, or nearly.</p>"
+    assert told in section(html, "pile")
     assert 'href="gallery.html"' in found

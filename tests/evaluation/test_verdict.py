@@ -7,7 +7,7 @@ import pytest
 
 from weighmatch.arms import POOL_HELPS, WEIGHTS_PAY, declare, get_comparison
 from weighmatch.evaluation.statistics import LEVEL, paired_difference, seeds_to_show, sign_flip_test
-from weighmatch.evaluation.verdict import judge, judge_nothing
+from weighmatch.evaluation.verdict import in_digits, judge, judge_nothing
 
 
 def judged(differences, comparison=WEIGHTS_PAY, overlap=0.0, **more):
@@ -17,7 +17,15 @@ def judged(differences, comparison=WEIGHTS_PAY, overlap=0.0, **more):
 
 
 def numbers(text):
-    return re.findall(r"[+-]?\d[\d.,]*", text)
+    return re.findall(r"[+−]?\d[\d.,]*", text)
+
+
+def test_a_loss_has_a_minus_sign_and_no_hyphen():
+    text = judged([-1, -0.6]).verdict
+    assert text.endswith("a difference of −0.8 percentage points.")
+    assert "-" not in text
+    assert (in_digits(-0.04, sign=True), in_digits(-0.04)) == ("+0.0", "0.0")
+    assert (in_digits(1234.5, 0), in_digits(-12.345, 2)) == ("1234", "−12.35")
 
 
 def test_six_seeds_are_the_fewest_that_can_show_a_difference():

@@ -25,6 +25,10 @@ FLAT = 2.0
 BANDS = ((0, 13), (13, 13), (26, 13), (39, 13), (52, 12))
 WINDOW = 128
 PAIRS_AT_ONCE = 2_048
+# Plain pictures have many hashes alike. Before pixels are compared, thumbnails of this side are;
+# they may correlate by so much less. Half of the contrast of two pictures may then lie in details.
+THUMBNAIL, LENIENCE = 8, 0.05
+THUMBNAILS_AT_ONCE = 64 * PAIRS_AT_ONCE
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +77,7 @@ def find_copies(
             exact[position] = original
     single = np.flatnonzero(exact < 0)
     pairs = single[_close_pairs(perceptual[single])]
+    pairs = pairs[_roughly_alike(stored, rows, pairs)]
     pairs = pairs[_alike(stored, rows, pairs)]
     # The later of two is a copy of the earlier, if that is an original.
     for early, late in pairs[np.lexsort((pairs[:, 0], pairs[:, 1]))].tolist():
@@ -101,6 +106,38 @@ def _close_pairs(hashes: NDArray[np.uint64]) -> NDArray[np.intp]:
     pairs = np.sort(np.concatenate(found), 1)
     unique: NDArray[np.intp] = np.unique(pairs, axis=0)
     return unique
+
+
+def _roughly_alike(
+    stored: Images, rows: NDArray[np.int64], pairs: NDArray[np.intp]
+) -> NDArray[np.bool_]:
+    """Whether the thumbnails of each pair may be of the same picture, (k,)."""
+    alike = np.ones(len(pairs), bool)
+    step = min(stored.shape[2:]) // THUMBNAIL if len(stored) else 0
+    if step < 2 or not len(pairs):
+        return alike
+    places, pair_places = np.unique(pairs, return_inverse=True)
+    pair_places = pair_places.reshape(pairs.shape)
+    side = step * THUMBNAIL
+    thumbnails = np.empty((len(places), stored.shape[1] * THUMBNAIL**2), np.float32)
+    for start in range(0, len(places), PAIRS_AT_ONCE):
+        part = slice(start, start + PAIRS_AT_ONCE)
+        images = stored[rows[places[part]], :, :side, :side]
+        blocks = images.reshape(*images.shape[:2], THUMBNAIL, step, THUMBNAIL, step)
+        means = blocks.mean((3, 5), dtype=np.float32)
+        thumbnails[part] = means.reshape(len(means), -1)
+    thumbnails -= thumbnails.mean(1, keepdims=True)
+    spread = thumbnails.std(1)
+    thumbnails /= np.maximum(spread, 1e-6)[:, None]
+    for start in range(0, len(pairs), THUMBNAILS_AT_ONCE):
+        part = slice(start, start + THUMBNAILS_AT_ONCE)
+        first, second = pair_places[part].T
+        alike[part] = (thumbnails[first] * thumbnails[second]).mean(1) >= (
+            NEAR_CORRELATION - LENIENCE
+        )
+        # A thumbnail may be flat where its picture is not.
+        alike[part] |= np.minimum(spread[first], spread[second]) < FLAT
+    return alike
 
 
 def _alike(stored: Images, rows: NDArray[np.int64], pairs: NDArray[np.intp]) -> NDArray[np.bool_]:

@@ -102,7 +102,8 @@ def draw_accuracy(scores: pd.DataFrame) -> Figure:
     for axes in figure.axes:
         axes.set_xlabel("accuracy on test images of seen classes (%)")
         # An interval may reach beyond what an accuracy can be.
-        axes.set_xlim(right=min(axes.get_xlim()[1], 101))
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, -1), min(high, 101))
     return figure
 
 

@@ -177,7 +177,9 @@ def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame)
     if kept == images:
         text = f"Nothing speaks against any part of the pile: all {images:,} images are kept"
     if low is not None and high is not None and len(shares) > 1:
-        text += f"; over {len(shares)} runs it is {100 * low:.0f} % to {100 * high:.0f} %"
+        least, most = f"{100 * low:.0f} %", f"{100 * high:.0f} %"
+        alike = f"{most} in each of" if least == most else f"{least} to {most} over"
+        text += f"; the share is {alike} {len(shares)} runs"
     return {
         "sentence": text + ".",
         "share": float(f"{share:.6g}"),
@@ -200,7 +202,7 @@ def _advise(lists: Lists, test_images: int | None) -> list[str]:
     if weakest:
         found.append(weakest)
     if test_images is not None:
-        found.append(f"Put about {_rounded(test_images)} labelled images in a test folder.")
+        found.append(f"Put about {_rounded(test_images):,} labelled images in a test folder.")
     if len(lists.rejected):
         found.append(
             f"Repair or remove {_count(len(lists.rejected), 'file')} that could not be used "

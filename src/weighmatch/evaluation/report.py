@@ -27,7 +27,7 @@ from weighmatch.evaluation.origin import Origin
 from weighmatch.evaluation.pile import fold_overlap
 from weighmatch.evaluation.statistics import PairedDifference, holm
 from weighmatch.evaluation.tables import DIFFERENCE, by_cell, label_series
-from weighmatch.evaluation.verdict import Verdict, in_words, judge, judge_nothing
+from weighmatch.evaluation.verdict import Verdict, in_digits, in_words, judge, judge_nothing
 from weighmatch.studies.methods import get_method, get_methods
 
 Row = Mapping[str, Any]
@@ -232,7 +232,7 @@ def _towards_oracle(arms: Mapping[str, Row]) -> str:
     share = arms[LEARNED.name]["gap_closed"]
     if share is None:
         return f"{text}, no more than with them, so there is no gap to close."
-    return f"{text}; learned weights close {100 * share:.0f} % of the gap to it."
+    return f"{text}; learned weights close {in_digits(100 * share, 0)} % of the gap to it."
 
 
 def _flat(group: Row, above: str = "") -> Iterator[tuple[str, str]]:
@@ -257,7 +257,7 @@ def _update_in_steps(arms: Mapping[str, Row]) -> float | None:
 def _format(value: Any, digits: int = 1, sign: bool = False) -> str:
     if _is_unknown(value):
         return "–"
-    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+    return in_digits(value, digits, sign)
 
 
 def _size(count: int) -> str:

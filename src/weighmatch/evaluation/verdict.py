@@ -52,8 +52,8 @@ def judge(
     mine, theirs = accuracies
     text = (
         f"{lead}: {comparison.arm.label} classify {mine:.1f} % of the test images right and "
-        f"{comparison.rival} {theirs:.1f} %, a difference of {difference.mean:+.1f} percentage "
-        "points."
+        f"{comparison.rival} {theirs:.1f} %, a difference of "
+        f"{in_digits(difference.mean, sign=True)} percentage points."
     )
     return Verdict(text, light, sure)
 
@@ -106,6 +106,11 @@ def _one_of(p_value: float) -> str:
     if p_value * LONGEST_ODDS < 1:
         return f"fewer than one of {LONGEST_ODDS:,}"
     return "most" if p_value > 0.5 else f"about one of {in_words(round(1 / p_value))}"
+
+
+def in_digits(value: float, digits: int = 1, sign: bool = False) -> str:
+    """A number with so many decimals: a minus sign and no hyphen before it, nothing before 0.0."""
+    return format(value, f"{'+' if sign else ''}z.{digits}f").replace("-", "−")
 
 
 def in_words(number: int) -> str:

@@ -36,6 +36,6 @@ def create_pipeline() -> Pipeline:
                 name="draw_samples",
             ),
         ],
-        namespace="train_and_rank.data_preparation",
+        namespace="data_preparation",
         prefix_datasets_with_namespace=False,
     )

@@ -71,6 +71,6 @@ def create_pipeline() -> Pipeline:
                 name="pick_key_numbers",
             ),
         ],
-        namespace="train_and_rank.evaluation",
+        namespace="evaluation",
         prefix_datasets_with_namespace=False,
     )

@@ -22,6 +22,6 @@ def create_pipeline() -> Pipeline:
                 name="write_early_ranking",
             ),
         ],
-        namespace="train_and_rank.feature_extraction",
+        namespace="feature_extraction",
         prefix_datasets_with_namespace=False,
     )

@@ -60,6 +60,6 @@ def create_pipeline(study: bool = True) -> Pipeline:
     )
     return Pipeline(
         [*drawings, page, report],
-        namespace="train_and_rank.reporting",
+        namespace="reporting",
         prefix_datasets_with_namespace=False,
     )

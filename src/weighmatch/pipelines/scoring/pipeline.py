@@ -36,6 +36,6 @@ def create_pipeline() -> Pipeline:
                 name="export_model",
             ),
         ],
-        namespace="train_and_rank.scoring",
+        namespace="scoring",
         prefix_datasets_with_namespace=False,
     )

@@ -30,6 +30,6 @@ def create_pipeline() -> Pipeline:
                 name="train_oracle",
             ),
         ],
-        namespace="train_and_rank.training",
+        namespace="training",
         prefix_datasets_with_namespace=False,
     )
