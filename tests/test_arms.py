@@ -117,7 +117,7 @@ def test_an_arm_that_a_test_registers_can_be_taken_out_again():
 
 def test_what_an_arm_weighs():
     weighs = {arm.name for arm in all_arms() if arm.weighs}
-    fitted = {"pu", "gate_mixture", "gate_told", "inlier", "ds3l", "free", "learned"}
+    fitted = {"pu", "gate_prior", "gate_told", "inlier", "ds3l", "free", "learned"}
     assert weighs == {"max_prob", "softmatch", "energy"} | fitted
     others = [arm.name for arm in all_arms() if arm.pool != "whole"]
     assert others == ["supervised", "gate_told", "oracle"]

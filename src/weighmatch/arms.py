@@ -13,7 +13,7 @@ from weighmatch.checks import require_choice
 Schedule = Literal["online", "two_stages", "rounds"]
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 # What says how much of a ranked pool is kept.
-Judge = Literal["otsu", "test", "mixture", "hypergradient", "truth"]
+Judge = Literal["otsu", "test", "prior", "hypergradient", "truth"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Arm:
             the pool is ranked and a classifier trained on its best, in turn.
         judge: what says how much of a ranking is kept between stages and rounds: "otsu" cuts it
             where it falls apart; the others rank by the head on features. "test" is a test of a
-            clean pool and the head's own odds, "mixture" the same test and the share of a
-            mixture, "hypergradient" the posterior of `weightings.share`, "truth" the true share.
+            clean pool and the head's own odds, "hypergradient" the posterior of
+            `weightings.share`, "prior" the same without a hypergradient, "truth" the true share.
         alignment: whether distribution alignment is "as_set" by the parameters or the "opposite".
         reads: groups of the parameters `training` that it reads, where its schedule does.
         inductive: whether it scores images that it never saw.
@@ -258,15 +258,15 @@ register(
 )
 register(
     Arm(
-        "gate_mixture",
-        "learned ranking, share of a mixture",
+        "gate_prior",
+        "learned weights without hypergradient",
         "#88CCEE",
         weighting="positive_unlabelled",
         schedules=("rounds",),
-        judge="mixture",
+        judge="prior",
         reads=("ranking",),
         rival=True,
-        control="the same ranking, of which a mixture model keeps a share without a hypergradient",
+        control="the same ranking and the same decision without the hypergradient",
     )
 )
 LEARNED = register(
@@ -283,7 +283,7 @@ LEARNED = register(
 register(
     Arm(
         "gate_told",
-        "learned ranking, told the share",
+        "learned weights, told the share",
         "#117733",
         weighting="positive_unlabelled",
         pool="told",

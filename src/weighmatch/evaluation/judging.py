@@ -42,7 +42,9 @@ SCORES = (
     *("weight_id", "weight_ood", "pool_weight_id", "pool_weight_ood", "pool_weight_shifted"),
     *("worst_class_kept", "pool_weight_right", "pool_weight_wrong", "right_labels"),
     *("auroc_influence", "auroc_influence_near", "auroc_influence_labels", "pool_kept"),
+    *("useful_share", "useful_low", "useful_high", "clean_chance"),
 )
+BELIEF = SCORES[-4:]
 # The code of the OOD images that are nearest to in-distribution ones.
 NEAR_CODE = KIND_NAMES.index("unseen")
 
@@ -91,7 +93,9 @@ def judge_runs(
         least half of the largest weight, in the class where it is smallest; and of the measured
         influences `auroc_influence` (against OOD), `auroc_influence_near` (against unseen
         classes) and `auroc_influence_labels` (right pseudo-labels against wrong ones). Of its last
-        ranking `pool_kept`, the share that it keeps.
+        ranking `pool_kept`, the share that it keeps, and what that rests on: `useful_share` with
+        the interval from `useful_low` to `useful_high`, should the pool be contaminated, and
+        `clean_chance`, the chance that it is clean or the p of a test of that.
     """
     rows: list[dict[Any, Any]] = []
     for run in runs.to_dict("records"):
@@ -113,6 +117,8 @@ def _judge(found: Arrays, truth: Arrays, labels: Arrays) -> dict[str, float]:
         scores |= _on_influence(found, truth)
     if "pool_kept" in found:
         scores["pool_kept"] = _mean(found["pool_kept"])
+    if "pool_belief" in found:
+        scores |= dict(zip(BELIEF, found["pool_belief"].tolist(), strict=True))
     return scores
 
 

@@ -30,6 +30,8 @@ PRIMARY, SECONDARY = POOL_HELPS.against, FIXMATCH
 # A test folder is to tell a difference to so many points at the best and at the worst.
 FINEST, COARSEST = 1.0, 10.0
 ADVICE = 3
+# Evidence is strong where the chance of the opposite is below this.
+STRONG = 0.1
 
 
 @dataclass(frozen=True)
@@ -167,8 +169,8 @@ def _rounded(count: int) -> int:
 
 def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame) -> Row:
     """How much of the pile is kept by the chosen run, and by those of its arm on other splits."""
-    alike = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
-    shares = alike["pool_kept"].dropna().to_numpy()
+    alike_runs = scores[(scores["arm"] == run["arm"]) & (scores["schedule"] == run["schedule"])]
+    shares = alike_runs["pool_kept"].dropna().to_numpy()
     images = int((ranking["near_duplicate_of"] == "").sum())
     kept = int(ranking["kept"].sum())
     share = kept / max(images, 1)
@@ -181,12 +183,30 @@ def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame)
         alike = f"{most} in each of" if least == most else f"{least} to {most} over"
         text += f"; the share is {alike} {len(shares)} runs"
     return {
-        "sentence": text + ".",
+        "sentence": text + "." + _believed(alike_runs, kept < images),
         "share": float(f"{share:.6g}"),
         "lowest": None if low is None else float(f"{low:.6g}"),
         "highest": None if high is None else float(f"{high:.6g}"),
         "runs": len(shares),
     }
+
+
+def _believed(runs: pd.DataFrame, dropped: bool) -> str:
+    """What the posterior of the first run says, if it has one: a sentence with a space before it.
+
+    Args:
+        runs: the runs of the chosen arm, that of the ranking first.
+        dropped: whether part of the pile was left out.
+    """
+    if not len(runs) or not np.isfinite(runs["useful_low"].iloc[0]):
+        return ""
+    run = runs.iloc[0]
+    chance = run["clean_chance"]
+    sure = "strong" if min(chance, 1 - chance) < STRONG else "weak"
+    if not dropped:
+        return f" The evidence that all of it helps is {sure}."
+    low, high = (f"{100 * run[name]:.0f}" for name in ("useful_low", "useful_high"))
+    return f" Between {low} and {high} % are worth training on; the evidence is {sure}."
 
 
 def _advise(lists: Lists, test_images: int | None) -> list[str]:

@@ -57,7 +57,7 @@ def test_confidences_of_the_pool_are_the_same_measure_in_every_schedule(
 
 @pytest.mark.parametrize("arm", RANKED_ANEW)
 def test_rounds_rank_the_whole_pool(arm, training_set, run_config, tmp_path):
-    assert RANKED_ANEW == ["max_prob", "pu", "gate_mixture", "learned"]
+    assert RANKED_ANEW == ["max_prob", "pu", "gate_prior", "learned"]
     found = train(run_config(arm, schedule="rounds", rounds=3), training_set, tmp_path)
     pool = found.pool
     assert 0 < pool.kept.sum() <= len(pool.kept) == 40

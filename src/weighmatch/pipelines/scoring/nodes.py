@@ -97,6 +97,10 @@ def _describe_pool(run: TrainedRun) -> Arrays:
     }
     if pool.kept is not None:
         found["pool_kept"] = pool.kept.numpy()
+    if pool.evidence is not None:
+        evidence = pool.evidence
+        told = (evidence.share, evidence.low, evidence.high, evidence.p_clean)
+        found["pool_belief"] = np.array([np.nan if v is None else v for v in told])
     if pool.labels is not None:
         found["pool_labels"] = pool.labels.numpy()
     if pool.measured is not None:

@@ -6,7 +6,6 @@ None of them but "truth" sees which images are OOD.
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-import torch
 from torch import Tensor
 
 from weighmatch.semisup.checkpoint import TrainedRun
@@ -15,7 +14,7 @@ from weighmatch.semisup.training.decision import Evidence, clean_chance
 from weighmatch.semisup.training.measuring import measure_pool
 from weighmatch.semisup.weightings.head import ConfidenceHead
 from weighmatch.semisup.weightings.meter import Measured
-from weighmatch.semisup.weightings.nearness import judge_pool, useful_share
+from weighmatch.semisup.weightings.nearness import judge_pool
 from weighmatch.semisup.weightings.share import Share, Slope
 
 # The MLPs' probability from which an image is more like a labelled one than like one of the pool.
@@ -105,13 +104,17 @@ def by_test(case: Case) -> Verdict:
     return Evidence(share, case.chance_clean(), case.level), case.known
 
 
-def by_mixture(case: Case) -> Verdict:
-    """The same test; as much is kept as a mixture says that scores as labelled images do."""
-    with torch.no_grad():
-        mine = case.head(case.seen.positives)
-        theirs = case.head(case.seen.views.flatten(0, 1))
-    share = min(1.0, useful_share(mine, theirs))
-    return Evidence(share, case.chance_clean(), case.level), case.known
+def by_prior(case: Case) -> Verdict:
+    """The posterior of the useful share without any hypergradient.
+
+    The first guess is the share that the MLPs find more like a labelled image than like the pool,
+    and a test of a clean pool gives the odds.
+    """
+    guess = float((case.likely > LIKELY).float().mean())
+    share = Share(case.known.slopes, guess, case.chance_clean())
+    low, high = (share.quantile(level) for level in INTERVAL)
+    evidence = Evidence(share.quantile(0.5), share.chance_clean(), case.level, low, high)
+    return evidence, case.known
 
 
 def by_hypergradient(case: Case) -> Verdict:
@@ -126,11 +129,8 @@ def by_hypergradient(case: Case) -> Verdict:
         case.config,
         case.seed,
     )
-    known = replace(known, measured=measured, slopes=[*known.slopes, slope])
-    share = Share(known.slopes)
-    low, high = (share.quantile(level) for level in INTERVAL)
-    evidence = Evidence(share.quantile(0.5), share.chance_clean(), case.level, low, high)
-    return evidence, known
+    slopes = [*known.slopes, slope]
+    return by_prior(replace(case, known=replace(known, measured=measured, slopes=slopes)))
 
 
 def by_truth(case: Case) -> Verdict:
@@ -154,7 +154,7 @@ def by_nearness(case: Case) -> Verdict:
 
 JUDGES: dict[str, Callable[[Case], Verdict]] = {
     "test": by_test,
-    "mixture": by_mixture,
+    "prior": by_prior,
     "hypergradient": by_hypergradient,
     "truth": by_truth,
     "nearness": by_nearness,

@@ -93,7 +93,8 @@ def judge_pool(
     summed over the folds (van Elteren, 1960), has its usual distribution there. The folds share
     most of their examples and the whole pool, which makes p approximate.
 
-    The useful share is the mean of `useful_share` over the folds.
+    Where a share π of the pool is useful and the rest lies lower than the q-quantile of labelled
+    images, π (1 − q) of the pool lies above it. The estimate is the mean over folds and three q.
 
     Args:
         labelled: features of the labelled images, (n, width).
@@ -127,16 +128,7 @@ def judge_pool(
         n, m = len(mine), len(theirs)
         excess += float((mine[:, None] > theirs).float().sum()) - n * m / 2
         variance += n * m * (n + m + 1) / 12
-        shares.append(useful_share(mine, theirs))
+        for q in QUANTILES:
+            shares.append(float((theirs > mine.quantile(q)).float().mean()) / (1 - q))
     p_clean = 0.5 * math.erfc(excess / math.sqrt(2 * variance))
     return p_clean, min(1.0, sum(shares) / len(shares))
-
-
-def useful_share(labelled: Tensor, pool: Tensor) -> float:
-    """The share π of a pool that scores as labelled images do, by scores (m,) and (N,).
-
-    Where the rest of the pool lies lower than the q-quantile of labelled images, π (1 − q) of the
-    pool lies above it. The estimate is the mean over three q; noise can lift it above 1.
-    """
-    above = [float((pool > labelled.quantile(q)).float().mean()) / (1 - q) for q in QUANTILES]
-    return sum(above) / len(above)

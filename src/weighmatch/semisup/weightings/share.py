@@ -11,18 +11,24 @@ posterior of q* and k on a grid.
 
 import math
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
 
-# Half of the prior: the whole pool is useful, and q* lies between 1 and 2. Else q* is below 1.
+# Half of the prior: the whole pool is useful, and q* lies between 1 and 2. Else q* is below 1, and
+# log q* is normal with this standard deviation about the logarithm of a first guess.
 SMALLEST, LARGEST = 0.05, 2.0
+GUESS_SPREAD = 0.5
 # Slopes k that are thought possible.
 LEAST_SLOPE, MOST_SLOPE = 0.05, 0.6
 # Standard deviation by which c differs between classifiers of the same training.
 SNAPSHOT_SPREAD = 0.1
 # Points of the grid on either side of q* = 1.
 POINTS = 96
+# The z-value of the test of a clean pool: its spread over clean pools, and that of how much higher
+# it may lie in contaminated ones. The first is below 1 as nominal p are means over copies.
+CLEAN_SPREAD, CONTAMINATED_SPREAD = 0.55, 1.0
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,11 @@ class Share:
 
     Args:
         slopes: the measurements; none: the prior.
+        guess: a first guess of q*, above 0, from anything but hypergradients.
+        p_clean: nominal p of a test of a clean pool, or None.
     """
 
-    def __init__(self, slopes: list[Slope]) -> None:
+    def __init__(self, slopes: list[Slope], guess: float, p_clean: float | None = None) -> None:
         below = torch.linspace(math.log(SMALLEST), 0, POINTS + 1, dtype=torch.float64)[:-1]
         above = torch.linspace(0, math.log(LARGEST), POINTS, dtype=torch.float64)
         self._roots = torch.cat([below, above])
@@ -73,7 +81,11 @@ class Share:
             expected = steepness * (math.log(found.share) - self._roots[:, None])
             variance = found.error**2 + SNAPSHOT_SPREAD**2
             fit -= (expected - found.value).square() / (2 * variance)
-        chances = (fit - fit.max()).exp().mean(1)
+        distance = (below - math.log(max(guess, SMALLEST))) / GUESS_SPREAD
+        prior = torch.ones_like(self._roots)
+        prior[:POINTS] = torch.softmax(-distance.square() / 2, dim=0) * POINTS
+        prior[:POINTS] *= odds_of_test(p_clean)
+        chances = prior * (fit - fit.max()).exp().mean(1)
         self._chances = chances / chances.sum()
 
     def chance_clean(self) -> float:
@@ -85,3 +97,19 @@ class Share:
         below = self._chances[:POINTS].cumsum(0)
         position = int(torch.searchsorted(below, level * below[-1]))
         return float(self._roots[min(position, POINTS - 1)].exp())
+
+
+def odds_of_test(p_clean: float | None) -> float:
+    """By how much the p of a test of a clean pool raises the odds of a contaminated one.
+
+    The z-value of p is normal about 0 in clean pools. In contaminated ones it lies higher by the
+    absolute value of another normal variable.
+    """
+    if p_clean is None:
+        return 1.0
+    standard = NormalDist()
+    z = -standard.inv_cdf(min(max(p_clean, 1e-12), 1 - 1e-12))
+    together = math.hypot(CLEAN_SPREAD, CONTAMINATED_SPREAD)
+    shifted = standard.cdf(z * CONTAMINATED_SPREAD / (CLEAN_SPREAD * together))
+    alternative = 2 * NormalDist(0, together).pdf(z) * shifted
+    return alternative / max(NormalDist(0, CLEAN_SPREAD).pdf(z), 1e-300)
