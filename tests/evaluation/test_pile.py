@@ -8,6 +8,7 @@ import pytest
 from scipy import stats
 
 from weighmatch.evaluation.chosen import HeldOut, choose_run
+from weighmatch.evaluation.judging import BELIEF
 from weighmatch.evaluation.pile import Lists, fold_overlap, judge_pile
 from weighmatch.evaluation.statistics import images_to_tell, mean_interval, paired_difference
 
@@ -50,9 +51,10 @@ def lists(kept=30, total=50, check=0, rejected=0, copies=0, left=""):
     )
 
 
-def judged(described=None, given=None, **accuracy):
+def judged(described=None, given=None, belief=(0.6, np.nan, np.nan, 0.5), **accuracy):
     described = described or manifest()
     runs = scores(**accuracy).assign(setting="folder", source="folder", pool_kept=0.6)
+    runs[list(BELIEF)] = belief
     runs = runs.assign(overlap=fold_overlap(described))
     found = judge_pile(runs, choose_run(runs), described, given or lists())
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -161,6 +163,15 @@ def test_how_much_is_useful_comes_with_its_range():
     assert (
         "Nothing speaks against any part of the pile: all 50 images" in clean["useful"]["sentence"]
     )
+
+
+@pytest.mark.parametrize(("chance", "how"), [(0.04, "strong"), (0.15, "weak")])
+def test_the_posterior_of_the_useful_share_is_a_sentence(chance, how):
+    accuracy = {"learned": [80, 81], "supervised": [60, 61]}
+    found = judged(belief=(0.33, 0.26, 0.41, chance), **accuracy)["useful"]["sentence"]
+    assert found.endswith(f"Between 26 and 41 % are worth training on; the evidence is {how}.")
+    whole = judged(given=lists(kept=50), belief=(0.33, 0.26, 0.41, 1 - chance), **accuracy)
+    assert whole["useful"]["sentence"].endswith(f"The evidence that all of it helps is {how}.")
 
 
 def test_advice_is_three_things_the_most_helpful_first():

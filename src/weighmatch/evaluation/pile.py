@@ -201,8 +201,8 @@ def _believed(runs: pd.DataFrame, dropped: bool) -> str:
     if not len(runs) or not np.isfinite(runs["useful_low"].iloc[0]):
         return ""
     run = runs.iloc[0]
-    chance = run["clean_chance"]
-    sure = "strong" if min(chance, 1 - chance) < STRONG else "weak"
+    doubt = run["clean_chance"] if dropped else 1 - run["clean_chance"]
+    sure = "strong" if doubt < STRONG else "weak"
     if not dropped:
         return f" The evidence that all of it helps is {sure}."
     low, high = (f"{100 * run[name]:.0f}" for name in ("useful_low", "useful_high"))
