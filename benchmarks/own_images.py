@@ -331,6 +331,10 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
         ("bad files named", f"{len(bad & rejected)} of {len(bad)}"),
         ("good files rejected", str(len(rejected - bad))),
         *(
+            (f"accuracy, {arm}", f"{row['accuracy']:.1f} %, {row['seeds']:.0f} seeds")
+            for arm, row in metrics["arms"].items()
+        ),
+        *(
             (f"copies found: {kind}", f"{copied[ranking['kind'] == kind].sum()} of {counts[kind]}")
             for kind in ("copy", *AGAIN)
             if counts[kind]

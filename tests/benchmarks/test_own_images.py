@@ -146,7 +146,9 @@ def test_a_job_is_judged_by_the_truth(tmp_path, monkeypatch):
         )
         rejected = {"path": ["unlabelled/e", "unlabelled/g"], "reason": ["", ""]}
         pd.DataFrame(rejected).to_csv(reporting / "rejected_files.csv", index=False)
-        (reporting / "summary.json").write_text(json.dumps({"pile": {"verdict": "It helped."}}))
+        arms = {"learned": {"accuracy": 67.25, "seeds": 16.0}}
+        summary = {"pile": {"verdict": "It helped."}, "arms": arms}
+        (reporting / "summary.json").write_text(json.dumps(summary))
         assert command[-1].endswith("data_folder=" + str(data) + ",training.steps=3")
 
     monkeypatch.setattr(own_images.subprocess, "run", run)
@@ -157,6 +159,7 @@ def test_a_job_is_judged_by_the_truth(tmp_path, monkeypatch):
     assert found["foreign images kept"] == "50 %"
     assert found["bad files named"] == "1 of 1"
     assert found["good files rejected"] == "1"
+    assert found["accuracy, learned"] == "67.2 %, 16 seeds"
     assert found["copies found: copy"] == "1 of 1"
     assert found["copies found: smaller"] == "1 of 2"
     assert found["other files taken for copies"] == "1"
