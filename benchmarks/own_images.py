@@ -305,8 +305,9 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     command = [sys.executable, "-m", "kedro", "run", "--params", given]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     seconds = time.monotonic() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     # KiB on Linux; the largest of all processes that were started.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = used.ru_maxrss / 2**20
     stored = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     reporting = data / "08_reporting" / "main"
     truth = pd.read_csv(truth_of(root), dtype=str).set_index("path")["kind"]
@@ -323,6 +324,7 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     return [
         ("files in the pile", f"{len(truth):,} ({dict(sorted(counts.items()))})"),
         ("time from the folder to the report", f"{seconds / 60:.1f} min"),
+        ("processor time", f"{(used.ru_utime + used.ru_stime) / 60:.1f} min"),
         ("peak memory of the largest process", f"{peak:.1f} GiB"),
         ("files that the job wrote", f"{stored / 2**30:.2f} GiB"),
         ("AUROC of the ranking", f"{roc_auc_score(useful, ranked['score'].astype(float)):.3f}"),
