@@ -1,13 +1,16 @@
 """A whole job on a folder of own images: made, run and judged, in one command.
 
-    uv run python -m benchmarks.own_images generated DIR [--files 100000] [--labels 100] [--test 0]
+    uv run python -m benchmarks.own_images generated DIR [--files 100000] [--labels 100] [--mixed]
     uv run python -m benchmarks.own_images cifar10 DIR --source CIFAR [--labels 120] [--pool 3000]
     uv run python -m benchmarks.own_images judge DIR --data DATA [--params training.steps=500]
 
 `generated` draws JPEG files of 200 to 500 pixels. Five shapes are the classes; half of the pile
-shows other things. `cifar10` copies files of CIFAR-10 (`CIFAR/train/<class>/`, `CIFAR/test/…`): six
-animals are the classes, and half of the pile are vehicles. Both put bad files and a copy among them
-and write the truth beside the folder, to `DIR.truth.csv`. The same seed gives the same folder.
+shows other things. With `--mixed` the files are such as people have: their long sides have 120 to
+4,000 pixels, upright or not. Some are turned by EXIF, grey or transparent, some are PNG or WebP.
+One in ten is there once more, compressed anew, smaller or cropped. `cifar10` copies files of
+CIFAR-10 (`CIFAR/train/<class>/`, `CIFAR/test/…`): six animals are the classes, and half of the pile
+are vehicles. Both put bad files and a copy among them and write the truth beside the folder, to
+`DIR.truth.csv`. The same seed gives the same folder.
 `judge` runs the whole job with its files in DATA and prints what it took and found, as a table.
 """
 
@@ -36,6 +39,15 @@ from weighmatch.workers import run_all
 ROOT = Path(__file__).parents[1]
 CHUNK = 500
 SMALLEST, LARGEST = 200, 500
+# Of mixed files: sides in pixels, short sides as shares of long ones, EXIF's orientations with the
+# degrees by which the stored image is turned, and the share of images that are there once more.
+MIXED_SIDES, ASPECTS, ORIENTATIONS = (
+    (120, 4000),
+    (9 / 16, 2 / 3, 3 / 4, 1.0),
+    {3: 180, 6: 90, 8: 270},
+)
+REPEATED = 0.1
+AGAIN = ("compressed anew", "smaller", "cropped")
 SEEN = ("cross", "disc", "ring", "square", "triangle")
 FOREIGN = ("star", "stripes", "letter-like", "blob", "nothing")
 ANIMALS = ("bird", "cat", "deer", "dog", "frog", "horse")
@@ -67,9 +79,13 @@ def background(rng: np.random.Generator, width: int, height: int) -> Image.Image
     return Image.fromarray(pixels).resize((width, height), how)
 
 
-def picture(kind: str, rng: np.random.Generator) -> Image.Image:
+def picture(kind: str, rng: np.random.Generator, mixed: bool = False) -> Image.Image:
     """An image of one kind, of `SEEN` or `FOREIGN`: colours, size, place and turn are random."""
     width, height = (int(side) for side in rng.integers(SMALLEST, LARGEST + 1, 2))
+    if mixed:
+        long = math.exp(rng.uniform(*np.log(MIXED_SIDES)))
+        sides = (round(long), round(long * rng.choice(ASPECTS)))
+        width, height = sides if rng.random() < 0.5 else sides[::-1]
     image = background(rng, width, height)
     draw = ImageDraw.Draw(image)
     radius = min(width, height) * rng.uniform(0.2, 0.4)
@@ -105,12 +121,56 @@ def picture(kind: str, rng: np.random.Generator) -> Image.Image:
     return image
 
 
+def inside(image: Image.Image, margin: float) -> tuple[int, int, int, int]:
+    """What a margin, as a share of both sides, leaves of an image: left, top, right, bottom."""
+    left, top = round(margin * image.width), round(margin * image.height)
+    return left, top, image.width - left, image.height - top
+
+
+def dress(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """The image in colour, in grey or with a transparent border."""
+    mode = rng.choice(["RGB", "L", "RGBA"], p=[0.8, 0.1, 0.1])
+    image = image.convert(str(mode))
+    if mode == "RGBA":
+        alpha = Image.new("L", image.size, 0)
+        alpha.paste(255, inside(image, 0.05))
+        image.putalpha(alpha)
+    return image
+
+
+def save_mixed(image: Image.Image, place: Path, rng: np.random.Generator) -> Path:
+    """Save an image as JPEG, PNG or WebP, a third of them turned as EXIF says; returns the path."""
+    kinds = (".png", ".webp") if image.mode == "RGBA" else (".jpg", ".jpg", ".jpg", ".png", ".webp")
+    exif = Image.Exif()
+    if rng.random() < 1 / 3:
+        orientation = int(rng.choice(list(ORIENTATIONS)))
+        image = image.rotate(ORIENTATIONS[orientation], expand=True)
+        exif[0x0112] = orientation
+    path = place.with_suffix(str(rng.choice(kinds)))
+    image.save(path, quality=int(rng.integers(60, 95)), exif=exif)
+    return path
+
+
+def save_again(image: Image.Image, place: Path, rng: np.random.Generator) -> tuple[Path, str]:
+    """Save a near copy of an image; returns its path and one of `AGAIN`."""
+    how = str(rng.choice(AGAIN))
+    if how == "smaller":
+        image = image.resize((max(image.width // 2, 1), max(image.height // 2, 1)))
+    if how == "cropped":
+        image = image.crop(inside(image, 0.02))
+    path = place.with_suffix(".webp" if image.mode == "RGBA" else ".jpg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, quality=40 if how == "compressed anew" else 85)
+    return path, how
+
+
 def draw_files(
     root: Path,
     first: int,
     kinds: Sequence[str],
     folders: Sequence[str],
     seed: int,
+    mixed: bool,
     progress: Callable[[int], None],
 ) -> Rows:
     """Draw files and write them; returns the path and kind of each.
@@ -121,6 +181,7 @@ def draw_files(
         kinds: what each file shows.
         folders: where each lies in the folder.
         seed: with the number of the first file it gives the random numbers.
+        mixed: whether they are files such as people have.
         progress: told of each file.
     """
     rng = np.random.default_rng([seed, first])
@@ -128,13 +189,23 @@ def draw_files(
     for number, (kind, folder) in enumerate(zip(kinds, folders, strict=True), first):
         path = root / folder / f"{number:06d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(kind, rng).save(path, quality=int(rng.integers(60, 95)))
+        image = picture(kind, rng, mixed)
+        if mixed:
+            image = dress(image, rng)
+            path = save_mixed(image, path, rng)
+            if folder.startswith("unlabelled/") and rng.random() < REPEATED:
+                again, how = save_again(image, root / "unlabelled" / "again" / path.name, rng)
+                rows.append((again.relative_to(root).as_posix(), how))
+        else:
+            image.save(path, quality=int(rng.integers(60, 95)))
         rows.append((path.relative_to(root).as_posix(), kind))
         progress(1)
     return rows
 
 
-def generate(root: Path, files: int, labels: int, test: int, seed: int = 0) -> Rows:
+def generate(
+    root: Path, files: int, labels: int, test: int, seed: int = 0, mixed: bool = False
+) -> Rows:
     """Write a folder of drawn images, `files` of them in the pile; returns its truth."""
     rng = np.random.default_rng(seed)
     shown = [
@@ -146,12 +217,13 @@ def generate(root: Path, files: int, labels: int, test: int, seed: int = 0) -> R
     folders += [f"test/{kind}" for kind in kinds[labels : labels + test]]
     folders += [f"unlabelled/{k // 1000:03d}" for k in range(files)]
     jobs = [
-        (root, k, kinds[k : k + CHUNK], folders[k : k + CHUNK], seed)
+        (root, k, kinds[k : k + CHUNK], folders[k : k + CHUNK], seed, mixed)
         for k in range(0, len(kinds), CHUNK)
     ]
     made = dict(run_all(draw_files, jobs, title="drawing", total=len(kinds)))
     rows = [row for k in range(len(jobs)) for row in made[k] if row[0].startswith("unlabelled/")]
-    return [(path, "useful" if kind in SEEN else "foreign") for path, kind in rows] + spoil(root)
+    named = {**dict.fromkeys(SEEN, "useful"), **dict.fromkeys(FOREIGN, "foreign")}
+    return [(path, named.get(kind, kind)) for path, kind in rows] + spoil(root)
 
 
 # --- images that are copied ------------------------------------------------------------------
@@ -233,8 +305,9 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     command = [sys.executable, "-m", "kedro", "run", "--params", given]
     subprocess.run(command, cwd=ROOT, env=environment, check=True)
     seconds = time.monotonic() - began
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     # KiB on Linux; the largest of all processes that were started.
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
+    peak = used.ru_maxrss / 2**20
     stored = sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     reporting = data / "08_reporting" / "main"
     truth = pd.read_csv(truth_of(root), dtype=str).set_index("path")["kind"]
@@ -243,6 +316,7 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     ranked = ranking[ranking["kind"].isin(["useful", "foreign"])]
     useful = ranked["kind"] == "useful"
     kept = ranked["kept"].astype(str) == "True"
+    copied = ranking["near_duplicate_of"] != ""
     rejected = set(pd.read_csv(reporting / "rejected_files.csv")["path"])
     bad = set(truth.index[truth == "bad"])
     metrics = json.loads((reporting / "summary.json").read_text())
@@ -250,6 +324,7 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
     return [
         ("files in the pile", f"{len(truth):,} ({dict(sorted(counts.items()))})"),
         ("time from the folder to the report", f"{seconds / 60:.1f} min"),
+        ("processor time", f"{(used.ru_utime + used.ru_stime) / 60:.1f} min"),
         ("peak memory of the largest process", f"{peak:.1f} GiB"),
         ("files that the job wrote", f"{stored / 2**30:.2f} GiB"),
         ("AUROC of the ranking", f"{roc_auc_score(useful, ranked['score'].astype(float)):.3f}"),
@@ -257,6 +332,16 @@ def judge(root: Path, data: Path, params: str = "") -> list[tuple[str, str]]:
         ("foreign images kept", f"{100 * kept[~useful].mean():.0f} %"),
         ("bad files named", f"{len(bad & rejected)} of {len(bad)}"),
         ("good files rejected", str(len(rejected - bad))),
+        *(
+            (f"accuracy, {arm}", f"{row['accuracy']:.1f} %, {row['seeds']:.0f} seeds")
+            for arm, row in metrics["arms"].items()
+        ),
+        *(
+            (f"copies found: {kind}", f"{copied[ranking['kind'] == kind].sum()} of {counts[kind]}")
+            for kind in ("copy", *AGAIN)
+            if counts[kind]
+        ),
+        ("other files taken for copies", str(copied[ranked.index].sum())),
         ("verdict", metrics["pile"]["verdict"]),
     ]
 
@@ -284,6 +369,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pool", type=int, default=3000, help="files of CIFAR-10 in the pile")
     parser.add_argument("--labels", type=int, help="labelled files; 100, or 120 of CIFAR-10")
     parser.add_argument("--test", type=int, default=0, help="files of the test folder")
+    parser.add_argument("--mixed", action="store_true", help="generate files such as people have")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--data", type=Path, help="the folder for what the job writes")
     parser.add_argument("--params", default="", help="further parameters of the job")
@@ -299,7 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if root.exists():
         parser.error(f"{root} exists; choose a new folder")
     if asked.what == "generated":
-        write_truth(root, generate(root, asked.files, asked.labels or 100, asked.test, asked.seed))
+        sizes = (asked.files, asked.labels or 100, asked.test)
+        write_truth(root, generate(root, *sizes, asked.seed, asked.mixed))
     elif asked.source is None or not (asked.source / "train").is_dir():
         parser.error("cifar10 needs --source, a folder with train/<class>/ and test/<class>/")
     else:

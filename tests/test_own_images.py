@@ -18,6 +18,7 @@ from kedro.framework.startup import bootstrap_project
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
+from benchmarks.own_images import SEEN, generate
 from tests.own_folder import LETTERS, OwnFolder, make_folder
 from tests.project import ROOT, run_project
 from weighmatch.evaluation.lists import CHECK_COLUMNS, NEXT_COLUMNS
@@ -237,6 +238,45 @@ def test_runs_of_other_data_are_kept_and_the_log_says_which_is_used(tmp_path, ca
     (own.root / "unlabelled" / "one more.png").unlink()
     assert train() == both
     assert "0 runs are new and 3 go on or are read" in caplog.text
+
+
+def test_weights_by_path_go_from_the_folder_to_the_report_and_to_another_ranking(tmp_path):
+    import torch
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    weights = tmp_path / "resnet18.pth"
+    torch.save(resnet18(weights=None).state_dict(), weights)
+    root, data = tmp_path / "photos", tmp_path / "data"
+    pile = pd.DataFrame(generate(root, files=16, labels=10, test=0), columns=["path", "kind"])
+    backbone = {"training.network": "torchvision/resnet18", "training.weights": weights}
+    views = {"training.features.weak_views": 1, "training.features.strong_views": 1}
+    given = {"data.source": "folder", "data.root": root, "data.size": 32, "data_folder": data}
+    given |= backbone | views
+    assert "resnet18.pth, 3 views each" in command(**given)
+    job = Job(OwnFolder(root), data)
+    ranking = job.table("ranking.csv")
+    assert sorted(ranking["path"]) == sorted(pile["path"][pile["kind"] != "bad"])
+    assert sorted(job.table("rejected_files.csv")["path"]) == sorted(
+        pile["path"][pile["kind"] == "bad"]
+    )
+    words = "a pretrained backbone, torchvision/resnet18, which was frozen"
+    assert words in html.unescape((job.reporting / "report.html").read_text())
+    # The features lie there: no image passes through the network again.
+    first = "data_preparation,feature_extraction"
+    assert "features of" not in command("--pipelines", first, **given)
+    command("--pipelines", "rank", data_folder=data, **{"rank.images": root / "unlabelled"})
+    later = pd.read_csv(job.reporting / "rank" / "ranking.csv", keep_default_na=False)
+    mine = ranking[ranking["score"].notna()].set_index("path")["score"]
+    theirs = later.set_index("unlabelled/" + later["path"])["score"].astype(float)
+    assert theirs[mine.index].to_numpy() == pytest.approx(mine.to_numpy(), abs=2e-2)
+    # The exported model has the weights in it.
+    weights.unlink()
+    model = torch.export.load(data / "06_models" / "test" / "export" / "model.pt2").module()
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), dtype=np.uint8)
+    probabilities, scores = model(torch.from_numpy(images))
+    assert probabilities.shape == (3, len(SEEN))
+    assert torch.isfinite(scores).all()
 
 
 @pytest.mark.slow

@@ -180,7 +180,7 @@ def fit(
     splits = data.splits
     asked_for = dict(training or {})
     fine_tuned = asked_for.get("fine_tune", "none") != "none"
-    wishes = Wishes(asked_for.get("network"), fine_tuned)
+    wishes = Wishes(asked_for.get("network"), asked_for.get("weights"), fine_tuned)
     recipe: Any = get_source("folder").recipe(data.config, wishes)
     given = merge_groups(recipe["training"], asked_for)
     arrays: Mapping[str, NDArray[Any]] = {

@@ -59,7 +59,8 @@ def _with_recipe(parameters: Parameters) -> Parameters:
         limit = RunsConfig(time_limit=(parameters.get("runs") or {}).get("time_limit"))
         training = parameters.get("training") or {}
         fine_tuned = training.get("fine_tune", "none") != "none"
-        wishes = Wishes(training.get("network"), fine_tuned, limit.seconds() or None)
+        asked = training.get("network"), training.get("weights")
+        wishes = Wishes(*asked, fine_tuned, limit.seconds() or None)
         recipe = get_source(data.source).recipe(data, wishes)
     except (TypeError, ValueError):  # the checks of the parameters will say what is wrong
         return parameters

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -56,6 +57,34 @@ def test_the_same_seed_gives_the_same_folder_and_another_one_another(tmp_path):
         make(tmp_path / "a")
 
 
+def test_mixed_files_have_many_forms_and_their_copies_are_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_images, "MIXED_SIDES", (120, 480))
+    rows = own_images.generate(tmp_path / "own", files=120, labels=10, test=0, mixed=True)
+    truth = pd.Series(dict(rows))
+    counts = Counter(truth)
+    assert counts["useful"] + counts["foreign"] == 120
+    copies = truth.index[truth.isin(own_images.AGAIN)]
+    assert 4 <= len(copies) <= 24
+    forms, sizes = Counter(), []
+    for path in truth.index[truth.isin(["useful", "foreign"])]:
+        with Image.open(tmp_path / "own" / path) as image:
+            forms.update([image.format, image.mode, f"EXIF {image.getexif().get(0x0112)}"])
+            sizes.append(image.size)
+    assert {"JPEG", "PNG", "WEBP", "RGB", "L", "RGBA"} <= forms.keys()
+    assert {f"EXIF {k}" for k in (None, *own_images.ORIENTATIONS)} <= forms.keys()
+    assert min(map(max, sizes)) < 160
+    assert max(map(max, sizes)) > 360
+    assert {width > height for width, height in sizes} == {True, False}
+    # Near copies are upright without EXIF, so that they are copies only of what is turned back.
+    config = DataConfig(seeds=[0], source="folder", root=str(tmp_path / "own"))
+    source = get_source("folder")
+    files = source.draw_all(source.load(config), config).files
+    near = dict(zip(files.path, files.near_duplicate_of, strict=True))
+    found = [path for path in copies if truth[path] == "compressed anew"]
+    assert found
+    assert all(Path(near[path]).stem == Path(path).stem for path in found)
+
+
 def test_every_kind_can_be_told_from_the_others_by_eye():
     """Two images of a kind differ, and none of them is its background alone."""
     for kind in (*own_images.SEEN, *own_images.FOREIGN):
@@ -103,17 +132,23 @@ def test_a_job_is_judged_by_the_truth(tmp_path, monkeypatch):
     root, data = tmp_path / "own", tmp_path / "data"
     truth = [("unlabelled/a", "useful"), ("unlabelled/b", "useful"), ("unlabelled/c", "foreign")]
     truth += [("unlabelled/d", "foreign"), ("unlabelled/e", "bad"), ("unlabelled/f", "copy")]
+    truth += [("unlabelled/h", "smaller"), ("unlabelled/i", "smaller")]
     own_images.write_truth(root, truth)
 
     def run(command, **_):
         reporting = data / "08_reporting" / "main"
         reporting.mkdir(parents=True)
-        ranking = {"path": [f"unlabelled/{k}" for k in "acbdf"], "score": [4, 3, 2, 1, ""]}
-        kept = [True, True, True, False, False]
-        pd.DataFrame({**ranking, "kept": kept}).to_csv(reporting / "ranking.csv", index=False)
+        ranking = {"path": [f"unlabelled/{k}" for k in "acbdfhi"]}
+        ranking |= {"score": [4, 3, 2, 1, "", "", ""], "kept": [True] * 3 + [False] * 4}
+        originals = ["", "", "", "unlabelled/a", "unlabelled/a", "unlabelled/b", ""]
+        pd.DataFrame({**ranking, "near_duplicate_of": originals}).to_csv(
+            reporting / "ranking.csv", index=False
+        )
         rejected = {"path": ["unlabelled/e", "unlabelled/g"], "reason": ["", ""]}
         pd.DataFrame(rejected).to_csv(reporting / "rejected_files.csv", index=False)
-        (reporting / "summary.json").write_text(json.dumps({"pile": {"verdict": "It helped."}}))
+        arms = {"learned": {"accuracy": 67.25, "seeds": 16.0}}
+        summary = {"pile": {"verdict": "It helped."}, "arms": arms}
+        (reporting / "summary.json").write_text(json.dumps(summary))
         assert command[-1].endswith("data_folder=" + str(data) + ",training.steps=3")
 
     monkeypatch.setattr(own_images.subprocess, "run", run)
@@ -124,4 +159,8 @@ def test_a_job_is_judged_by_the_truth(tmp_path, monkeypatch):
     assert found["foreign images kept"] == "50 %"
     assert found["bad files named"] == "1 of 1"
     assert found["good files rejected"] == "1"
+    assert found["accuracy, learned"] == "67.2 %, 16 seeds"
+    assert found["copies found: copy"] == "1 of 1"
+    assert found["copies found: smaller"] == "1 of 2"
+    assert found["other files taken for copies"] == "1"
     assert found["verdict"] == "It helped."

@@ -51,6 +51,23 @@ def test_another_network_that_is_asked_for_is_not_given_the_weights(installed):
     assert training.weights == "none"
 
 
+def test_a_network_whose_weights_are_asked_for_is_frozen_like_the_packaged_one(monkeypatch):
+    # What is asked for is laid over the recipe.
+    wishes = Wishes("torchvision/resnet18", "resnet18.pth")
+    recipe = make_recipe(PHOTOGRAPHS, 3000, wishes=wishes)
+    assert recipe["data"]["size"] == 128
+    assert checked(recipe).learning_rate == 1.0
+    monkeypatch.setattr(recipes, "backbone_available", lambda network, weights: False)
+    assert "data" not in make_recipe(PHOTOGRAPHS, 3000, wishes=wishes)
+
+
+@pytest.mark.parametrize("weights", ["none", 5])
+def test_without_names_of_weights_a_network_is_trained_from_scratch(installed, weights):
+    recipe = make_recipe(PHOTOGRAPHS, 3000, wishes=Wishes("efficientnet_lite0", weights))
+    assert "data" not in recipe
+    assert checked(recipe).weights == "none"
+
+
 def test_a_network_that_is_trained_further_has_no_stored_features(installed):
     recipe = make_recipe(PHOTOGRAPHS, 3000, wishes=Wishes(fine_tuned=True))
     training = checked({**recipe, "training": {**recipe["training"], "fine_tune": "last"}})

@@ -143,6 +143,23 @@ def test_other_views_replace_what_was_there(tmp_path, images, computed, changes)
     assert sum(computed) >= len(images)
 
 
+def test_a_file_of_weights_counts_by_its_content(tmp_path, images, computed):
+    from torchvision.models import resnet18
+
+    file = tmp_path / "weights.pth"
+    backbone = {"network": "torchvision/resnet18", "weights": str(file)}
+
+    def computed_with(seed):
+        computed.clear()
+        torch.manual_seed(seed)
+        torch.save(resnet18().state_dict(), file)
+        extract(tmp_path / "features", images, **backbone)
+        return sum(computed)
+
+    assert computed_with(seed=0) == computed_with(seed=1) == len(images) + 3
+    assert computed_with(seed=1) == 0
+
+
 def test_a_damaged_row_is_computed_again(tmp_path, images, caplog):
     before = np.array(extract(tmp_path, images)._trained.features())
     path = tmp_path / "trained.features"
@@ -154,6 +171,41 @@ def test_a_damaged_row_is_computed_again(tmp_path, images, caplog):
     assert "1 rows of" in caplog.text
     assert "damaged" in caplog.text
     np.testing.assert_allclose(before, after, rtol=2e-3, atol=2e-3)
+
+
+def cut(content):
+    return content[: len(content) // 2]
+
+
+def flip(content):
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 255]) + content[middle + 1 :]
+
+
+def empty(content):
+    return b""
+
+
+@pytest.mark.parametrize("damage", [cut, flip, empty])
+@pytest.mark.parametrize("name", ["trained.features", "trained.index", "trained.json", "rows.npz"])
+def test_any_damaged_file_is_mended_by_the_next_computation(tmp_path, images, name, damage):
+    before = extract(tmp_path, images).training_set("a", sets(images)["a"])
+    whole = np.array(before["unlabelled_images"][before["rows"]])
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    after = extract(tmp_path, images).training_set("a", sets(images)["a"])
+    np.testing.assert_allclose(
+        after["unlabelled_images"][after["rows"]], whole, rtol=2e-3, atol=2e-3
+    )
+    assert np.array_equal(after["labels"], LABELS)
+
+
+@pytest.mark.parametrize("damage", [cut, empty])
+@pytest.mark.parametrize("name", ["trained.features", "trained.json", "rows.npz"])
+def test_damaged_files_are_named_where_they_are_read(tmp_path, images, name, damage):
+    extract(tmp_path, images)
+    (tmp_path / name).write_bytes(damage((tmp_path / name).read_bytes()))
+    with pytest.raises(DamagedFileError, match="run the pipeline feature_extraction"):
+        FeatureStore(tmp_path).training_set("a", sets(images)["a"])
 
 
 def test_workers_give_what_one_process_gives(tmp_path, images):

@@ -74,8 +74,13 @@ def make_recipe(
 
 
 def wants_backbone(wishes: Wishes) -> bool:
-    """Whether photographs get the packaged backbone: it is there, and no other is asked for."""
-    return wishes.network in (None, BACKBONE) and backbone_available(BACKBONE, WEIGHTS)
+    """Whether photographs get a backbone: one with weights is asked for, or no other network is."""
+    network, weights = wishes.network or BACKBONE, wishes.weights or WEIGHTS
+    if wishes.weights in (None, "none") and (network, weights) != (BACKBONE, WEIGHTS):
+        return False
+    # Wishes are not checked yet.
+    are_names = isinstance(network, str) and isinstance(weights, str)
+    return are_names and backbone_available(network, weights)
 
 
 def _from_scratch(side: int, pool: int) -> dict[str, object]:

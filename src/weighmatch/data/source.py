@@ -36,11 +36,13 @@ class Wishes:
 
     Attributes:
         network: `training.network`; None: any.
+        weights: `training.weights`; None: any.
         fine_tuned: whether a pretrained network is trained further.
         seconds: how long all may take; None: there is no limit.
     """
 
     network: str | None = None
+    weights: str | None = None
     fine_tuned: bool = False
     seconds: float | None = None
 

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,8 @@ RECORD = np.dtype([("content", "S32"), ("check", "<u4")])
 # Images that are timed before a long computation is begun, and how long counts as long.
 TIMED, LONG_SECONDS = 4, 60.0
 TRAINED, SEEN, ROWS = "trained", "seen", "rows.npz"
+# What a damaged file raises, by where it is damaged.
+UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ class FeatureStore:
         try:
             with np.load(folder / ROWS, allow_pickle=False) as file:
                 self._rows = dict(file)
-        except (OSError, ValueError) as error:
+        except UNREADABLE as error:
             raise DamagedFileError(
                 f"{folder} holds no features; run the pipeline feature_extraction"
             ) from error
@@ -243,25 +246,27 @@ class _Table:
 
     def features(self) -> Features:
         """All rows, (rows, views, width), mapped into memory."""
-        about = json.loads(self._about.read_text("utf-8"))
-        shape = (len(self._records()), about["views"], about["width"])
-        if not shape[0]:
-            return np.zeros(shape, np.float16)
-        return np.memmap(self._data, np.float16, "r", shape=shape)
+        try:
+            about = json.loads(self._about.read_text("utf-8"))
+            shape = (len(self._records()), about["views"], about["width"])
+            if not shape[0]:
+                return np.zeros(shape, np.float16)
+            return np.memmap(self._data, np.float16, "r", shape=shape)
+        except UNREADABLE as error:
+            raise DamagedFileError(
+                f"the features in {self._data} are damaged; run the pipeline feature_extraction"
+            ) from error
 
     def update(
         self, recipe: Recipe, images: Arrays, workers: int | Literal["auto"]
     ) -> dict[str, NDArray[np.int64]]:
         """Compute what is missing; returns the row of each image of each array."""
         self._begin(recipe)
-        known = {
-            content: row
-            for row, content in enumerate(self._records()["content"].astype("U32").tolist())
-        }
+        known = {content: row for row, content in enumerate(self._records()["content"].tolist())}
         wanted, rows, contents = _Wanted(), {}, _Contents()
         for name, array in images.items():
             found = np.empty(len(array), np.int64)
-            for position, content in enumerate(contents.of(array)):
+            for position, content in enumerate(map(str.encode, contents.of(array))):
                 if content not in known:
                     known[content] = len(known)
                     wanted.add(array, position)
@@ -287,7 +292,7 @@ class _Table:
             if json.loads(self._about.read_text("utf-8"))["identity"] != identity:
                 raise ValueError("features of something else")
             whole = min(len(self._records()), self._data.stat().st_size // row)
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNREADABLE:
             whole = 0
             self.clear()
             about = {"identity": identity, "views": recipe.views, "width": width}
