@@ -188,6 +188,7 @@ class InfluenceMeter:
         views = views._replace(pseudo=whole)
         influence = require_finite(self.influence(classifier, views, solution.value))
         self.measured.remember(views.indices, influence, self.config.memory)
+        self.updates += 1
         return influence / influence.square().mean().sqrt().clamp(min=1e-12)
 
     def draw_views(self, classifier: Classifier) -> Views:
