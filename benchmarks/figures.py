@@ -73,18 +73,23 @@ def read_interval(cell: str) -> Interval | None:
 
 
 def draw_digits() -> Figure:
-    """The difference to FixMatch of each arm, at both budgets."""
-    figure, axes = _make_axes(2.4, 2)
+    """The difference to FixMatch of each arm, a panel for each setting."""
+    titles = (
+        "2 labels a class, 50 % OOD",
+        "2 labels a class, 75 % OOD",
+        "4 labels a class, 75 % OOD",
+    )
+    figure, axes = _make_axes(1.8, len(titles))
     text = (PAGES / "digits.md").read_text()
     labels = {arm.name: arm for arm in all_arms()}
-    for panel, budget in zip(axes, (4, 2), strict=True):
-        part = text.partition(f"## {budget} labels a class")[2]
+    for panel, title in zip(axes, titles, strict=True):
+        part = text.partition(f"## {title}\n")[2].partition("\n## ")[0]
         rows = [_cells(line) for line in part.splitlines() if line.startswith("|")][2:]
         known = [row for row in rows if row[0] in labels and read_interval(row[2])][:6]
         for height, row in enumerate(known):
             _draw_interval(panel, read_interval(row[2]), height, labels[row[0]].colour)
         _name_rows(panel, [labels[row[0]].label for row in known])
-        panel.set_title(f"{budget} labels a class")
+        panel.set_title(title)
         panel.set_xlabel("accuracy less FixMatch's, points")
     return figure
 

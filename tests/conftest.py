@@ -23,7 +23,8 @@ def training_set():
         return images
 
     labels = np.arange(12, dtype=np.int64) % 3
-    return TrainingSet(draw(labels), labels, draw(np.arange(40) % 3))
+    pool = draw(np.arange(40) % 3)
+    return TrainingSet(draw(labels), labels, pool, useful_share=0.5)
 
 
 @pytest.fixture
