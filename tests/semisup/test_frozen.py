@@ -64,7 +64,7 @@ def data(tmp_path_factory, images, training):
     }
     folder = tmp_path_factory.mktemp("features")
     store = FeatureStore.extract(folder, {"a": arrays}, {}, training, workers=1)
-    return TrainingSet(**store.training_set("a", arrays))
+    return TrainingSet(**store.training_set("a", arrays), useful_share=0.5)
 
 
 def config_of(arm, schedule, training):
