@@ -97,7 +97,7 @@ def rank_folder(
             ((count,),) = base.execute("SELECT COUNT(*) FROM images")
             if not count:
                 raise ValueError(f"no file in {root} can be used as an image; give another folder")
-            _order(base)
+            _order(base, run)
             _write_tables(base, run, folder, temperature)
             page = _page(base, run, Path(root), preparation, temperature, count)
             (folder / GALLERY).write_text(page, "utf-8")
@@ -163,18 +163,21 @@ def _add(
     base.execute("COMMIT")
 
 
-def _order(base: sqlite3.Connection) -> None:
-    """A table of places, best first."""
+def _order(base: sqlite3.Connection, run: TrainedRun) -> None:
+    """A table of places, best first; and the full weight, half of which is kept."""
+    # A ranking with a cut gives full weight above it, and there may be no such image.
+    full = "MAX(weight)" if run.ranker is None else "1.0"
     base.executescript(
+        f"CREATE TABLE full AS SELECT {full} AS weight FROM images LIMIT 1;"
         "CREATE TABLE ranked AS SELECT rowid AS image FROM images"
-        " ORDER BY 2 * weight >= (SELECT MAX(weight) FROM images) DESC, score DESC,"
-        " confidence DESC, path;"
+        f" ORDER BY {KEPT} DESC, score DESC, confidence DESC, path;"
     )
 
 
+KEPT = "2 * weight >= (SELECT weight FROM full)"
 ROW = (
     "SELECT path, score, weight / (SELECT AVG(weight) FROM images),"
-    " 2 * weight >= (SELECT MAX(weight) FROM images), class, confidence, probabilities"
+    f" {KEPT}, class, confidence, probabilities"
     " FROM ranked JOIN images ON images.rowid = ranked.image"
 )
 
