@@ -92,14 +92,6 @@ class Measured:
         square = self.influence_square / self.evidence.clamp(min=torch.finfo(torch.float32).tiny)
         return (square - self.mean().square()).clamp(min=0)
 
-    def standardised(self) -> Tensor:
-        """Mean influence over the spread of those measured, 0 where it was not, (N,)."""
-        known, mean = self.known, self.mean()
-        if not bool(known.any()):
-            return mean
-        centred = torch.where(known, mean - mean[known].mean(), 0.0)
-        return centred / centred[known].square().mean().sqrt().clamp(min=1e-12)
-
     def remember(self, indices: Tensor, influence: Tensor, memory: float) -> None:
         """Move the means of images `indices` (n,) towards new influences (n,).
 
