@@ -53,6 +53,13 @@ def test_rounds_cost_their_rankings(sizes):
     assert more - 1 == pytest.approx(2 * (costs[3] - 1))
 
 
+def test_the_test_of_a_clean_pool_is_counted(sizes):
+    told, prior = (
+        relative_cost(get_arm(arm), "rounds", 3, sizes) for arm in ("gate_told", "gate_prior")
+    )
+    assert told < prior
+
+
 def test_two_stages_cost_more_and_fixmatch_is_matched_to_them(sizes):
     one = relative_cost(LEARNED, "online", 1, sizes)
     two = relative_cost(LEARNED, "two_stages", 1, sizes)

@@ -17,7 +17,7 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.store import as_tensor
 from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
-from weighmatch.semisup.training.judges import Seen
+from weighmatch.semisup.training.judges import Seen, chance_clean
 from weighmatch.semisup.training.loop import Run
 from weighmatch.semisup.training.measuring import measure_pool
 from weighmatch.semisup.training.ranking import (
@@ -181,6 +181,8 @@ def _ranking_flops(arm: Arm, sizes: Sizes) -> float:
         head = fit_to_features(seen, sizes.training.frozen, config)
         with torch.no_grad():
             head(plain)
+        if arm.judge != "truth" and not sizes.training.frozen:
+            chance_clean(head, seen, sizes.classes)
 
     # The whole pool is scored, by features as its images are; the head is a hundredth of it.
     return _count(rank) + one * (copies + POOL_VIEWS * fitted + sizes.pool)

@@ -89,13 +89,17 @@ class Case:
         return self.config.training.ranking.contamination_level
 
     def chance_clean(self) -> float | None:
-        """`decision.clean_chance` on the features that the head was fitted to."""
-        norm, seen = self.head.norm, self.seen
-        positives, views = norm(seen.positives), norm(seen.views)
-        return clean_chance(positives, seen.labels, views, self.config.classes)
+        """`chance_clean` of what the head was fitted to."""
+        return chance_clean(self.head, self.seen, self.config.classes)
 
 
 Verdict = tuple[Evidence, Known]
+
+
+def chance_clean(head: ConfidenceHead, seen: Seen, classes: int) -> float | None:
+    """`decision.clean_chance` on the features that a head was fitted to."""
+    positives, views = head.norm(seen.positives), head.norm(seen.views)
+    return clean_chance(positives, seen.labels, views, classes)
 
 
 def by_test(case: Case) -> Verdict:
