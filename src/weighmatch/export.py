@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import CPU, TrainedRun
-from weighmatch.semisup.parts.backbones import Backbone, load_backbone
+from weighmatch.semisup.parts.backbones import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -184,9 +184,9 @@ def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object])
 
 def backbone_of(run: TrainedRun) -> Backbone | None:
     """The network of torchvision or timm behind a run; None: it has another."""
-    training, trunk = run.config.training, run.classifier.trunk
-    if training.frozen:
-        return load_backbone(training.network, training.weights)
+    trunk = run.classifier.trunk
+    if run.config.training.frozen:
+        return run.backbone()
     return trunk if isinstance(trunk, Backbone) else None
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torchvision
 from sklearn.datasets import load_sample_images
 
 from weighmatch.arms import all_arms
@@ -126,6 +127,32 @@ def test_features_of_another_width_are_refused(tmp_path, data, training):
     run = make_schedule(config_of("fixmatch", "online", training)).fit(data, tmp_path)
     with pytest.raises(ValueError, match="trained on features of width 1280"):
         run.score(np.zeros((2, 1, 64), np.float16))
+
+
+def test_another_file_of_weights_in_its_place_is_refused(tmp_path, images, training):
+    torch.manual_seed(0)
+    file = tmp_path / "weights.pth"
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    training = replace(training, network="torchvision/resnet18", weights=str(file))
+    arrays = {
+        "labelled_images": images[:4],
+        "labels": np.array([0, 1] * 2),
+        "unlabelled_images": images[4:8],
+    }
+    store = FeatureStore.extract(tmp_path / "features", {"a": arrays}, {}, training, workers=1)
+    data = TrainingSet(**store.training_set("a", arrays))
+    config = replace(config_of("fixmatch", "online", training), steps=2)
+    make_schedule(config).fit(data, tmp_path / "runs").save(tmp_path / "run.pt")
+    run = TrainedRun.load(tmp_path / "run.pt")
+    before = run.score(images[:2])
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    with pytest.raises(ValueError, match="other weights of torchvision"):
+        run.score(images[:2])
+    with pytest.raises(ValueError, match=r"weights\.pth"):
+        Portable(run)
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18().state_dict(), file)
+    assert np.array_equal(run.score(images[:2]).probabilities, before.probabilities)
 
 
 def test_stored_features_need_the_shape_of_their_images():

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weighmatch.checks import require_images
-from weighmatch.semisup.parts.backbones import load_backbone
+from weighmatch.semisup.parts.backbones import Backbone, load_backbone
 from weighmatch.semisup.parts.feature_classifier import make_classifier
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.networks import Classifier
@@ -135,6 +135,7 @@ class TrainedRun:
         seconds: time spent training, rankings included.
         update_seconds: mean time of one update of the weights or one ranking; None: there was
             none.
+        backbone_digest: of the weights of a frozen backbone; "": unknown, or there is none.
     """
 
     config: RunConfig
@@ -149,6 +150,22 @@ class TrainedRun:
     log: list[LogLine] = field(default_factory=list)
     seconds: float = 0.0
     update_seconds: float | None = None
+    backbone_digest: str = ""
+
+    def backbone(self) -> Backbone:
+        """The frozen backbone that computed the features.
+
+        Raises:
+            ValueError: if its file of weights is another one by now.
+        """
+        training = self.config.training
+        found = load_backbone(training.network, training.weights)
+        if self.backbone_digest not in ("", found.info.digest):
+            raise ValueError(
+                f"training.weights: {training.weights} has other weights of {training.network} "
+                "than the run was trained with; put the old file back, or train again"
+            )
+        return found
 
     def mask_rate(self) -> float | None:
         """Share of the pool with a confidence of at least τ at the end; None without a pool."""
@@ -222,7 +239,7 @@ class TrainedRun:
         training = self.config.training
         if not training.frozen or images.ndim == 3:
             return make_views(training).plain
-        backbone = on_device(load_backbone(training.network, training.weights), device)
+        backbone = on_device(self.backbone(), device)
 
         def shown(batch: Tensor) -> Tensor:
             parts = batch.split(BACKBONE_BATCH)
@@ -303,7 +320,10 @@ class TrainedRun:
 
     def to_state(self) -> State:
         """Nested containers of tensors, numbers and strings."""
-        own = ("weighting", "pool_fingerprint", "log", "seconds", "update_seconds")
+        own = (
+            *("weighting", "pool_fingerprint", "log", "seconds", "update_seconds"),
+            "backbone_digest",
+        )
         pool = {**vars(self.pool)}
         measured, evidence = pool.pop("measured"), pool.pop("evidence")
         return {

@@ -40,6 +40,8 @@ RECORD = np.dtype([("content", "S32"), ("check", "<u4")])
 # Images that are timed before a long computation is begun, and how long counts as long.
 TIMED, LONG_SECONDS = 4, 60.0
 TRAINED, SEEN, ROWS = "trained", "seen", "rows.npz"
+# The name, among the rows, of the digest of the backbone's weights.
+BACKBONE = "backbone"
 # What a damaged file raises, by where it is damaged.
 UNREADABLE = (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error)
 
@@ -76,9 +78,12 @@ class Recipe:
 
     def identity(self) -> str:
         """The same for the same features: weights count by their content."""
-        digest = load_backbone(self.network, self.weights).info.digest
-        parts = {**asdict(self), "weights": digest, "version": VERSION}
+        parts = {**asdict(self), "weights": self.digest(), "version": VERSION}
         return json.dumps(parts, sort_keys=True)
+
+    def digest(self) -> str:
+        """Identifies the weights by their content."""
+        return load_backbone(self.network, self.weights).info.digest
 
     def compute(self, images: NDArray[np.uint8]) -> Features:
         """Features of the plain, weak and strong views of images, (n, views, width).
@@ -161,7 +166,8 @@ class FeatureStore:
             rows |= table.update(Recipe.of(training, views), images, workers)
         partial = folder / f"rows.{os.getpid()}.partial"
         with partial.open("wb") as file:
-            np.savez_compressed(file, **rows)  # type: ignore[arg-type]
+            digest = np.array(Recipe.of(training, False).digest())
+            np.savez_compressed(file, **rows, **{BACKBONE: digest})  # type: ignore[arg-type]
         os.replace(partial, folder / ROWS)
         return cls(folder)
 
@@ -187,6 +193,7 @@ class FeatureStore:
             "unlabelled_images": stored,
             "rows": self._of(key, "unlabelled_images"),
             "image_shape": np.array(shape),
+            "backbone": self._rows.get(BACKBONE, np.array("")),
         }
 
     def evaluation_images(self, key: str, name: str) -> Features:

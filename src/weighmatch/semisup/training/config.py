@@ -38,6 +38,7 @@ class TrainingSet:
         class_names: a name for each class, in the order of the labels; () where there are none.
         rows: the images of `unlabelled_images` that are the pool, (n,); None: all of them.
         image_shape: (C, H, W) of the images behind stored features; (): that of the images.
+        backbone: the digest of the weights of the backbone behind stored features; "": unknown.
         useful_share: the share of the pool that is useful, for arms that are told so much of the
             truth; None: nobody tells.
 
@@ -54,6 +55,7 @@ class TrainingSet:
     class_names: tuple[str, ...] = ()
     rows: NDArray[np.int64] | None = None
     image_shape: tuple[int, ...] = ()
+    backbone: str = ""
     useful_share: float | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +81,7 @@ class TrainingSet:
                 "stored features need image_shape, (C, H, W) of the images behind them"
             )
         object.__setattr__(self, "image_shape", tuple(int(side) for side in shape))
+        object.__setattr__(self, "backbone", str(self.backbone))
         if self.useful_share is not None:  # read from a file it is an array
             object.__setattr__(self, "useful_share", float(self.useful_share))
         names = tuple(str(name) for name in self.class_names)

@@ -354,6 +354,7 @@ class Run:
             weighting=self.weighting.state_dict(),
             image_shape=(channels, height, width),
             class_names=self.data.class_names,
+            backbone_digest=self.data.backbone,
             pool_fingerprint=self.data.pool_fingerprint,
             history=History.of(self.snapshots),
             pool=PoolState(labels=self.pool_labels, measured=measured),
