@@ -1,0 +1,139 @@
+"""Does the simulation of a cluster predict a real one?
+
+python -m benchmarks.two_nodes [--runs 12]
+
+Starts a cluster of Ray with two nodes of one CPU each on this machine, and trains short runs of
+FixMatch on digits as its tasks. Constants of the simulation are measured first, with other tasks:
+how long a worker needs to start, how long until a dead node is noticed, and how long a run takes.
+Then the runs are trained again, and one of the nodes dies. Prints what was predicted and measured.
+"""
+
+import argparse
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from weighmatch.ray_engine import ENVIRONMENT, connect, run_all
+
+from benchmarks.scale import Cluster, simulate
+from benchmarks.tables import conditions, markdown
+from weighmatch.data.config import DataConfig
+from weighmatch.data.source import get_source
+from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.training.config import RunConfig, TrainingSet
+from weighmatch.semisup.training.schedules import make_schedule
+
+STEPS = 800
+# Seconds after which a node dies, and seconds of the naps that its death is noticed by.
+DEATH, NAP = 12.0, 6.0
+SIMULATIONS = 20
+
+
+def nap(seconds: float, progress: Callable[[float], None]) -> tuple[float, float]:
+    """A task that only waits; when it began and ended, in seconds of the machine's clock."""
+    began = time.time()
+    time.sleep(seconds)
+    progress(1)
+    return began, time.time()
+
+
+def train(seed: int, data: TrainingSet, progress: Callable[[float], None]) -> tuple[float, float]:
+    """A task that trains a run from its start; when it began and ended."""
+    began = time.time()
+    training = TrainingConfig(device="cpu", snapshots=1)
+    config = RunConfig("fixmatch", seed, STEPS, data.classes, training)
+    with TemporaryDirectory() as folder:
+        make_schedule(config).fit(data, Path(folder))
+    progress(1)
+    return began, time.time()
+
+
+def measured(
+    function: Callable[..., tuple[float, float]],
+    jobs: Sequence[tuple[Any, ...]],
+    death: float | None = None,
+) -> tuple[float, list[tuple[float, float]]]:
+    """Seconds until all tasks are done on two nodes, and when each of them began and ended.
+
+    Args:
+        function: the task.
+        jobs: its arguments.
+        death: the second at which the second node dies, from the moment when tasks are handed out.
+    """
+    os.environ.update(ENVIRONMENT)  # before Ray is imported
+    import ray
+    from ray.cluster_utils import Cluster as RayCluster
+
+    cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    other = cluster.add_node(num_cpus=1)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    connect()
+    began, timer = time.time(), None
+    if death is not None:
+        timer = threading.Timer(death, cluster.remove_node, (other,))
+        timer.start()
+    answers = run_all(function, jobs, title="tasks", total=len(jobs))
+    times = [(start - began, end - began) for _, (start, end) in answers]
+    seconds = time.time() - began
+    if timer is not None:
+        timer.join()
+    ray.shutdown()
+    cluster.shutdown()
+    return seconds, times
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--runs", type=int, default=12)
+    runs = parser.parse_args().runs
+    source, config = get_source("digits"), DataConfig((0,))
+    splits = source.draw(source.load(config), config, 0)
+    assert splits.pool is not None
+    data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
+    jobs = [(seed, data) for seed in range(runs)]
+
+    naps, times = measured(nap, [(NAP,)] * 2)
+    start = float(np.median([first for first, _ in times]))
+    dead, _ = measured(nap, [(NAP,)] * 2, death=start + NAP / 2)
+    # Both nodes began their naps at `start`; the lost one was begun again on the other node, which
+    # was free after its own nap.
+    noticed = dead - max(start + NAP / 2, naps) - NAP
+    whole, times = measured(train, jobs)
+    lengths = np.array([end - first for first, end in times])
+    dispatch = (whole - start) * 2 / runs - float(lengths.mean())
+    cluster = Cluster(
+        2,
+        1,
+        start=start,
+        dispatch=max(dispatch, 0.0),
+        detect=max(noticed, 0.0),
+        spread=float(np.log(lengths).std(ddof=1)),
+    )
+    work = [float(np.exp(np.log(lengths).mean()))] * runs
+    rows = []
+    for name, death in (("no node dies", None), (f"a node dies after {DEATH:g} s", DEATH)):
+        deaths = {} if death is None else {1: death}
+        found = [simulate(work, cluster, seed, deaths).seconds for seed in range(SIMULATIONS)]
+        # The second measurement of the runs: the constants are of the first.
+        seconds, _ = measured(train, jobs, death)
+        told = f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
+        rows.append([name, told, f"{seconds:.1f}", f"{seconds / np.mean(found):.2f}"])
+    header = ["what", "predicted, s", "measured, s", "ratio"]
+    print("\n".join(markdown(header, rows)), end="\n\n")
+    print(
+        f"{runs} runs of {lengths.mean():.1f} s. A worker starts in {cluster.start:.1f} s, a task "
+        f"is handed out in {cluster.dispatch:.2f} s, and a death is noticed after "
+        f"{cluster.detect:.1f} s."
+    )
+    print(conditions(["torch", "ray", "simpy"]))
+
+
+if __name__ == "__main__":
+    main()
