@@ -66,6 +66,14 @@ def test_an_experiment_changes_the_environment_that_it_extends():
     assert list(few["grid"]["settings"]) == ["near+far"]
 
 
+def test_an_experiment_writes_into_folders_of_its_own():
+    loader = ExperimentLoader(
+        str(ROOT / "conf"), env="experiments/few_labels", **CONFIG_LOADER_ARGS
+    )
+    assert loader["parameters"]["data"]["source"] == "glyphs"
+    assert loader["catalog"]["raw_images"]["filepath"] == "data/01_raw/few_labels/raw_images.npz"
+
+
 def test_parameters_of_a_run_win_over_those_of_its_experiment():
     arguments = {**CONFIG_LOADER_ARGS, "runtime_params": {"training": {"steps": 7}}}
     for env in ("base", "experiments/benchmark", "experiments/few_labels"):

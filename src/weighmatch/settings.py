@@ -37,12 +37,14 @@ class ExperimentLoader(OmegaConfigLoader):
         key, other = "parameters", self["globals"].get("extends")
         if other is None:
             return super().__getitem__(key)
+        folder = str(Path(self.conf_source) / str(self.env))
+        own = self.load_and_merge_dir_config(folder, self.config_patterns[key], key, set())
         loader = OmegaConfigLoader(
             self.conf_source, env=other, runtime_params=self.runtime_params, **CONFIG_LOADER_ARGS
         )
-        folder = str(Path(self.conf_source) / str(self.env))
-        own = self.load_and_merge_dir_config(folder, self.config_patterns[key], key, set())
         parameters = loader[key]
+        # The other loader's globals, its job among them, must not name the folders of this one.
+        self._register_globals_resolver()
         if "settings" in own.get("grid", {}):
             parameters["grid"].pop("settings", None)
         return dict(OmegaConf.to_container(OmegaConf.merge(parameters, own)))  # type: ignore[arg-type]
