@@ -56,8 +56,8 @@ def test_gallery_shows_the_highest_and_the_lowest_images_in_order(images):
     if images is GREY:
         assert {axes.images[0].get_clim() for axes in panels} == {(0, 255)}
     assert [half.get_suptitle() for half in figure.subfigs] == [
-        "learned weights: weighed up most (weights 1.24 to 2.00), 0 % OOD",
-        "learned weights: weighed down most (weights 0.00 to 0.76), 100 % OOD",
+        "learned weights: trusted most (weights 1.24 to 2.00), 0 % OOD",
+        "learned weights: trusted least (weights 0.00 to 0.76), 100 % OOD",
     ]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["in-distribution", "unseen classes (OOD)"]
@@ -69,7 +69,7 @@ def test_without_the_truth_frames_are_grey_and_no_share_is_told():
     figure = draw(truth=False)
     assert {colour(axes) for axes in shown(figure)} == {UNKNOWN_COLOUR}
     assert figure.subfigs[0].get_suptitle() == (
-        "learned weights: weighed up most (weights 1.24 to 2.00)"
+        "learned weights: trusted most (weights 1.24 to 2.00)"
     )
     assert not figure.legends
 

@@ -60,8 +60,8 @@ def test_both_ends_of_the_ranking_and_of_each_class_are_shown():
     assert titles[:4] == [
         "Weighed up most",
         "Weighed down most",
-        "cat: weighed up most",
-        "cat: weighed down most",
+        "cat: trusted most",
+        "cat: trusted least",
     ]
     assert sections[0].rows == tuple(range(48))
     assert sections[1].rows[0] == 199

@@ -72,7 +72,7 @@ def draw_gallery(
     )
     codes = truth.get(run["key"], {}).get("heldout_sources")
     halves: Any = figure.subfigures(2, 1, hspace=0.04)
-    parts = {"weighed up most": order[:per_side], "weighed down most": order[-per_side:][::-1]}
+    parts = {"trusted most": order[:per_side], "trusted least": order[-per_side:][::-1]}
     for half, (title, chosen) in zip(halves, parts.items(), strict=True):
         share = "" if codes is None else f", {100 * np.mean(codes[chosen] != 0):.0f} % OOD"
         half.suptitle(

@@ -67,7 +67,7 @@ def choose_sections(ranking: pd.DataFrame) -> list[Section]:
 
 def _both_ends(order: NDArray[np.intp], count: int, prefix: str) -> list[Section]:
     count = min(count, -(-len(order) // 2))
-    titles = ("weighed up most", "weighed down most")
+    titles = ("trusted most", "trusted least")
     parts = (order[:count], order[::-1][: min(count, len(order) - count)])
     return [
         Section(prefix + title if prefix else title.capitalize(), tuple(part.tolist()))
