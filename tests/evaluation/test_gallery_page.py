@@ -58,8 +58,8 @@ def test_both_ends_of_the_ranking_and_of_each_class_are_shown():
     sections = choose_sections(ranking())
     titles = [section.title for section in sections]
     assert titles[:4] == [
-        "Weighed up most",
-        "Weighed down most",
+        "Trusted most",
+        "Trusted least",
         "cat: trusted most",
         "cat: trusted least",
     ]
