@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from weighmatch import streaming
+from weighmatch import shards, streaming
 from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.semisup import make_schedule
-from weighmatch.streaming import Scorer, rank_folder
+from weighmatch.shards import Scorer
+from weighmatch.streaming import rank_folder
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_every_bad_file_is_named_once_and_nothing_is_left_behind(run, folder, tm
 
 def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     rank_folder(run, folder, tmp_path / "whole", workers=1)
-    monkeypatch.setattr(streaming, "FILES_AT_ONCE", 7)
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 7)
     monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 4)
     rank_folder(run, folder, tmp_path / "parts", workers=1)
     whole, parts = (pd.read_csv(tmp_path / name / "ranking.csv") for name in ("whole", "parts"))
@@ -112,7 +113,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from weighmatch.semisup import TrainedRun
-from weighmatch import streaming
+from weighmatch import shards, streaming
 from weighmatch.data.rank_config import Preparation
 streaming.decode_many = lambda files, shape, *rest: enumerate(
     streaming.Drawn(position) for position in range(len(files))
