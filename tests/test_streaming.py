@@ -13,7 +13,7 @@ from weighmatch import shards, streaming
 from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.semisup import make_schedule
-from weighmatch.shards import Scorer
+from weighmatch.shards import Scorer, Shards, score_shard
 from weighmatch.streaming import rank_folder
 
 
@@ -88,6 +88,62 @@ def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     page = (tmp_path / "parts" / "gallery.html").read_text()
     assert page == (tmp_path / "whole" / "gallery.html").read_text()
     assert page.count("data:image/png;base64,") > 30
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_ranking_that_was_killed_goes_on_at_the_shards_that_are_missing(
+    run, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    rank_folder(run, folder, tmp_path / "whole", workers=1)
+    scored = []
+
+    def score(place, number, progress):
+        if len(scored) == 5:
+            raise KilledError
+        scored.append(number)
+        return score_shard(place, number, progress)
+
+    monkeypatch.setattr(streaming, "score_shard", score)
+    with pytest.raises(KilledError):
+        rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
+    assert scored == [0, 1, 2, 3, 4]
+    # What was damaged since, or written by half, is made again.
+    kept = tmp_path / "parts.shards"
+    (kept / "part-00000001.parquet").write_bytes(b"damaged")
+    (kept / "part-00000003.parquet").unlink()
+    with (kept / "manifest.jsonl").open("a") as file:
+        file.write('{"number": 7, "fi')
+    scored[:] = []
+    monkeypatch.setattr(
+        streaming, "score_shard", lambda *call: scored.append(call[1]) or score_shard(*call)
+    )
+    rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
+    assert scored == [1, 3, 5, 6, 7]
+    for name in ("ranking.csv", "ranking.parquet", "rejected_files.csv", "gallery.html"):
+        again, whole = (tmp_path / place / name for place in ("parts.partial", "whole"))
+        assert again.read_bytes() == whole.read_bytes()
+    assert not kept.exists()
+
+
+def test_shards_of_other_files_or_of_another_run_are_not_kept(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    place = tmp_path / "work"
+
+    def missing(preparation):
+        found = Shards(place, run, folder, preparation)
+        for number in found.missing():
+            yield number
+            found.add(score_shard(place, number, lambda files: None))
+
+    assert list(missing(Preparation())) == list(range(8))
+    assert list(missing(Preparation())) == []
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "0" / "0.png")
+    assert list(missing(Preparation())) == [0]
+    assert list(missing(Preparation("pad"))) == list(range(8))
 
 
 def test_images_are_prepared_as_in_training(run, tmp_path):
