@@ -8,11 +8,13 @@ import io
 import logging
 import os
 import pickle
+import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -29,17 +31,18 @@ T = TypeVar("T")
 LARGE = 2**16
 # Bytes of the object store of a cluster that is started here; what is more goes to disk.
 STORE = 2**30
+# Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
+LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
 # Parts that the jobs of a pool are given to it in, at most.
 BLOCKS = 10_000
 # Seconds between two looks at the progress, and those that cancelled tasks have to end.
 LOOK_INTERVAL, CANCEL_WAIT = 0.5, 10
 # Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
-# reported to anybody, a task without a GPU sees none, and Ray's C++ code logs nothing here.
+# reported to anybody, and a task without a GPU sees none.
 ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",
 }
 
 
@@ -50,7 +53,7 @@ def connect() -> Any:
     else one that is started here and ends with this process.
 
     Raises:
-        WorkerError: if no cluster answers at that address.
+        WorkerError: if no cluster answers at `RAY_ADDRESS`.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -60,24 +63,41 @@ def connect() -> Any:
         return ray
     # Workers that end are told of here; Ray has no switch for its own words about them.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    quiet: Any = {"log_to_driver": False, "logging_level": "ERROR"}
+    address = _find_address()
     own: Any = {
         "num_cpus": local.default_workers(),
         "object_store_memory": STORE,
         "include_dashboard": False,
     }
-    try:
-        try:
-            ray.init(**quiet, **own)
-        except ValueError:  # there is a cluster, whose size is not to be said again
-            ray.init(**quiet)
-    except (ConnectionError, RuntimeError) as error:
-        address = os.environ.get("RAY_ADDRESS", "the address that `ray start` has left")
-        raise WorkerError(
-            f"no cluster of Ray answers at {address}; start one with `ray start --head`, or unset "
-            "RAY_ADDRESS and run `ray stop`, so that one is started here"
-        ) from error
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address, **quiet, **(own if address == "local" else {}))
     return ray
+
+
+def _find_address() -> str:
+    """The address of a cluster that answers; "local" where one has to be started here.
+
+    Ray itself would wait for minutes where nobody answers.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and not _answers(given):
+        raise WorkerError(
+            f"no cluster of Ray answers at RAY_ADDRESS {given}; start one with `ray start --head`, "
+            "or unset RAY_ADDRESS, so that one is started on this machine"
+        )
+    left = LATEST.read_text("utf-8").strip() if LATEST.exists() else ""
+    return given or (left if left and _answers(left) else "local")
+
+
+def _answers(address: str) -> bool:
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
+        return True  # a word, such as "auto"
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_WAIT):
+            return True
+    except (OSError, ValueError):
+        return False
 
 
 def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
@@ -363,13 +383,19 @@ class _Progress:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.counts = ray.remote(_Counts).options(num_cpus=0, scheduling_strategy=here).remote()
         self._ray, self._bar = ray, bar
+        self._asked = self.counts.take.remote()
         self._units: dict[int, float] = {}
         self._ended = set[int]()
         self.title = bar.desc.strip(": ")
 
     def show(self) -> None:
-        """Bring the bar up to date with the jobs that are under way."""
-        for position, units in self._ray.get(self.counts.take.remote()).items():
+        """Bring the bar up to date with the jobs that are under way; never waits."""
+        ready, _ = self._ray.wait([self._asked], timeout=0)
+        if not ready:
+            return
+        new = self._ray.get(self._asked)
+        self._asked = self.counts.take.remote()
+        for position, units in new.items():
             if position not in self._ended:
                 self._move(position, units)
 
