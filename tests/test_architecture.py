@@ -14,20 +14,26 @@ FLOORS = {
     "extras": set(),
     "code": set(),
     "workers": {"checks"},
+    "engine_config": {"checks", "extras"},
+    "ray_engine": {"engine_config", "workers"},
     "arms": {"checks"},
     "implicit": {"checks"},
-    "data": {"checks", "extras", "workers"},
-    "semisup": {"checks", "extras", "arms", "code", "workers", "implicit"},
+    "data": {"checks", "engine_config", "extras", "workers"},
+    "semisup": {
+        *("checks", "extras", "arms", "code", "workers", "implicit"),
+        *("engine_config", "ray_engine"),
+    },
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.
     "evaluation": {"checks", "arms", "data", "studies"},
     "export": {"semisup"},
-    "streaming": {"data", "evaluation", "export", "semisup"},
+    "shards": {"checks", "code", "data", "export", "semisup"},
+    "streaming": {"data", "engine_config", "evaluation", "ray_engine", "semisup", "shards"},
     "own_images": {"arms", "data", "evaluation", "export", "semisup", "streaming"},
     "io": {"checks", "semisup"},
 }
 READ_BY_EVALUATION = ("weighmatch.studies.methods",)
-WITHOUT_TORCH = ("checks", "extras", "arms", "data", "evaluation")
+WITHOUT_TORCH = ("checks", "extras", "engine_config", "ray_engine", "arms", "data", "evaluation")
 ROOMS = {
     # Within semisup: parts know no weighting, weightings no training.
     "semisup.parts": {"semisup.config", "semisup.parts"},

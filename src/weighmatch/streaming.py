@@ -1,15 +1,15 @@
 """Ranking a folder of images with a stored run: any number of them, in little memory.
 
-Files are listed, decoded and scored a few thousand at a time. What is said of them goes to a data
-base on disk, which sorts it.
+Files are listed, decoded and scored in shards (`weighmatch.shards`), by processes of this machine
+or of a cluster. What is said of them goes to a data base on disk, which sorts it.
 """
 
 import csv
-import math
+import logging
+import shutil
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,45 +17,23 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
-from weighmatch.data.decoding import decode_many
-from weighmatch.data.files import Rejected, Shape, decode, walk_images
+from weighmatch.data.files import decode
 from weighmatch.data.rank_config import Preparation
+from weighmatch.engine_config import EngineConfig
 from weighmatch.evaluation.gallery_page import OF_A_CLASS, OVERALL, render_gallery
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate
-from weighmatch.export import Portable
-from weighmatch.semisup.checkpoint import BATCH, CPU, TrainedRun
-from weighmatch.semisup.weightings.base import confidence_weights
+from weighmatch.ray_engine import make_engine
+from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.shards import Shards, score_shard
 
-# Files and bytes of images that are decoded together, and rows of a table written together.
-FILES_AT_ONCE, BYTES_AT_ONCE, ROWS_AT_ONCE = 8192, 2**28, 10_000
-# What the data base keeps in memory, in KiB.
-CACHE = 65_536
+log = logging.getLogger(__name__)
+
+# Rows of a table written together, and what the data base keeps in memory, in KiB.
+ROWS_AT_ONCE, CACHE = 10_000, 65_536
+BASE = "ranking.sqlite"
 RANKING, REJECTED, GALLERY = "ranking", "rejected_files.csv", "gallery.html"
-
-
-class Scorer:
-    """What a run says of images, batch by batch, each image apart from the others."""
-
-    def __init__(self, run: TrainedRun) -> None:
-        self.run = run
-        self._model = Portable(run).eval()
-        self._weighting = run._load_weighting(run.classifier, CPU)
-
-    def __call__(
-        self, images: NDArray[np.uint8]
-    ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        """Probabilities (n, classes), scores and weights of any scale (n,)."""
-        with torch.no_grad():
-            found = [self._model(part) for part in torch.from_numpy(images).split(BATCH)]
-            probabilities, scores = (torch.cat(part).double() for part in zip(*found, strict=True))
-            if self.run.ranker is None:
-                weights = self._weighting.sized(scores)
-            else:
-                weights = confidence_weights(scores, self.run.pool.cut)
-        return probabilities.numpy(), scores.numpy(), weights.double().numpy()
 
 
 def rank_folder(
@@ -65,10 +43,13 @@ def rank_folder(
     preparation: Preparation = Preparation(),  # noqa: B008 (frozen)
     temperature: float | None = None,
     workers: int | Literal["auto"] = "auto",
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> int:
     """Rank the images below a folder that the run never saw.
 
-    Memory depends on neither the number of files nor that of folders.
+    Memory depends on neither the number of files nor that of folders. While it works, a folder
+    beside `folder`, whose name ends in `.shards`, holds what is done. A call that was killed goes
+    on from there.
 
     Args:
         run: the stored run.
@@ -77,7 +58,9 @@ def rank_folder(
             columns that the ranking of a pool has. `weight` has mean 1 over these files.
         preparation: how files become images.
         temperature: that of the calibrated probabilities, if known.
-        workers: processes that decode; "auto": one a core.
+        workers: processes that decode and score; "auto": one a core, or as many as a cluster has
+            room for. The result does not depend on it.
+        engine: where that is done.
 
     Returns:
         How many images were ranked.
@@ -85,25 +68,61 @@ def rank_folder(
     Raises:
         ValueError: if there is no such folder, or no image in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / ".ranking.sqlite"
-    path.unlink(missing_ok=True)
+    work = folder.with_name(f"{folder.name.removesuffix('.partial')}.shards")
     try:
-        with closing(sqlite3.connect(path, isolation_level=None)) as base:
-            _prepare(base)
-            scorer = Scorer(run)
-            for part in _parts(walk_images(root), run.image_shape):
-                _add(base, scorer, Path(root), part, preparation, workers)
-            ((count,),) = base.execute("SELECT COUNT(*) FROM images")
-            if not count:
-                raise ValueError(f"no file in {root} can be used as an image; give another folder")
-            _order(base, run)
-            _write_tables(base, run, folder, temperature)
-            page = _page(base, run, Path(root), preparation, temperature, count)
-            (folder / GALLERY).write_text(page, "utf-8")
-    finally:
-        for left in folder.glob(".ranking.sqlite*"):
-            left.unlink()
+        shards = Shards(work, run, root, preparation)
+        _score(shards, workers, engine)
+        count = _merge(shards, run, root, folder, preparation, temperature)
+    except ValueError:  # nothing that another call could go on with
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    shutil.rmtree(work)
+    return count
+
+
+def _score(shards: Shards, workers: int | Literal["auto"], engine: EngineConfig) -> None:
+    missing = shards.missing()
+    if shards.kept:
+        log.info("%d of %d shards are done and kept", len(shards.kept), len(shards))
+    answers = make_engine(engine).run_in_pool(
+        score_shard,
+        [(shards.folder, number) for number in missing],
+        workers,
+        title="scoring images",
+        total=shards.files,
+        done=sum(shard.images + shard.rejected for shard in shards.kept.values()),
+    )
+    for _, shard in answers:
+        shards.add(shard)
+
+
+def _merge(
+    shards: Shards,
+    run: TrainedRun,
+    root: str | Path,
+    folder: Path,
+    preparation: Preparation,
+    temperature: float | None,
+) -> int:
+    """Rank what is in the shards; how many images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = shards.folder / BASE
+    path.unlink(missing_ok=True)
+    with closing(sqlite3.connect(path, isolation_level=None)) as base:
+        _prepare(base)
+        base.execute("BEGIN")
+        base.executemany("INSERT INTO rejected VALUES (?, ?)", shards.rejected())
+        # In the order of the paths: sums of weights then do not depend on who was first.
+        for number in range(len(shards)):
+            _add(base, shards.read(number))
+        base.execute("COMMIT")
+        ((count,),) = base.execute("SELECT COUNT(*) FROM images")
+        if not count:
+            raise ValueError(f"no file in {root} can be used as an image; give another folder")
+        _order(base, run)
+        _write_tables(base, run, folder, temperature)
+        page = _page(base, run, Path(root), preparation, temperature, count)
+        (folder / GALLERY).write_text(page, "utf-8")
     return int(count)
 
 
@@ -117,50 +136,12 @@ def _prepare(base: sqlite3.Connection) -> None:
     )
 
 
-def _parts(found: Iterator[str | Rejected], shape: Shape) -> Iterator[list[str | Rejected]]:
-    count = max(1, min(FILES_AT_ONCE, BYTES_AT_ONCE // math.prod(shape)))
-    while part := list(islice(found, count)):
-        yield part
-
-
-def _add(
-    base: sqlite3.Connection,
-    scorer: Scorer,
-    root: Path,
-    part: list[str | Rejected],
-    preparation: Preparation,
-    workers: int | Literal["auto"],
-) -> None:
-    """Decode and score some files."""
-    rejected = [one for one in part if isinstance(one, Rejected)]
-    names = [one for one in part if isinstance(one, str)]
-    files = [root / name for name in names]
-    fit, background = preparation.fit, preparation.background
-    images, kept = [], []
-    for position, one in decode_many(files, scorer.run.image_shape, fit, background, workers):
-        if isinstance(one, Rejected):
-            rejected.append(Rejected(names[position], one.reason))
-        else:
-            images.append(one.image)
-            kept.append(names[position])
-    rows = [(one.path, one.reason) for one in rejected]
-    base.execute("BEGIN")
-    base.executemany("INSERT INTO rejected VALUES (?, ?)", rows)
-    if images:
-        probabilities, scores, weights = scorer(np.stack(images))
-        base.executemany(
-            "INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)",
-            zip(
-                kept,
-                scores.tolist(),
-                weights.tolist(),
-                probabilities.argmax(axis=1).tolist(),
-                probabilities.max(axis=1).tolist(),
-                (row.astype(np.float32).tobytes() for row in probabilities),
-                strict=True,
-            ),
-        )
-    base.execute("COMMIT")
+def _add(base: sqlite3.Connection, found: pa.Table) -> None:
+    rows = [tuple(row.values()) for row in found.to_pylist()]
+    rejected = [row[:2] for row in rows if row[1] is not None]
+    images = [(row[0], *row[2:]) for row in rows if row[1] is None]
+    base.executemany("INSERT INTO rejected VALUES (?, ?)", rejected)
+    base.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", images)
 
 
 def _order(base: sqlite3.Connection, run: TrainedRun) -> None:

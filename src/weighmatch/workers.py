@@ -84,14 +84,7 @@ def run_all(
     if not jobs:
         return
     count = min(default_workers() if workers == "auto" else workers, len(jobs))
-    # A file gets a line now and then, and no lines that overwrite one another.
-    often = 0.5 if sys.stderr.isatty() else 30
-    with (
-        logging_redirect_tqdm(),  # a line of the log begins a line of the terminal
-        tqdm(
-            total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
-        ) as bar,
-    ):
+    with progress_bar(title, total, done) as bar:
         if count > 1:
             yield from _run_in_processes(function, jobs, count, bar, skips)
         else:
@@ -101,6 +94,20 @@ def run_all(
                 with one_thread():
                     answer = function(*job, bar.update)
                 yield position, answer
+
+
+@contextmanager
+def progress_bar(title: str, total: float, done: float) -> "Iterator[tqdm[Any]]":
+    """The bar of all jobs together, with the time that is left; see `run_all`."""
+    # A file gets a line now and then, and no lines that overwrite one another.
+    often = 0.5 if sys.stderr.isatty() else 30
+    with (
+        logging_redirect_tqdm(),  # a line of the log begins a line of the terminal
+        tqdm(
+            total=total, initial=done, desc=title, bar_format=BAR, mininterval=often, smoothing=0.1
+        ) as bar,
+    ):
+        yield bar
         # Another call goes on with a bar that is not full.
         bar.leave = round(bar.n) >= round(total)
 
@@ -220,7 +227,8 @@ def _run_in_processes(
                 if message is None:
                     bar.update(-worker.reported)
                     kills[worker.position] += 1
-                    _report_kill(worker, kills[worker.position], bar.desc, count)
+                    how = _how_it_ended(worker)
+                    report_kill(how, kills[worker.position], bar.desc, count)
                     if worker.position is not None:
                         waiting.appendleft(worker.position)
                     team[team.index(worker)] = _Worker.start()
@@ -230,7 +238,7 @@ def _run_in_processes(
                     worker.reported += value
                     bar.update(value)
                 elif kind == "failed":
-                    _raise_failed(value, bar.desc, count)
+                    raise_failed(value, bar.desc, count)
                 else:
                     worker.ready, answered, worker.position = True, worker.position, None
                     if answered is not None:
@@ -262,7 +270,8 @@ def _dismiss(team: Sequence[_Worker]) -> None:
         worker.pipe.close()
 
 
-def _raise_failed(error: BaseException, title: str, workers: int) -> NoReturn:
+def raise_failed(error: BaseException, title: str, workers: int) -> NoReturn:
+    """Raise what a job raised; a `WorkerError` in place of an error about memory."""
     no_memory = isinstance(error, RuntimeError) and any(t in str(error) for t in NO_MEMORY)
     if no_memory or isinstance(error, MemoryError):
         raise WorkerError(
@@ -272,13 +281,26 @@ def _raise_failed(error: BaseException, title: str, workers: int) -> NoReturn:
     raise error
 
 
-def _report_kill(worker: _Worker, kills: int, title: str, workers: int) -> None:
+def _how_it_ended(worker: _Worker) -> str:
     worker.process.join()
     worker.pipe.close()
     code = worker.process.exitcode or 0
     how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-    if code == -signal.SIGKILL:
-        how += ", most likely because memory ran out"
+    return how + (", most likely because memory ran out" if code == -signal.SIGKILL else "")
+
+
+def report_kill(how: str, kills: int, title: str, workers: int) -> None:
+    """Warn that a worker process was killed and is started again.
+
+    Args:
+        how: how it ended, such as "was ended by SIGKILL".
+        kills: how often that happened at the same job.
+        title: what the progress bar is called.
+        workers: number of processes.
+
+    Raises:
+        WorkerError: if it happened more than `MAX_RESTARTS` times.
+    """
     if kills > MAX_RESTARTS:
         raise WorkerError(
             f"{title.strip(': ')}: a worker process {how}, {kills} times at the same job; free "
@@ -319,7 +341,7 @@ def _serve(pipe: Connection, parent: int) -> None:
             report.flush()
             pipe.send_bytes(answer)
         except BaseException as error:
-            pipe.send_bytes(pickle.dumps(("failed", _portable(error))))
+            pipe.send_bytes(pickle.dumps(("failed", portable(error))))
 
 
 class _Report:
@@ -338,7 +360,7 @@ class _Report:
         self.units, self.sent = 0, time.monotonic()
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The exception, or one of the same words if it cannot be sent to another process."""
     where = "".join(traceback.format_exception(error))
     try:

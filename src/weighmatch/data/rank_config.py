@@ -6,21 +6,24 @@ from typing import Any, Literal
 
 from weighmatch.checks import require_integer
 from weighmatch.data.files import Fit
+from weighmatch.engine_config import EngineConfig
 
 
 @dataclass(frozen=True)
-class RankConfig:
-    """A folder to be ranked by a stored run.
+class RankConfig(EngineConfig):
+    """A folder to be ranked by a stored run, and where that is done (see `EngineConfig`).
 
     Attributes:
         images: the folder; "" as long as nothing is ranked.
-        workers: processes that decode its files; "auto": one a core.
+        workers: processes that decode and score its files; "auto": one a core, or as many as a
+            cluster has room for.
     """
 
     images: str = ""
     workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        self.check_engine("rank")
         if not isinstance(self.images, str):
             raise ValueError(f"rank.images must be the path of a folder, got {self.images!r}")
         if self.workers != "auto":

@@ -15,6 +15,7 @@ from weighmatch.checks import (
     require_multiple,
     require_number,
 )
+from weighmatch.engine_config import EngineConfig
 from weighmatch.extras import family_of, require_backbone, require_packages
 
 SolverName = Literal["identity", "neumann", "conjugate_gradient"]
@@ -370,8 +371,8 @@ _GROUPS: dict[str, type] = {
 
 
 @dataclass(frozen=True)
-class RunsConfig:
-    """Which runs are done and how many at a time.
+class RunsConfig(EngineConfig):
+    """Which runs are done, how many at a time, and where (see `EngineConfig`).
 
     Attributes:
         arms: names of arms, a list or joined by "+".
@@ -390,6 +391,7 @@ class RunsConfig:
     time_limit: str | None = None
 
     def __post_init__(self) -> None:
+        self.check_engine("runs")
         object.__setattr__(self, "arms", require_arms("runs.arms", self.arms))
         if self.time_limit is not None and self.seconds() <= 0:
             raise ValueError(

@@ -19,6 +19,6 @@ def rank_images(
     temperature = pile_verdict["temperature"]
 
     def write(folder: Path) -> None:
-        rank_folder(run, rank.images, folder, preparation, temperature, rank.workers)
+        rank_folder(run, rank.images, folder, preparation, temperature, rank.workers, rank)
 
     return write

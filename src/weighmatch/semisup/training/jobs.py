@@ -1,6 +1,7 @@
 """Many runs: planned from arms, seeds and schedules, trained several at a time, read one by one."""
 
 import logging
+import os
 import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -8,11 +9,14 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from weighmatch.arms import Arm, get_arm
+from weighmatch.engine_config import EngineConfig
+from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
@@ -21,8 +25,8 @@ from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerpri
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
 from weighmatch.semisup.training.loop import CHECKPOINT
 from weighmatch.semisup.training.rounds import beyond
-from weighmatch.semisup.training.schedules import make_schedule
-from weighmatch.workers import default_workers, one_thread, run_all
+from weighmatch.semisup.training.schedules import RUN, make_schedule
+from weighmatch.workers import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -152,6 +156,7 @@ def finish_jobs(
     workers: int | Literal["auto"] = "auto",
     others: tuple[float, float] = (0.0, 0.0),
     deadline: Deadline | None = None,
+    engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
 ) -> list[Job]:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
 
@@ -160,11 +165,14 @@ def finish_jobs(
     Args:
         jobs: jobs with different names.
         folder: each run resumes from, and writes to, `Job.folder`.
-        workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU.
+        workers: processes; 1 trains in this one; "auto": one a core, a single one on a GPU, or as
+            many as a cluster has room for.
         others: cost of the runs that another call has done, and that another call will do, which
             the progress bar and its time left count too.
         deadline: when training has to end, or None. Seeds that would not end in time are left out
             with all of their jobs; another call goes on with them.
+        engine: where the runs are done. Machines that share `folder` resume a run from the
+            checkpoints of another; a machine that does not sends its finished runs back.
 
     Returns:
         The jobs that are finished, in the order of `jobs`.
@@ -176,13 +184,15 @@ def finish_jobs(
         return []
     planned = jobs
     _hash_pools(jobs)
-    if workers == "auto":
-        workers = default_workers(pick_device(jobs[0].config.training.device).type)
-    if min(workers, len(jobs)) > 1:
+    runner = make_engine(engine, pick_device(jobs[0].config.training.device).type)
+    count = min(runner.count() if workers == "auto" else workers, len(jobs))
+    if engine.engine == "ray":
+        jobs = _unmapped(jobs)
+    elif count > 1:
         jobs = [_shared(job, folder) for job in jobs]
     kept = [kept_steps(job, folder) for job in jobs]
     state = f": {_in_words(jobs, kept)}" if any(kept) else ""
-    log.info("training %d runs, %d at a time%s", len(jobs), min(workers, len(jobs)), state)
+    log.info("training %d runs, %d at a time%s", len(jobs), count, state)
     before, after = others
     total = before + sum(job.cost for job in jobs) + after
     done = before + sum(job.cost * k / job.steps for job, k in zip(jobs, kept, strict=True))
@@ -191,8 +201,11 @@ def finish_jobs(
     order = sorted(jobs, key=lambda job: (seeds.index(job.seed) if seeds else 0, -job.cost))
     admission = _Admission(order, deadline or Deadline(float("inf"), 0.0))
     known = dict(zip((job.name for job in jobs), kept, strict=True))
-    calls = [(job, folder, known[job.name], admission.ends(k)) for k, job in enumerate(order)]
-    answers = run_all(
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = folder / f".seen-{uuid4().hex}"
+    mark.touch()
+    calls = [(job, folder, known[job.name], admission.ends(k), mark) for k, job in enumerate(order)]
+    answers = runner.run_all(
         _train,
         calls,
         workers,
@@ -203,12 +216,16 @@ def finish_jobs(
     )
     try:
         for position, finished in answers:
-            if not finished:
+            if isinstance(finished, bytes):
+                _write(order[position].folder(folder) / RUN, finished)
+            elif not finished:
                 admission.left_out.add(order[position].seed)
     except KeyboardInterrupt as stopped:
         now = [kept_steps(job, folder) for job in jobs]
         stopped.add_note(f"Of {len(jobs)} runs, {_in_words(jobs, now)}")
         raise
+    finally:
+        mark.unlink(missing_ok=True)
     shutil.rmtree(folder / "pools", ignore_errors=True)
     return [job for job in planned if job.seed not in admission.left_out]
 
@@ -266,7 +283,7 @@ def _hash_pools(jobs: Sequence[Job]) -> None:
 def kept_steps(job: Job, folder: Path) -> int:
     """Steps of all stages that `folder` keeps of a job, so that they are not done again."""
     place, config = job.folder(folder), job.config
-    if (place / "run.pt").exists():
+    if (place / RUN).exists():
         return job.steps
     if config.schedule == "two_stages":
         return sum(_step_in(place / stage) for stage in ("first_stage", "second_stage"))
@@ -321,10 +338,37 @@ def read_job(job: Job, folder: Path) -> TrainedRun:
         return make_schedule(job.config).fit(job.data, job.folder(folder))
 
 
+def _unmapped(jobs: Sequence[Job]) -> list[Job]:
+    """The jobs with their images in memory, from where they travel to other machines."""
+    known: dict[int, TrainingSet] = {}
+    for data in (job.data for job in jobs):
+        if id(data) not in known:
+            images: Any = [np.asarray(data.labelled_images), np.asarray(data.unlabelled_images)]
+            known[id(data)] = replace(data, labelled_images=images[0], unlabelled_images=images[1])
+            known[id(data)].__dict__["images_fingerprint"] = data.images_fingerprint
+    return [replace(job, data=known[id(job.data)]) for job in jobs]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
+
+
 def _train(
-    job: Job, folder: Path, kept: int, ends: float, progress: Callable[[float], None]
-) -> bool:
+    job: Job,
+    folder: Path,
+    kept: int,
+    ends: float,
+    mark: Path,
+    progress: Callable[[float], None],
+) -> bool | bytes:
     """Train a job; whether it was finished before the time `ends`.
+
+    A machine that does not see the file `mark` has a folder of its own: the file of the finished
+    run is returned then.
 
     Progress is told in parts of the job's cost, without the steps that were `kept`.
     """
@@ -339,4 +383,4 @@ def _train(
         make_schedule(job.config).fit(job.data, job.folder(folder), report)
     except TimeUpError:
         return False
-    return True
+    return True if mark.exists() else (job.folder(folder) / RUN).read_bytes()

@@ -15,6 +15,9 @@ from weighmatch.semisup.training.two_stages import train_in_two_stages
 
 log = logging.getLogger(__name__)
 
+# The file of a finished run.
+RUN = "run.pt"
+
 
 class Schedule(Protocol):
     """What a schedule can do."""
@@ -69,14 +72,14 @@ class Fit:
                 f"{self.config.arm}, seed {self.config.seed}: {error}"
             ) from error
         write_state(
-            folder / "run.pt",
+            folder / RUN,
             {"fingerprint": fingerprint(self.config, data), "run": run.to_state()},
         )
         return run
 
     def read(self, data: TrainingSet, folder: Path) -> TrainedRun | None:
         """The finished run in `folder`, or None if there is none, or one of something else."""
-        path = folder / "run.pt"
+        path = folder / RUN
         state = read_if_whole(path, "it is made again from its checkpoints")
         if state is None or state.get("fingerprint") != fingerprint(self.config, data):
             return None

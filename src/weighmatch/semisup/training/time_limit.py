@@ -24,12 +24,13 @@ from typing import Any
 from numpy.typing import NDArray
 
 from weighmatch.arms import FIXMATCH, get_arm
+from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline
 from weighmatch.semisup.training.jobs import plan_jobs
 from weighmatch.semisup.training.loop import Run
-from weighmatch.workers import default_workers, one_thread
+from weighmatch.workers import one_thread
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def _kept(path: Path) -> Choice | None:
 def _choose(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConfig) -> Choice:
     seconds = _seconds_of_a_step(next(iter(sets.values())), training)
     device = pick_device(training.device).type
-    workers = default_workers(device) if runs.workers == "auto" else runs.workers
+    workers = make_engine(runs, device).count() if runs.workers == "auto" else runs.workers
     shared = seconds * (CROWDING if workers > 1 else 1.0) / workers
     left = PLANNED * runs.seconds() - (CLOCK.now() - CLOCK.began())
     seeds = _seeds(sets)

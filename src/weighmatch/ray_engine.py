@@ -1,0 +1,461 @@
+"""The runner of many jobs on a cluster of Ray: what `workers.run_all` does on one machine.
+
+Nothing is installed or imported of Ray until a job is run here. A task or an actor computes on one
+thread, so that its answer is the one that a process of one machine gives, to the bit.
+"""
+
+import io
+import logging
+import os
+import pickle
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weighmatch import workers as local
+from weighmatch.engine_config import EngineConfig
+from weighmatch.workers import MAX_RESTARTS, REPORT_INTERVAL, WorkerError
+
+log = local.log
+
+T = TypeVar("T")
+# Bytes from which an array goes into the object store, once for all jobs that have it.
+LARGE = 2**16
+# Bytes of the object store of a cluster that is started here; what is more goes to disk.
+STORE = 2**30
+# Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
+LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
+# Parts that the jobs of a pool are given to it in, at most.
+BLOCKS = 10_000
+# Seconds between two looks at the progress, and those that cancelled tasks have to end.
+LOOK_INTERVAL, CANCEL_WAIT = 0.5, 10
+# Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
+# reported to anybody, and a task without a GPU sees none.
+ENVIRONMENT = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+}
+
+
+def connect() -> Any:
+    """The module `ray`, connected to a cluster.
+
+    It is the cluster of `RAY_ADDRESS`, or else the one that `ray start` began on this machine, or
+    else one that is started here and ends with this process.
+
+    Raises:
+        WorkerError: if no cluster answers at `RAY_ADDRESS`.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    # Workers that end are told of here; Ray has no switch for its own words about them.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    address = _find_address()
+    own: Any = {
+        "num_cpus": local.default_workers(),
+        "object_store_memory": STORE,
+        "include_dashboard": False,
+    }
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address, **quiet, **(own if address == "local" else {}))
+    return ray
+
+
+def _find_address() -> str:
+    """The address of a cluster that answers; "local" where one has to be started here.
+
+    Ray itself would wait for minutes where nobody answers.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and not _answers(given):
+        raise WorkerError(
+            f"no cluster of Ray answers at RAY_ADDRESS {given}; start one with `ray start --head`, "
+            "or unset RAY_ADDRESS, so that one is started on this machine"
+        )
+    left = LATEST.read_text("utf-8").strip() if LATEST.exists() else ""
+    return given or (left if left and _answers(left) else "local")
+
+
+def _answers(address: str) -> bool:
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
+        return True  # a word, such as "auto"
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_WAIT):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
+    """How many jobs the cluster can do at a time, each with these CPUs and GPUs.
+
+    Raises:
+        WorkerError: if no machine has as much.
+    """
+    return _slots(connect(), num_cpus, num_gpus)
+
+
+def _slots(ray: Any, num_cpus: float, num_gpus: float) -> int:
+    wanted = {name: n for name, n in (("CPU", num_cpus), ("GPU", num_gpus)) if n}
+    found = sum(
+        # The tenth part of a millionth: 1 / 0.1 is ten.
+        min(int(node["Resources"].get(name, 0) / n + 1e-7) for name, n in wanted.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    )
+    if not found:
+        raise WorkerError(
+            f"no machine of the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a job; "
+            "ask for less, or add a machine, and start again: what is finished is kept"
+        )
+    return found
+
+
+def run_all(
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int | Literal["auto"] = "auto",
+    *,
+    title: str,
+    total: float,
+    done: float = 0,
+    skips: Callable[[int], bool] = lambda position: False,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> Iterator[tuple[int, T]]:
+    """Do every job as a task of Ray; see `workers.run_all` for what is the same.
+
+    A task that was killed is begun again, `MAX_RESTARTS` times at most. One whose machine is lost
+    is begun again on another as often as that happens.
+
+    Args:
+        function: see `workers.run_all`.
+        jobs: see there; a large array that several jobs have is sent to the cluster once.
+        workers: tasks at a time; "auto": as many as the cluster has room for, new machines
+            included.
+        title: see `workers.run_all`.
+        total: see there.
+        done: see there.
+        skips: see there.
+        num_cpus: CPUs of a task, or parts of one.
+        num_gpus: GPUs of a task, or parts of one.
+
+    Yields:
+        The position of a job and its answer, in the order in which they are done.
+
+    Raises:
+        WorkerError: if a task is killed more than `MAX_RESTARTS` times or gets no memory, or if no
+            machine has room for one.
+        Exception: what a job raised; the other tasks have been cancelled by then.
+    """
+    if not jobs:
+        return
+    ray = connect()
+    with local.progress_bar(title, total, done) as bar:
+        progress = _Progress(ray, bar)
+        try:
+            yield from _run_tasks(
+                ray, function, jobs, workers, progress, skips, (num_cpus, num_gpus)
+            )
+        finally:
+            progress.close()
+
+
+def _run_tasks(
+    ray: Any,
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int | Literal["auto"],
+    progress: "_Progress",
+    skips: Callable[[int], bool],
+    demand: tuple[float, float],
+) -> Iterator[tuple[int, T]]:
+    task = ray.remote(_work).options(num_cpus=demand[0], num_gpus=demand[1], max_retries=0)
+    store, title = _Store(ray), progress.title
+    waiting, kills = deque(range(len(jobs))), Counter[int]()
+    running: dict[Any, int] = {}
+    try:
+        while waiting or running:
+            slots = _slots(ray, *demand)
+            count = slots if workers == "auto" else min(workers, slots)
+            while waiting and len(running) < count:
+                position = waiting.popleft()
+                if not skips(position):
+                    packed, arrays = store.pack((function, jobs[position]))
+                    running[task.remote(packed, position, progress.counts, *arrays)] = position
+            finished, _ = ray.wait(list(running), timeout=LOOK_INTERVAL) if running else ([], [])
+            progress.show()
+            for reference in finished:
+                position = running.pop(reference)
+                try:
+                    kind, value, units = pickle.loads(ray.get(reference))
+                except ray.exceptions.RayError as lost:
+                    progress.set(position, 0)
+                    waiting.appendleft(position)
+                    if isinstance(lost, ray.exceptions.NodeDiedError):
+                        log.warning("%s: a machine is lost; its job goes on elsewhere", title)
+                        continue
+                    kills[position] += 1
+                    how = f"was ended ({type(lost).__name__}), most likely because memory ran out"
+                    local.report_kill(how, kills[position], title, count)
+                    continue
+                progress.set(position, units)
+                if kind == "failed":
+                    local.raise_failed(value, title, count)
+                yield position, value
+    finally:
+        for reference in running:
+            ray.cancel(reference, force=True)
+        if running:  # so that none of them writes any more
+            ray.wait(list(running), num_returns=len(running), timeout=CANCEL_WAIT)
+
+
+def run_in_pool(
+    function: Callable[..., T],
+    jobs: Sequence[tuple[Any, ...]],
+    workers: int | Literal["auto"] = "auto",
+    *,
+    title: str,
+    total: float,
+    done: float = 0,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+) -> Iterator[tuple[int, T]]:
+    """Do very many jobs by Ray Data with a pool of actors, which keep what `function` caches.
+
+    The arguments are those of `run_all`, as are the answers and the errors. An actor that was
+    killed, or whose machine is lost, is begun again, and so is its job, `MAX_RESTARTS` times at
+    most.
+    """
+    if not jobs:
+        return
+    ray = connect()
+    import ray.data as data
+
+    count = _slots(ray, num_cpus, num_gpus)
+    count = min(count if workers == "auto" else min(workers, count), len(jobs))
+    context = data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    rows = [{"position": n, "job": pickle.dumps((function, job))} for n, job in enumerate(jobs)]
+    with local.progress_bar(title, total, done) as bar:
+        progress = _Progress(ray, bar)
+        found = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
+            _Actor,
+            fn_constructor_args=(progress.counts,),
+            batch_size=1,
+            compute=data.ActorPoolStrategy(min_size=1, max_size=count),
+            num_cpus=num_cpus,
+            num_gpus=num_gpus,
+            ray_remote_args_fn=_retries,
+        )
+        try:
+            for row in found.iter_rows():
+                position, (kind, value, units) = int(row["position"]), pickle.loads(row["answer"])
+                progress.show()
+                progress.set(position, units)
+                if kind == "failed":
+                    local.raise_failed(value, progress.title, count)
+                yield position, value
+        except ray.exceptions.RayError as lost:
+            raise WorkerError(
+                f"{progress.title}: an actor was ended {MAX_RESTARTS + 1} times at the same job "
+                f"({type(lost).__name__}); free memory or set fewer workers (there were {count}) "
+                "and start again, what is finished is kept"
+            ) from lost
+        finally:
+            progress.close()
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A place where jobs are done.
+
+    Attributes:
+        run_all: does jobs, as `workers.run_all`.
+        run_in_pool: the same for very many jobs that need the same model.
+        count: tells how many jobs are done at a time where nobody says it.
+    """
+
+    run_all: Callable[..., Iterator[tuple[int, Any]]]
+    run_in_pool: Callable[..., Iterator[tuple[int, Any]]]
+    count: Callable[[], int]
+
+
+def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
+    """The engine that `config` names, for jobs on a device of that type."""
+    gpus = config.num_gpus
+    demand: Any = {
+        "num_cpus": config.num_cpus,
+        "num_gpus": float(device_type == "cuda") if gpus is None else gpus,
+    }
+    engines = {
+        "local": Engine(local.run_all, local.run_all, partial(local.default_workers, device_type)),
+        "ray": Engine(
+            partial(run_all, **demand),
+            partial(run_in_pool, **demand),
+            partial(count_workers, **demand),
+        ),
+    }
+    return engines[config.engine]
+
+
+# --- what a worker does ------------------------------------------------------------------------
+
+
+def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> bytes:
+    """Do a job; a pickle of "answer" or "failed", what came of it, and the units done."""
+    report = _Report(counts, position)
+    try:
+        function, job = _Unpickler(io.BytesIO(packed), arrays).load()
+        with local.one_thread():
+            answer = function(*job, report.add)
+        return pickle.dumps(("answer", answer, report.units))
+    except Exception as error:
+        return pickle.dumps(("failed", local.portable(error), report.units))
+
+
+def _retries() -> dict[str, int]:
+    """An actor is begun again as often as needed, and a job of it a few times."""
+    return {"max_restarts": -1, "max_task_retries": MAX_RESTARTS}
+
+
+class _Actor:
+    """What Ray Data calls with one job at a time."""
+
+    def __init__(self, counts: Any) -> None:
+        self.counts = counts
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        (position,), (packed,) = batch["position"].tolist(), batch["job"].tolist()
+        return {"position": [position], "answer": [_work(packed, position, self.counts)]}
+
+
+class _Report:
+    """Adds up the progress of a job and sends it now and then, from the start of this attempt."""
+
+    def __init__(self, counts: Any, position: int) -> None:
+        self.counts, self.position = counts, position
+        self.units, self.sent = 0.0, time.monotonic()
+
+    def add(self, units: float) -> None:
+        self.units += units
+        if time.monotonic() - self.sent > REPORT_INTERVAL:
+            self.counts.put.remote(self.position, self.units)
+            self.sent = time.monotonic()
+
+
+class _Counts:
+    """An actor that knows how far each job is."""
+
+    def __init__(self) -> None:
+        self.new: dict[int, float] = {}
+
+    def put(self, position: int, units: float) -> None:
+        self.new[position] = units
+
+    def take(self) -> dict[int, float]:
+        """What has changed since the last call."""
+        new, self.new = self.new, {}
+        return new
+
+
+class _Progress:
+    """The bar of all jobs, and the actor that it reads, which lives on the driver's machine."""
+
+    def __init__(self, ray: Any, bar: Any) -> None:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.counts = ray.remote(_Counts).options(num_cpus=0, scheduling_strategy=here).remote()
+        self._ray, self._bar = ray, bar
+        self._asked = self.counts.take.remote()
+        self._units: dict[int, float] = {}
+        self._ended = set[int]()
+        self.title = bar.desc.strip(": ")
+
+    def show(self) -> None:
+        """Bring the bar up to date with the jobs that are under way; never waits."""
+        ready, _ = self._ray.wait([self._asked], timeout=0)
+        if not ready:
+            return
+        new = self._ray.get(self._asked)
+        self._asked = self.counts.take.remote()
+        for position, units in new.items():
+            if position not in self._ended:
+                self._move(position, units)
+
+    def set(self, position: int, units: float) -> None:
+        """Say how far a job is that has ended, or that begins again: 0."""
+        self._ended.add(position) if units else self._ended.discard(position)
+        self._move(position, units)
+
+    def _move(self, position: int, units: float) -> None:
+        self._bar.update(units - self._units.get(position, 0))
+        self._units[position] = units
+
+    def close(self) -> None:
+        self._ray.kill(self.counts)
+
+
+# --- how data travel ----------------------------------------------------------------------------
+
+
+class _Store:
+    """Puts large arrays into the object store, each once however many jobs have it."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._known: dict[tuple[Any, ...], Any] = {}
+
+    def pack(self, call: Any) -> tuple[bytes, list[Any]]:
+        """A pickle of a call, and references to the arrays that are not in it."""
+        file = io.BytesIO()
+        pickler = _Pickler(file, self)
+        pickler.dump(call)
+        return file.getvalue(), pickler.references
+
+    def put(self, array: NDArray[Any]) -> Any:
+        # Two views of the same memory are the same array; jobs keep the memory alive.
+        place = array.__array_interface__
+        key = (place["data"][0], array.shape, array.strides, array.dtype.str)
+        if key not in self._known:
+            self._known[key] = self._ray.put(np.asarray(array))
+        return self._known[key]
+
+
+class _Pickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, store: _Store) -> None:
+        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
+        self.references: list[Any] = []
+        self._store = store
+
+    def persistent_id(self, value: Any) -> int | None:
+        large = isinstance(value, np.ndarray) and value.nbytes >= LARGE
+        if not large or value.dtype.hasobject:
+            return None
+        self.references.append(self._store.put(value))
+        return len(self.references) - 1
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, arrays: Sequence[NDArray[Any]]) -> None:
+        super().__init__(file)
+        self._arrays = arrays
+
+    def persistent_load(self, number: int) -> NDArray[Any]:
+        return self._arrays[number]

@@ -1,0 +1,344 @@
+"""Runs and rankings on a cluster of two nodes on this machine; workers and a node are killed."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.semisup.helpers import arrays_of, same
+from tests.test_workers import (
+    die_at_first,
+    fail_or_wait,
+    fill_memory,
+    is_alive,
+    raise_unsendable,
+    square,
+    wait_for,
+)
+from weighmatch import extras, ray_engine, shards, streaming
+from weighmatch.data.rank_config import RankConfig
+from weighmatch.engine_config import EngineConfig
+from weighmatch.semisup import RunConfig, make_schedule
+from weighmatch.semisup.config import RunsConfig
+from weighmatch.semisup.training import jobs as training_jobs
+from weighmatch.semisup.training.jobs import finish_jobs, kept_steps, plan_jobs, read_job
+from weighmatch.semisup.training.loop import Run
+from weighmatch.shards import score_shard
+from weighmatch.streaming import rank_folder
+from weighmatch.workers import WorkerError
+
+pytestmark = pytest.mark.integration
+
+RAY = EngineConfig(engine="ray")
+STORE = 100 * 2**20
+
+
+class Nodes:
+    """A head with one CPU, to which the driver is connected, and another node with one CPU."""
+
+    def __init__(self):
+        os.environ.update(ray_engine.ENVIRONMENT)
+        from ray.cluster_utils import Cluster
+
+        node = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=node)
+        self.other = self.cluster.add_node(**node)
+
+    def remove_other(self):
+        self.cluster.remove_node(self.other, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def started():
+    nodes = Nodes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", nodes.cluster.address)
+        yield nodes
+    import ray
+
+    ray.shutdown()
+    nodes.cluster.shutdown()
+
+
+@pytest.fixture
+def nodes(started):
+    """Two nodes; the one that an earlier test removed is there again."""
+    if started.other is None:
+        started.other = started.cluster.add_node(num_cpus=1, object_store_memory=STORE)
+        assert wait_for(lambda: ray_engine.count_workers() == 2)
+    return started
+
+
+# --- what dies -----------------------------------------------------------------------------------
+
+
+def die_now_and_then(marks):
+    """On the head: end this process once. On the other node: then wait until the node is gone."""
+    import ray
+
+    runtime = ray.get_runtime_context()
+    if runtime.get_node_id() == (marks / "head").read_text():
+        if not (marks / "killed").exists():
+            (marks / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    elif not (marks / "removed").exists():
+        assert wait_for((marks / "killed").exists, 300)
+        (marks / "waits").touch()
+        time.sleep(600)
+
+
+class Reaper(threading.Thread):
+    """Removes the other node as soon as something on it waits for that."""
+
+    def __init__(self, nodes, marks):
+        super().__init__(daemon=True)
+        self.nodes, self.marks = nodes, marks
+        marks.mkdir()
+        (marks / "head").write_text(nodes.cluster.head_node.node_id)
+        self.start()
+
+    def run(self):
+        if wait_for((self.marks / "waits").exists, 300):
+            self.nodes.remove_other()
+            self.nodes.other = None
+            (self.marks / "removed").touch()
+
+    def assert_both_died(self):
+        self.join(60)
+        assert {path.name for path in self.marks.iterdir()} >= {"killed", "waits", "removed"}
+
+
+# --- many runs -----------------------------------------------------------------------------------
+
+
+def train_and_die(job, folder, kept, ends, mark, progress):
+    marks = folder.parent / "marks"
+    with (marks / job.name).open("a") as file:
+        file.write(f"{kept_steps(job, folder)}\n")
+    done = []
+
+    def report(units):
+        done.append(units)
+        if sum(done) > job.cost / 2:
+            die_now_and_then(marks)
+        progress(units)
+
+    return TRAIN(job, folder, kept, ends, mark, report)
+
+
+TRAIN = training_jobs._train
+
+
+@pytest.fixture
+def planned(training_set, run_config):
+    """Six runs: two arms on three seeds."""
+    sets = {f"seed_000{seed}": arrays_of(training_set) for seed in range(3)}
+    runs = RunsConfig(schedule="online")
+    return plan_jobs(("fixmatch", "learned"), sets, run_config().training, runs)
+
+
+def test_runs_are_those_of_one_machine_though_a_worker_and_a_node_die(
+    nodes, planned, tmp_path, monkeypatch, caplog
+):
+    reaper = Reaper(nodes, tmp_path / "marks")
+    monkeypatch.setattr(training_jobs, "_train", train_and_die)
+    monkeypatch.setattr(ray_engine, "LARGE", 1)
+    assert len(finish_jobs(planned, tmp_path / "ray", engine=RAY)) == 6
+    reaper.assert_both_died()
+    told = [record.getMessage() for record in caplog.records]
+    assert any("a worker process was ended" in line and "(1 of 2 times)" in line for line in told)
+    assert "training: a machine is lost; its job goes on elsewhere" in told
+    # Both runs that died went on from a checkpoint.
+    begun = [list(map(int, path.read_text().split())) for path in (tmp_path / "marks").glob("*-*")]
+    assert sorted(map(len, begun)) == [1, 1, 1, 1, 2, 2]
+    assert all(steps[0] == 0 and steps[-1] >= 10 for steps in begun if len(steps) == 2)
+    monkeypatch.setattr(training_jobs, "_train", TRAIN)
+    finish_jobs(planned, tmp_path / "local", 1)
+    monkeypatch.setattr(Run, "train_steps", lambda *_: pytest.fail("trained again"))
+    for job in planned:
+        assert same(read_job(job, tmp_path / "ray"), read_job(job, tmp_path / "local"))
+    assert not list((tmp_path / "ray").glob(".seen-*"))
+
+
+def train_elsewhere(job, folder, kept, ends, mark, progress):
+    return TRAIN(job, folder.parent / "elsewhere", kept, ends, mark.parent / "none", progress)
+
+
+def test_a_machine_with_a_folder_of_its_own_sends_the_run_back(planned, tmp_path, monkeypatch):
+    monkeypatch.setattr(training_jobs, "_train", train_elsewhere)
+    finish_jobs(planned[:1], tmp_path / "runs", 1)
+    monkeypatch.setattr(Run, "train_steps", lambda *_: pytest.fail("trained again"))
+    there, here = (read_job(planned[0], tmp_path / name) for name in ("elsewhere", "runs"))
+    assert same(there, here)
+
+
+def sum_of(images, number, progress):
+    progress(1)
+    return int(images.sum()) + number
+
+
+def test_an_array_of_many_jobs_is_sent_once(nodes, monkeypatch):
+    ray = ray_engine.connect()
+    put, sent = ray.put, []
+    monkeypatch.setattr(ray, "put", lambda value: sent.append(value) or put(value))
+    images = np.ones((300, 1, 16, 16), np.uint8)
+    calls = [(images[:], number) for number in range(5)]
+    answers = dict(ray_engine.run_all(sum_of, calls, title="sums", total=5))
+    assert answers == {number: images.size + number for number in range(5)}
+    assert len(sent) == 1
+
+
+def test_answers_progress_and_errors_are_those_of_processes(nodes, tmp_path, capsys):
+    jobs = [(number,) for number in (5, 3, 4, 1)]
+    answers = dict(ray_engine.run_all(square, jobs, title="squares", total=20, done=7))
+    assert {place: answer[0] for place, answer in answers.items()} == {0: 25, 1: 9, 2: 16, 3: 1}
+    assert {answer[2] for answer in answers.values()} == {1}
+    assert "squares: 100 % " in capsys.readouterr().err
+    with pytest.raises(FloatingPointError, match="the loss of seed 3 is not finite") as caught:
+        list(
+            ray_engine.run_all(
+                fail_or_wait, [(tmp_path, False), (tmp_path, True)], title="runs", total=2
+            )
+        )
+    assert "in fail_or_wait" in caught.value.__notes__[0]
+    # The worker that said so waits for more, and that of the other job is gone.
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert wait_for(lambda: sum(map(is_alive, pids)) == 1)
+    with pytest.raises(RuntimeError, match="UnsendableError: 1 of 2"):
+        list(ray_engine.run_all(raise_unsendable, [()], title="runs", total=1))
+    with pytest.raises(WorkerError, match=r"^runs: memory ran out; free memory or set fewer"):
+        list(ray_engine.run_all(fill_memory, [("torch",)], title="runs", total=1))
+
+
+def test_a_job_that_ends_its_worker_again_and_again_is_one_sentence(nodes, tmp_path):
+    with pytest.raises(WorkerError, match=r"^runs: a worker process was ended .*, 3 times at the"):
+        list(ray_engine.run_all(die_at_first, [(tmp_path, 0, 3)], title="runs", total=3))
+
+
+def test_more_than_any_machine_has_is_one_sentence(nodes):
+    with pytest.raises(WorkerError, match=r"no machine of the cluster has 1 CPUs and 0.5 GPUs"):
+        list(ray_engine.run_all(square, [(1,)], title="squares", total=1, num_gpus=0.5))
+    assert ray_engine.count_workers(0.5) == 4
+
+
+def test_skipped_jobs_are_not_begun(nodes):
+    found = ray_engine.run_all(
+        square, [(1,), (2,), (3,)], title="squares", total=4, skips=lambda place: place == 1
+    )
+    assert {place for place, _ in found} == {0, 2}
+
+
+# --- ranking -------------------------------------------------------------------------------------
+
+
+def score_and_die(folder, number, progress):
+    if number >= 2:
+        die_now_and_then(folder.parent / "marks")
+    return score_shard(folder, number, progress)
+
+
+@pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_a_ranking_is_that_of_one_machine_though_a_worker_and_a_node_die(
+    count, nodes, training_set, run_config, tmp_path, monkeypatch
+):
+    config: RunConfig = run_config(steps=10)
+    run = make_schedule(config).fit(training_set, tmp_path / "run")
+    root = tmp_path / "images"
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        place = root / f"{number % 7}" / f"{number}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(place)
+    (root / "notes.txt").write_text("no image")
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", count // 20)
+    reaper = Reaper(nodes, tmp_path / "marks")
+    monkeypatch.setattr(streaming, "score_shard", score_and_die)
+    assert rank_folder(run, root, tmp_path / "ray", engine=RAY) == count
+    reaper.assert_both_died()
+    monkeypatch.setattr(streaming, "score_shard", score_shard)
+    assert rank_folder(run, root, tmp_path / "local", workers=1) == count
+    for name in ("ranking.csv", "ranking.parquet", "rejected_files.csv", "gallery.html"):
+        there, here = ((tmp_path / engine / name).read_bytes() for engine in ("ray", "local"))
+        assert there == here, name
+    paths = [line.partition(",")[0] for line in (tmp_path / "ray/ranking.csv").open()][1:]
+    assert sorted(paths) == sorted(f"{k % 7}/{k}.png" for k in range(count))
+    assert not (tmp_path / "ray.shards").exists()
+
+
+def test_errors_in_an_actor_are_those_of_processes(nodes):
+    with pytest.raises(RuntimeError, match="UnsendableError: 1 of 2"):
+        list(ray_engine.run_in_pool(raise_unsendable, [()], title="scores", total=1))
+
+
+# --- without a cluster ---------------------------------------------------------------------------
+
+
+def test_ray_is_asked_for_by_name_and_told_of_where_it_is_missing(monkeypatch):
+    with pytest.raises(ValueError, match=r"runs.engine 'dask' is unknown; choose from local, ray"):
+        RunsConfig(engine="dask")
+    with pytest.raises(ValueError, match=r"runs.num_cpus must be a number above 0"):
+        RunsConfig(num_cpus=0)
+    assert RunsConfig(engine="ray", num_gpus=0.25).num_gpus == 0.25
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
+    for group, config in (("runs", RunsConfig), ("rank", RankConfig)):
+        with pytest.raises(ValueError, match=f"{group}.engine 'ray' needs .* the extra ray"):
+            config(engine="ray")
+
+
+def test_ray_is_not_imported_where_it_is_not_used():
+    code = (
+        "import sys\n"
+        "from weighmatch import ray_engine\n"
+        "from weighmatch.engine_config import EngineConfig\n"
+        "assert ray_engine.make_engine(EngineConfig()).count() >= 1\n"
+        "sys.exit('ray' in sys.modules or 'torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_an_address_without_a_cluster_is_one_sentence():
+    code = (
+        "from weighmatch import ray_engine\n"
+        "try:\n"
+        "    ray_engine.connect()\n"
+        "except ray_engine.WorkerError as error:\n"
+        "    print(error)\n"
+    )
+    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path("src"))}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout.startswith(b"no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
+
+
+INTERRUPTED = """
+import signal, sys
+from pathlib import Path
+from tests.test_ray_engine import wait_long
+from weighmatch import ray_engine
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+list(ray_engine.run_all(wait_long, [(Path(sys.argv[1]),)], title="runs", total=1))
+"""
+
+
+def wait_long(folder, progress):
+    (folder / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def test_ctrl_c_cancels_the_tasks(nodes, tmp_path):
+    with subprocess.Popen(
+        [sys.executable, "-c", INTERRUPTED, tmp_path], stderr=subprocess.PIPE, text=True
+    ) as driver:
+        assert wait_for(lambda: list(tmp_path.iterdir()))
+        driver.send_signal(signal.SIGINT)
+        assert driver.wait(60)
+        assert driver.stderr.read().count("KeyboardInterrupt") == 1
+    pid = int(next(tmp_path.iterdir()).name)
+    assert wait_for(lambda: not is_alive(pid))
