@@ -270,7 +270,8 @@ class TrainingConfig:
         checkpoint_every: steps between two checkpoints that a killed run resumes from.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         precision: "float32", or "bfloat16" for the classifier's passes (autocast); parameters,
-            their average, hypergradients and weights stay in single precision.
+            their average, hypergradients and weights stay in single precision. "float64" trains
+            in double precision, to compare numbers of processes; it is slower.
         channels_last: whether images and kernels lie in memory with channels last.
         compile: whether `torch.compile` prepares the classifier; its minute or so counts.
         deterministic: whether only repeatable algorithms are used on a GPU.
@@ -301,7 +302,7 @@ class TrainingConfig:
     snapshots: int = 10
     checkpoint_every: int = 200
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
@@ -330,7 +331,7 @@ class TrainingConfig:
         require_number("training.weight_decay", self.weight_decay, 0, 1)
         require_number("training.ema", self.ema, 0, 1)
         require_choice("training.device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("training.precision", self.precision, ("float32", "bfloat16"))
+        require_choice("training.precision", self.precision, ("float32", "bfloat16", "float64"))
         require_choice("training.pool_memory", self.pool_memory, ("auto", "device", "host"))
         for name in ("distribution_alignment", "channels_last", "compile", "deterministic"):
             require_boolean(f"training.{name}", getattr(self, name))
@@ -371,7 +372,7 @@ _GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Which runs are done and how many at a time.
+    """Which runs are done, how many at a time, and by how many processes each.
 
     Attributes:
         arms: names of arms, a list or joined by "+".
@@ -379,6 +380,8 @@ class RunsConfig:
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
+        processes: processes of this machine that train one run together, one run after another;
+            under `torchrun` all that it started do.
         time_limit: how long a command may take, such as "15m", "2h" or "90s"; fewer steps are taken
             and seeds left out where all would take longer. None: as long as they take.
     """
@@ -387,6 +390,7 @@ class RunsConfig:
     schedule: tuple[Schedule, ...] = ("rounds",)
     rounds: int = 4
     workers: int | Literal["auto"] = "auto"
+    processes: int = 1
     time_limit: str | None = None
 
     def __post_init__(self) -> None:
@@ -406,6 +410,12 @@ class RunsConfig:
             raise ValueError(f"runs.rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
         if self.workers != "auto":
             require_integer("runs.workers (or auto)", self.workers, 1)
+        require_integer("runs.processes", self.processes, 1)
+        if self.processes > 1 and (self.workers not in ("auto", 1) or self.time_limit is not None):
+            raise ValueError(
+                f"runs.processes {self.processes} trains one run at a time, for as long as it "
+                "takes; leave out runs.workers and runs.time_limit"
+            )
         if not any(get_arm(arm).schedules_among(self.schedule) for arm in self.arms):
             raise ValueError(
                 f"runs.arms: {', '.join(self.arms)} can be trained in rounds alone; set "

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from weighmatch.arms import Arm, get_arm
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.parts.group import Group
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
 from weighmatch.semisup.training.loop import CHECKPOINT
+from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.rounds import beyond
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.workers import default_workers, one_thread, run_all
@@ -152,6 +154,7 @@ def finish_jobs(
     workers: int | Literal["auto"] = "auto",
     others: tuple[float, float] = (0.0, 0.0),
     deadline: Deadline | None = None,
+    processes: int = 1,
 ) -> list[Job]:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
 
@@ -165,6 +168,7 @@ def finish_jobs(
             the progress bar and its time left count too.
         deadline: when training has to end, or None. Seeds that would not end in time are left out
             with all of their jobs; another call goes on with them.
+        processes: how many train a run together; more than one train one run at a time.
 
     Returns:
         The jobs that are finished, in the order of `jobs`.
@@ -174,11 +178,27 @@ def finish_jobs(
     """
     if not jobs:
         return []
+    device = pick_device(jobs[0].config.training.device).type
+    with together(processes, device) as team:
+        return _finish(jobs, folder, workers, others, deadline, team)
+
+
+def _finish(
+    jobs: Sequence[Job],
+    folder: Path,
+    workers: int | Literal["auto"],
+    others: tuple[float, float],
+    deadline: Deadline | None,
+    team: Team,
+) -> list[Job]:
+    """`finish_jobs` with the processes that train a run together."""
     planned = jobs
     _hash_pools(jobs)
-    if workers == "auto":
+    if team.group.size > 1:
+        workers = 1
+    elif workers == "auto":
         workers = default_workers(pick_device(jobs[0].config.training.device).type)
-    if min(workers, len(jobs)) > 1:
+    if min(workers, len(jobs)) > 1 or team.group.size > 1:
         jobs = [_shared(job, folder) for job in jobs]
     kept = [kept_steps(job, folder) for job in jobs]
     state = f": {_in_words(jobs, kept)}" if any(kept) else ""
@@ -191,7 +211,7 @@ def finish_jobs(
     order = sorted(jobs, key=lambda job: (seeds.index(job.seed) if seeds else 0, -job.cost))
     admission = _Admission(order, deadline or Deadline(float("inf"), 0.0))
     known = dict(zip((job.name for job in jobs), kept, strict=True))
-    calls = [(job, folder, known[job.name], admission.ends(k)) for k, job in enumerate(order)]
+    calls = [(job, folder, known[job.name], admission.ends(k), team) for k, job in enumerate(order)]
     answers = run_all(
         _train,
         calls,
@@ -322,7 +342,7 @@ def read_job(job: Job, folder: Path) -> TrainedRun:
 
 
 def _train(
-    job: Job, folder: Path, kept: int, ends: float, progress: Callable[[float], None]
+    job: Job, folder: Path, kept: int, ends: float, team: Team, progress: Callable[[float], None]
 ) -> bool:
     """Train a job; whether it was finished before the time `ends`.
 
@@ -335,8 +355,17 @@ def _train(
         if CLOCK.now() > ends:
             raise TimeUpError
 
+    team.also(_fit, job, folder)
     try:
-        make_schedule(job.config).fit(job.data, job.folder(folder), report)
+        _fit(job, folder, team.group, report)
     except TimeUpError:
         return False
     return True
+
+
+def _fit(
+    job: Job, folder: Path, group: Group, progress: Callable[[int], None] = lambda steps: None
+) -> None:
+    """Train a job as a member of a group."""
+    config = replace(job.config, group=group)
+    make_schedule(config).fit(job.data, job.folder(folder), progress)
