@@ -178,8 +178,10 @@ def finish_jobs(
     """
     if not jobs:
         return []
+    _hash_pools(jobs)
     device = pick_device(jobs[0].config.training.device).type
-    with together(processes, device) as team:
+    left = any(kept_steps(job, folder) < job.steps for job in jobs)
+    with together(processes if left else 1, device) as team:
         return _finish(jobs, folder, workers, others, deadline, team)
 
 
@@ -193,7 +195,6 @@ def _finish(
 ) -> list[Job]:
     """`finish_jobs` with the processes that train a run together."""
     planned = jobs
-    _hash_pools(jobs)
     if team.group.size > 1:
         workers = 1
     elif workers == "auto":

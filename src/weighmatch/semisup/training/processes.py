@@ -101,10 +101,14 @@ class Team:
     Args:
         place: where the first process stands; None: there are no others.
         device: "cpu" or "cuda".
+
+    Attributes:
+        group: the processes.
+        orders: how many orders the others were given.
     """
 
     def __init__(self, place: _Place | None = None, device: str = "cpu") -> None:
-        self.group, self._place, self._orders = ALONE, place, 0
+        self.group, self._place, self.orders = ALONE, place, 0
         if place is not None:
             self._say(f"join {device}")
             self.group = place.join(device)
@@ -121,8 +125,8 @@ class Team:
 
     def _say(self, order: str) -> None:
         if self._place is not None:
-            self._place.store.set(f"order {self._orders}", order)
-            self._orders += 1
+            self._place.store.set(f"order {self.orders}", order)
+            self.orders += 1
 
 
 @contextmanager
@@ -160,7 +164,7 @@ def _with_children(processes: int, device: str) -> Iterator[Team]:
             store = FileStore(str(path), processes)
             while not all(store.check([f"ready {rank}"]) for rank in range(1, processes)):
                 if not all(child.is_alive() for child in children):
-                    raise GroupError("a process of this training has ended")
+                    raise GroupError("a process of this training did not start")
                 time.sleep(INTERVAL)
             team = Team(_Place(store, 0, processes, processes), device)
             yield team
@@ -194,9 +198,10 @@ def _explained(error: GroupError, children: Sequence[BaseProcess]) -> GroupError
 
 
 def _dismiss(children: Sequence[BaseProcess]) -> None:
-    for child in children:
+    started = [child for child in children if child.pid is not None]
+    for child in started:
         child.terminate()
-    for child in children:
+    for child in started:
         child.join(5)
         if child.is_alive():
             child.kill()
@@ -211,6 +216,7 @@ def _accompany(path: Path, rank: int, processes: int, parent: int) -> None:
     store = FileStore(str(path), processes)
     store.set(f"ready {rank}", "")
     _Place(store, rank, processes, processes).serve()
+    _leave()
 
 
 def _leave() -> None:
@@ -225,25 +231,25 @@ def _leave() -> None:
 _teams: list[Team] = []
 
 
-def serve_or_lead() -> bool:
-    """Under `torchrun`, let every process but the first do what that one says, to its end.
+@contextmanager
+def launched() -> Iterator[bool]:
+    """Under `torchrun`, where the first process works and the others do what it says.
 
-    Returns:
-        Whether this is the first process, or the only one.
+    Yields:
+        Whether this is the first process. Each of the others has done its part by then; they end
+        when the first one leaves.
     """
-    if LAUNCHED not in os.environ or os.environ["RANK"] == "0":
-        return True
-    _own_place().serve()
-    return False
-
-
-def end_others() -> None:
-    """Under `torchrun`, let the other processes end."""
-    if LAUNCHED in os.environ:
-        if _teams:
-            _teams[0].end()
-        else:
-            _own_place().store.set("order 0", "end")
+    place = _own_place()
+    if place.rank:
+        place.serve()
+        yield False
+    else:
+        try:
+            yield True
+        finally:
+            team = _teams[0] if _teams else Team()
+            place.store.set(f"order {team.orders}", "end")
+    _leave()
 
 
 def _launched(device: str) -> Team:
