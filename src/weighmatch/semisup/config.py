@@ -269,9 +269,8 @@ class TrainingConfig:
         snapshots: how often, evenly over the run, the weights of the whole pool are recorded.
         checkpoint_every: steps between two checkpoints that a killed run resumes from.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        precision: "float32", or "bfloat16" for the classifier's passes (autocast); parameters,
-            their average, hypergradients and weights stay in single precision. "float64" trains
-            in double precision, to compare numbers of processes; it is slower.
+        precision: "float32", "float64", or "bfloat16" for the classifier's passes (autocast), where
+            parameters, their average, hypergradients and weights stay in single precision.
         channels_last: whether images and kernels lie in memory with channels last.
         compile: whether `torch.compile` prepares the classifier; its minute or so counts.
         deterministic: whether only repeatable algorithms are used on a GPU.
@@ -372,7 +371,7 @@ _GROUPS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class RunsConfig:
-    """Which runs are done, how many at a time, and by how many processes each.
+    """Which runs are done and how many at a time.
 
     Attributes:
         arms: names of arms, a list or joined by "+".
@@ -380,8 +379,7 @@ class RunsConfig:
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
-        processes: processes of this machine that train one run together, one run after another;
-            under `torchrun` all that it started do.
+        processes: how many of this machine train a run together, one run after another.
         time_limit: how long a command may take, such as "15m", "2h" or "90s"; fewer steps are taken
             and seeds left out where all would take longer. None: as long as they take.
     """
@@ -405,17 +403,12 @@ class RunsConfig:
         object.__setattr__(self, "schedule", require_list("runs.schedule", schedules))
         for schedule in self.schedule:
             require_choice("runs.schedule", schedule, SCHEDULES)
-        require_integer("runs.rounds", self.rounds, 1)
+        for name in ("rounds", "processes"):
+            require_integer(f"runs.{name}", getattr(self, name), 1)
         if self.rounds > MAX_ROUNDS:
             raise ValueError(f"runs.rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
         if self.workers != "auto":
             require_integer("runs.workers (or auto)", self.workers, 1)
-        require_integer("runs.processes", self.processes, 1)
-        if self.processes > 1 and (self.workers not in ("auto", 1) or self.time_limit is not None):
-            raise ValueError(
-                f"runs.processes {self.processes} trains one run at a time, for as long as it "
-                "takes; leave out runs.workers and runs.time_limit"
-            )
         if not any(get_arm(arm).schedules_among(self.schedule) for arm in self.arms):
             raise ValueError(
                 f"runs.arms: {', '.join(self.arms)} can be trained in rounds alone; set "

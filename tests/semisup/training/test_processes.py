@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -10,19 +11,28 @@ import pytest
 import torch
 
 from tests.semisup.helpers import fit_until_killed
+from weighmatch.checks import ToldError
 from weighmatch.semisup import RunsConfig
 from weighmatch.semisup.parts.augmentation import Augmentation
-from weighmatch.semisup.parts.group import ALONE, GroupError, Processes, TooFewError
+from weighmatch.semisup.parts.group import (
+    ALONE,
+    DisagreementError,
+    GroupError,
+    Processes,
+    TooFewError,
+)
 from weighmatch.semisup.parts.losses import mean_one
 from weighmatch.semisup.parts.state_file import read_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import StoredViews
+from weighmatch.semisup.training import jobs
 from weighmatch.semisup.training.batches import Batches
+from weighmatch.semisup.training.deadline import Deadline
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
 from weighmatch.semisup.training.loop import CHECKPOINT, Run
 from weighmatch.semisup.training.numerics import precision
-from weighmatch.semisup.training.processes import together
+from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.schedules import make_schedule
 
 TOLERANCE = 1e-6
@@ -78,16 +88,16 @@ def doubled(name, config, data):
     return Job(name, "seed_0", replace(config, training=training), data, 1.0)
 
 
-def assert_two_are_one(jobs, tmp_path, more=lambda team: None):
+def assert_two_are_one(planned, tmp_path, more=lambda team: None):
     """Assert that two processes end where one does, in each job; what a folder holds counts."""
-    for job in jobs:
+    for job in planned:
         _fit(job, tmp_path / "one", ALONE)
     with together(2, "cpu") as team:
-        for job in jobs:
+        for job in planned:
             team.also(_fit, job, tmp_path / "two")
             _fit(job, tmp_path / "two", team.group)
         more(team)
-    for job in jobs:
+    for job in planned:
         for name in ("run.pt", CHECKPOINT):
             expected, found = (
                 read_state(job.folder(tmp_path / which) / name) for which in ("one", "two")
@@ -128,14 +138,31 @@ def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tm
             for arm in ("supervised", "softmatch", "energy", "ds3l", "pu", "inlier", "free")
         },
     }
-    jobs = [doubled(name, config, training_set) for name, config in configs.items()]
-    assert_two_are_one(jobs, tmp_path)
+    planned = [doubled(name, config, training_set) for name, config in configs.items()]
+    assert_two_are_one(planned, tmp_path)
 
 
 def train_by_two(job, folder, progress):
     with together(2, "cpu") as team:
         team.also(_fit, job, folder)
         _fit(job, folder, team.group, progress)
+
+
+def disagree(group):
+    group.require_same(lambda: [1, torch.ones(2)])
+    group.require_same(lambda: [1, torch.full((2,), 1.0 + group.rank * 1e-6)])
+
+
+@pytest.mark.integration
+def test_processes_with_different_numbers_end():
+    with pytest.raises(DisagreementError, match=r"have come to different numbers; train on mach"):
+        call_in_two(disagree)
+
+
+def call_in_two(function):
+    with together(2, "cpu") as team:
+        team.also(function)
+        function(team.group)
 
 
 @pytest.mark.integration
@@ -205,10 +232,12 @@ def test_a_batch_that_is_too_small_to_divide_is_refused():
         Member(0, 3).rows(2)
 
 
-def test_processes_train_one_run_at_a_time():
-    assert RunsConfig(processes=2).processes == 2
-    for wrong in ({"workers": 2}, {"time_limit": "1h"}):
-        with pytest.raises(ValueError, match=r"runs\.processes 2 .* leave out runs\.workers"):
-            RunsConfig(processes=2, **wrong)
+def test_several_processes_keep_no_time_limit(training_set, run_config, tmp_path, monkeypatch):
+    team = Team()
+    team.group = Member(0, 2)
+    monkeypatch.setattr(jobs, "together", lambda processes, device: nullcontext(team))
+    job = doubled("late", run_config(), training_set)
+    with pytest.raises(ToldError, match=r"runs\.time_limit is kept by one process alone"):
+        finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.checks import ToldError
+from weighmatch.semisup.parts.state_file import content_digest
 from weighmatch.semisup.parts.streams import Rows
 
 T = TypeVar("T")
@@ -23,6 +24,10 @@ Items = TypeVar("Items", Tensor, NDArray[Any])
 
 class GroupError(ToldError, RuntimeError):
     """A process of a group was lost; the message says how training goes on."""
+
+
+class DisagreementError(ToldError, RuntimeError):
+    """Processes that should hold the same numbers do not."""
 
 
 class TooFewError(ToldError, ValueError):
@@ -74,6 +79,9 @@ class Group:
     def from_first(self, function: Callable[[], T]) -> T:
         """What `function` gives in the first process, in all of them; the others do not call it."""
         return function()
+
+    def require_same(self, content: Callable[[], Any]) -> None:
+        """Require that nested containers of tensors and numbers are the same in all processes."""
 
 
 ALONE = Group()
@@ -149,6 +157,21 @@ class Processes(Group):
         self._together(lambda: dist.broadcast_object_list(carried, device=cpu))
         found: T = carried[0]
         return found
+
+    def require_same(self, content: Callable[[], Any]) -> None:
+        """Require that nested containers of tensors and numbers are the same in all processes.
+
+        Raises:
+            DisagreementError: in all processes, if they are not.
+        """
+        mine = content_digest(content())
+        differs = self.from_first(lambda: mine) != mine
+        if bool(self.sum(torch.tensor([int(differs)]))):
+            raise DisagreementError(
+                f"the {self.size} processes of this training have come to different numbers; "
+                "train on machines of one kind with the same packages, and start the same command "
+                "again: training goes on from its last checkpoint"
+            )
 
     def _together(self, operation: Callable[[], object]) -> None:
         """Do what needs all processes.

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighmatch.arms import Arm, get_arm
+from weighmatch.checks import ToldError
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.parts.group import Group
@@ -174,6 +175,7 @@ def finish_jobs(
         The jobs that are finished, in the order of `jobs`.
 
     Raises:
+        ToldError: if several processes have a deadline.
         KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
@@ -195,6 +197,11 @@ def _finish(
 ) -> list[Job]:
     """`finish_jobs` with the processes that train a run together."""
     planned = jobs
+    if team.group.size > 1 and deadline is not None:
+        raise ToldError(
+            f"runs.time_limit is kept by one process alone, and {team.group.size} processes train "
+            "together; leave it out, or set runs.processes to 1"
+        )
     if team.group.size > 1:
         workers = 1
     elif workers == "auto":

@@ -380,6 +380,7 @@ class Run:
 
     def save(self) -> None:
         """Write the checkpoint, in the first process; it does not depend on their number."""
+        self.group.require_same(lambda: [getattr(self, name).state_dict() for name in _PARTS])
         self.saved = self.step
         if self.group.first:
             write_state(self.directory / CHECKPOINT, self._state())
