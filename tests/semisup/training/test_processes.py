@@ -3,16 +3,21 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from tests.project import ROOT
 from tests.semisup.helpers import fit_until_killed
 from weighmatch.checks import ToldError
-from weighmatch.semisup import RunsConfig
+from weighmatch.semisup import RunsConfig, TrainingSet
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.group import (
     ALONE,
@@ -139,7 +144,29 @@ def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tm
         },
     }
     planned = [doubled(name, config, training_set) for name, config in configs.items()]
-    assert_two_are_one(planned, tmp_path)
+    assert_two_are_one([*planned, *on_features(run_config)], tmp_path)
+
+
+def on_features(run_config):
+    """Jobs whose classifier is a head on stored features."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12) % 3
+    mine, theirs = (rng.normal(size=(n, 6, 8)) for n in (12, 40))
+    mine += 2 * labels[:, None, None] * np.eye(8)[0]
+    data = TrainingSet(
+        mine.astype(np.float16), labels, theirs.astype(np.float16), image_shape=(3, 64, 64)
+    )
+    settings = {
+        "network": "efficientnet_lite0",
+        "weights": "packaged",
+        "features": {"weak_views": 2, "strong_views": 3},
+    }
+    return [
+        doubled("frozen", run_config(steps=50, **settings), data),
+        doubled(
+            "frozen-rounds", run_config(steps=50, schedule="rounds", rounds=2, **settings), data
+        ),
+    ]
 
 
 def train_by_two(job, folder, progress):
@@ -241,3 +268,62 @@ def test_several_processes_keep_no_time_limit(training_set, run_config, tmp_path
         finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)
+
+
+def start(tmp_path, *command, **params):
+    """Start a short training of the whole project in double precision, `command` before it."""
+    settings = {
+        "data_folder": tmp_path,
+        "training.precision": "float64",
+        "runs.arms": "[fixmatch,learned]",
+        "data.seeds": "[0]",
+        **params,
+    }
+    given = ",".join(f"{name}={value}" for name, value in settings.items())
+    options = ["--env", "test", "--params", given]
+    options += ["--pipelines", "data_preparation,feature_extraction,training"]
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "weighmatch", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_ends_where_one_process_does(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, command in (("one", []), ("two", launcher)):
+        process = start(tmp_path / name, *command)
+        _, written = process.communicate()
+        assert process.returncode == 0, written
+    found = sorted((tmp_path / "one").rglob("run.pt"))
+    assert len(found) == 2
+    for path in found:
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert_close(read_state(path), read_state(other), path.parent.name)
+
+
+@pytest.mark.slow
+def test_a_command_ends_with_one_sentence_when_a_process_is_killed(tmp_path):
+    process = start(tmp_path, **{"runs.processes": 2, "training.steps": 20_000})
+    while not list(tmp_path.rglob(CHECKPOINT)):
+        assert process.poll() is None
+        time.sleep(0.2)
+    (child,) = [p for p in children_of(process.pid) if "spawn_main" in command_of(p)]
+    os.kill(child, signal.SIGKILL)
+    _, written = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in written
+    told = "Error: one of the 2 processes of this training was ended by SIGKILL"
+    assert next(line for line in written.splitlines() if line.startswith("Error")).startswith(told)
+
+
+def children_of(pid):
+    """The processes that a process has started, on Linux."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
