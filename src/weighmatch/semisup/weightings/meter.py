@@ -50,14 +50,12 @@ class Views(NamedTuple):
 
     Attributes:
         indices: which images of the pool they are, (n,), on its device.
-        own: which of them this process has; all where it is the only one.
-        weak: weak views of these, (m, C, H, W).
-        strong: strong views of these, (m, C, H, W).
+        weak: weak views of those that are this process's own, (m, C, H, W).
+        strong: strong views of the same ones, (m, C, H, W).
         pseudo: what the classifier says of the weak views.
     """
 
     indices: Tensor
-    own: slice | Tensor
     weak: Tensor
     strong: Tensor
     pseudo: PseudoLabels
@@ -202,7 +200,7 @@ class InfluenceMeter:
         strong = context.views.strong(images, noise, rows)
         with torch.no_grad():
             pseudo = pseudo_label(classifier(weak), context.training.threshold, context.align)
-        return Views(indices.to(images.device), rows.own, weak, strong, pseudo)
+        return Views(indices.to(images.device), weak, strong, pseudo)
 
     def outer_gradient(self, classifier: Classifier) -> Tensor:
         """∇_θ L_outer on strongly augmented labelled images of all processes, (P,)."""
@@ -229,13 +227,14 @@ class InfluenceMeter:
         params = parameters_of(classifier)
         n = min(self.config.curvature_batch, len(views.indices))
         rows, own = context.group.rows(n), context.group.share(n)
+        mine = views.indices[context.group.rows(len(views.indices)).own]
         noise = context.streams["augmentation for the outer loss"]
         drawn = context.streams.draw(len(context.labelled), n, "labelled images in the curvature")
         drawn = drawn[rows.own]
         labelled = context.views.weak(context.labelled[drawn], noise, rows)
         labels = context.labels[drawn]
         part = PseudoLabels(*(t[:own] for t in vars(views.pseudo).values()))
-        weights = self.weigh(views.weak[:own], part, views.indices[views.own][:own])
+        weights = self.weigh(views.weak[:own], part, mine[:own])
         images = torch.cat([labelled, views.strong[:own]])
         factor = context.training.unlabelled_weight
         curvature: LinearOperator = GaussNewton(
