@@ -25,7 +25,8 @@ from weighmatch.semisup.config import (
     WeightingConfig,
 )
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
-from weighmatch.semisup.training.loop import Run, algorithms
+from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.training.numerics import algorithms
 from weighmatch.semisup.training.schedules import make_schedule
 
 __all__ = ["bare_loop", "rank"]

@@ -6,6 +6,7 @@ import os
 import re
 import traceback
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,8 @@ def _run(*, show_traceback: bool, **options: Any) -> Any:
         project = require_project()
         _configure_logging(project)
         require_known(options, project)
-        return kedro_run.callback(**options)  # type: ignore[misc]
+        with _under_torchrun() as leads:
+            return kedro_run.callback(**options) if leads else None  # type: ignore[misc]
     except KeyboardInterrupt as stopped:
         notes = getattr(stopped, "__notes__", [])
         text = "Interrupted; start the same command again, and it goes on from what is finished"
@@ -55,6 +57,15 @@ def _run(*, show_traceback: bool, **options: Any) -> Any:
         if show_traceback:
             traceback.print_exception(error)
         raise click.ClickException(sentence) from error
+
+
+def _under_torchrun() -> AbstractContextManager[bool]:
+    """Whether this process runs the pipelines: of those that torchrun starts the first one does."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return nullcontext(True)
+    from weighmatch.semisup.training.processes import launched
+
+    return launched()
 
 
 def _configure_logging(project: Path) -> None:

@@ -199,7 +199,7 @@ def fit(
             FeatureStore.extract(features, sets, {}, settings, config.workers)
         sets = with_features(sets, features)
     (job,) = plan_jobs(config.arms, sets, settings, config)
-    finish_jobs([job], place, workers=1)
+    finish_jobs([job], place, workers=1, processes=config.processes)
     trained = read_job(job, place)
     pool = describe_pool(trained, job.data)
     files = data.files

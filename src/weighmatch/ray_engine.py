@@ -289,11 +289,13 @@ class Engine:
         run_all: does jobs, as `workers.run_all`.
         run_in_pool: the same for very many jobs that need the same model.
         count: tells how many jobs are done at a time where nobody says it.
+        far: whether jobs may be done on other machines.
     """
 
     run_all: Callable[..., Iterator[tuple[int, Any]]]
     run_in_pool: Callable[..., Iterator[tuple[int, Any]]]
     count: Callable[[], int]
+    far: bool = False
 
 
 def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
@@ -309,6 +311,7 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
             partial(run_all, **demand),
             partial(run_in_pool, **demand),
             partial(count_workers, **demand),
+            far=True,
         ),
     }
     return engines[config.engine]

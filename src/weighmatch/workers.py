@@ -324,7 +324,7 @@ def _serve(pipe: Connection, parent: int) -> None:
     """
     # Ctrl-C reaches all processes of a terminal; the parent decides what becomes of workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=leave_with, args=(parent,), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
@@ -372,7 +372,7 @@ def portable(error: BaseException) -> BaseException:
     return error
 
 
-def _leave_with(parent: int) -> None:
+def leave_with(parent: int) -> None:
     """End this process when the one that started it is gone, even if that was killed.
 
     Otherwise an orphan would go on writing to the folder that a restarted run resumes from.

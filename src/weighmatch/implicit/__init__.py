@@ -15,7 +15,7 @@ from weighmatch.implicit.method import Method, Solution, State
 from weighmatch.implicit.minres import MinRes
 from weighmatch.implicit.neumann import Neumann
 from weighmatch.implicit.nystrom import Nystrom
-from weighmatch.implicit.operators import Dense, LinearOperator
+from weighmatch.implicit.operators import Dense, LinearOperator, Summed
 from weighmatch.implicit.spectrum import (
     asymmetry,
     extreme_eigenvalues,
@@ -44,6 +44,7 @@ __all__ = [
     "Parameters",
     "Solution",
     "State",
+    "Summed",
     "Woodbury",
     "asymmetry",
     "darts_gradient",

@@ -129,6 +129,30 @@ class Restriction:
     lift: Callable[[Tensor], Tensor]
 
 
+class Summed(LinearOperator):
+    """The sum of operators of which each of several processes has one.
+
+    Each product is added up over the processes. All of them have to multiply the same vectors in
+    the same order, which a solver does that gets the same sums. A dot product of such vectors is
+    the same in all processes and must not be added up.
+
+    Args:
+        op: the operator of this process.
+        add: adds up a vector (P,) over all processes, to the same bits in each of them.
+    """
+
+    def __init__(self, op: LinearOperator, add: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(op.shape[0], op.dtype, op.device)
+        self.positive_semidefinite = op.positive_semidefinite
+        self._op, self._add = op, add
+
+    def expect(self, products: int) -> None:
+        self._op.expect(products)
+
+    def _product(self, vector: Tensor) -> Tensor:
+        return self._add(self._op @ vector)
+
+
 class Dense(LinearOperator):
     """A given symmetric matrix (P, P): for tests, teaching and small problems.
 

@@ -270,8 +270,8 @@ class TrainingConfig:
         snapshots: how often, evenly over the run, the weights of the whole pool are recorded.
         checkpoint_every: steps between two checkpoints that a killed run resumes from.
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
-        precision: "float32", or "bfloat16" for the classifier's passes (autocast); parameters,
-            their average, hypergradients and weights stay in single precision.
+        precision: "float32", "float64", or "bfloat16" for the classifier's passes (autocast), where
+            parameters, their average, hypergradients and weights stay in single precision.
         channels_last: whether images and kernels lie in memory with channels last.
         compile: whether `torch.compile` prepares the classifier; its minute or so counts.
         deterministic: whether only repeatable algorithms are used on a GPU.
@@ -302,7 +302,7 @@ class TrainingConfig:
     snapshots: int = 10
     checkpoint_every: int = 200
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float64"] = "float32"
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
@@ -331,7 +331,7 @@ class TrainingConfig:
         require_number("training.weight_decay", self.weight_decay, 0, 1)
         require_number("training.ema", self.ema, 0, 1)
         require_choice("training.device", self.device, ("auto", "cpu", "cuda"))
-        require_choice("training.precision", self.precision, ("float32", "bfloat16"))
+        require_choice("training.precision", self.precision, ("float32", "bfloat16", "float64"))
         require_choice("training.pool_memory", self.pool_memory, ("auto", "device", "host"))
         for name in ("distribution_alignment", "channels_last", "compile", "deterministic"):
             require_boolean(f"training.{name}", getattr(self, name))
@@ -380,6 +380,7 @@ class RunsConfig(EngineConfig):
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
+        processes: how many of this machine train a run together, one run after another.
         time_limit: how long a command may take, such as "15m", "2h" or "90s"; fewer steps are taken
             and seeds left out where all would take longer. None: as long as they take.
     """
@@ -388,10 +389,10 @@ class RunsConfig(EngineConfig):
     schedule: tuple[Schedule, ...] = ("rounds",)
     rounds: int = 4
     workers: int | Literal["auto"] = "auto"
+    processes: int = 1
     time_limit: str | None = None
 
     def __post_init__(self) -> None:
-        self.check_engine("runs")
         object.__setattr__(self, "arms", require_arms("runs.arms", self.arms))
         if self.time_limit is not None and self.seconds() <= 0:
             raise ValueError(
@@ -403,7 +404,9 @@ class RunsConfig(EngineConfig):
         object.__setattr__(self, "schedule", require_list("runs.schedule", schedules))
         for schedule in self.schedule:
             require_choice("runs.schedule", schedule, SCHEDULES)
-        require_integer("runs.rounds", self.rounds, 1)
+        for name in ("rounds", "processes"):
+            require_integer(f"runs.{name}", getattr(self, name), 1)
+        self.check_engine("runs", self.processes)
         if self.rounds > MAX_ROUNDS:
             raise ValueError(f"runs.rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
         if self.workers != "auto":

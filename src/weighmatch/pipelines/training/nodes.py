@@ -55,7 +55,7 @@ def train_arms(
     _say_which(jobs, folder)
     others = [arm for arm in runs.arms if arm not in arms]
     after = cost_of(others, sets, training, runs) if jobs else 0.0
-    finished = finish_jobs(jobs, folder, runs.workers, (0.0, after), deadline, runs)
+    finished = finish_jobs(jobs, folder, runs.workers, (0.0, after), deadline, runs, runs.processes)
     late = sorted({job.seed for job in jobs} - {job.seed for job in finished})
     if late:
         log.warning(
@@ -113,7 +113,7 @@ def train_oracle(
     # One bar for the runs of both nodes; those of clean pools come last.
     others = [arm for arm in runs.arms if arm not in arms]
     before = cost_of(others, whole, training, runs) if jobs else 0.0
-    finished = finish_jobs(jobs, folder, runs.workers, (before, 0.0), engine=runs)
+    finished = finish_jobs(jobs, folder, runs.workers, (before, 0.0), None, runs, runs.processes)
     return _hand_over(finished, folder)
 
 

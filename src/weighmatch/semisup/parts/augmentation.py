@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from weighmatch.semisup.config import AugmentationConfig
+from weighmatch.semisup.parts.streams import Rows
 
 # --- photometric operations: uint8-valued float images (n, C, H, W), factors (n,) ----------
 
@@ -193,9 +194,9 @@ PART = 512 * 3 * 32 * 32
 class Augmentation:
     """Draws weak and strong views of uint8 images (n, C, H, W) on their own device.
 
-    Both views come as float32 in [0, 1]. Randomness comes from the generator given (on the
-    CPU, so that a GPU run sees the same draws), a row of numbers an image: what an image draws
-    does not depend on how many are augmented together.
+    All views come in torch's default precision, in [0, 1]. Randomness comes from the generator
+    given (on the CPU, so that a GPU run sees the same draws), a row of numbers an image: what an
+    image draws does not depend on how many are augmented together.
     """
 
     def __init__(self, config: AugmentationConfig) -> None:
@@ -203,21 +204,23 @@ class Augmentation:
 
     def plain(self, images: Tensor) -> Tensor:
         """The images as they are."""
-        return images.float() / 255
+        return images / 255
 
-    def weak(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def weak(self, images: Tensor, generator: torch.Generator, rows: Rows | None = None) -> Tensor:
         """Shift by whole pixels, reflecting at the border, and flip where that is on."""
         views = torch.empty(images.shape, device=images.device)
-        uniform = torch.rand(len(images), SHIFT_DRAWS, generator=generator)
+        uniform = _drawn(len(images), SHIFT_DRAWS, generator, rows)
         for part, shifted in self._shifted(images, uniform):
             torch.div(shifted, 255, out=views[part])
         return views
 
-    def strong(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def strong(
+        self, images: Tensor, generator: torch.Generator, rows: Rows | None = None
+    ) -> Tensor:
         """Weak view, then RandAugment and cutout."""
         config = self.config
         columns = [SHIFT_DRAWS, config.draws, config.draws, 2]
-        uniform = torch.rand(len(images), sum(columns), generator=generator)
+        uniform = _drawn(len(images), sum(columns), generator, rows)
         shifts, operations, levels, corners = uniform.split(columns, dim=1)
         parts = self._shifted(images, shifts)
         choices = (operations.T * len(config.operations)).long()
@@ -225,7 +228,7 @@ class Augmentation:
         matrices, turned = self._placements(choices, levels, *images.shape[-2:])
         views = torch.empty(images.shape, device=images.device)
         for part, shifted in parts:
-            pixels = shifted.float()
+            pixels = shifted.to(views.dtype)
             self._recolour(pixels, choices[:, part], levels[:, part])
             moved = turned[part].nonzero().squeeze(1)
             if len(moved):
@@ -299,6 +302,12 @@ class Augmentation:
             amounts.scatter_(1, column[choice].unsqueeze(1), values.unsqueeze(1))
             matrices = _compose(matrices, place(amounts[:, :-1], height, width))
         return matrices, (column < len(COLUMNS))[choices].any(dim=0)
+
+
+def _drawn(images: int, columns: int, generator: torch.Generator, rows: Rows | None) -> Tensor:
+    """A row of numbers in [0, 1) an image, (images, columns), of all or of some of `rows`."""
+    rows = rows or Rows(images)
+    return torch.rand(rows.total, columns, generator=generator)[rows.own]
 
 
 def _gathered(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:

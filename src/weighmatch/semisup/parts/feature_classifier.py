@@ -68,9 +68,10 @@ def make_classifier(
 def fit_to_data(classifier: Classifier, pool: ImageStore) -> None:
     """Set what a new classifier takes from the pool, where it standardises features."""
     if isinstance(classifier, FeatureClassifier):
-        classifier.trunk.fit(pool[_spread_out(len(pool), FITTED_IMAGES)][:, 0].float())
+        dtype = torch.get_default_dtype()
+        classifier.trunk.fit(pool[_spread_out(len(pool), FITTED_IMAGES)][:, 0].to(dtype))
     if isinstance(classifier, PretrainedClassifier):
-        images = pool[_spread_out(len(pool), PASSED_IMAGES)].float() / 255
+        images = pool[_spread_out(len(pool), PASSED_IMAGES)] / 255
         with torch.no_grad():
             classifier.standardise.fit(classifier.trunk(images), together=True)
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weighmatch.semisup.parts.group import ALONE, Group
+
 
 @dataclass(frozen=True)
 class PseudoLabels:
@@ -43,7 +45,7 @@ def pseudo_label(
     if align is not None:
         probabilities = align(probabilities)
     confidence, labels = probabilities.max(dim=1)
-    mask = (confidence >= threshold).float()
+    mask = (confidence >= threshold).to(confidence.dtype)
     return PseudoLabels(probabilities, labels, confidence, mask, logits)
 
 
@@ -58,6 +60,7 @@ def fixmatch_loss(
     pseudo: PseudoLabels,
     weights: Tensor | None,
     unlabelled_weight: float,
+    whole: tuple[int, int] | None = None,
 ) -> Tensor:
     """CE(labelled) + λ_u · mean_i(w_i m_i CE(p(A(u_i)), q_i)), a scalar.
 
@@ -70,16 +73,19 @@ def fixmatch_loss(
         pseudo: of the weak views.
         weights: w_i, (µB,); None: 1.
         unlabelled_weight: λ_u.
+        whole: labelled and unlabelled images of the batch that these are a part of, so that the
+            losses of all parts add up to that of the batch; None: these are the batch.
     """
-    factors = pseudo.mask * (unlabelled_weight / len(pseudo.mask))
+    of_labelled, of_unlabelled = whole or (len(labels), len(pseudo.mask))
+    factors = pseudo.mask * (unlabelled_weight / of_unlabelled)
     if weights is not None:
         factors = weights * factors
     # One cross-entropy over all, of few operations: on a small network each of them shows.
     targets = torch.cat([labels, pseudo.labels])
     losses = F.nll_loss(logits.log_softmax(dim=1), targets, reduction="none")
-    return losses.dot(torch.cat([factors.new_full(labels.shape, 1 / len(labels)), factors]))
+    return losses.dot(torch.cat([factors.new_full(labels.shape, 1 / of_labelled), factors]))
 
 
-def mean_one(scores: Tensor) -> Tensor:
-    """Positive scores (n,) scaled to mean 1 over the batch."""
-    return scores / scores.mean().clamp(min=torch.finfo(scores.dtype).tiny)
+def mean_one(scores: Tensor, group: Group = ALONE) -> Tensor:
+    """Positive scores (n,) scaled to mean 1 over the batch, of which each process has a part."""
+    return scores / group.mean(scores).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.state_file import State
 
 # Weight of the past: the last 100 batches or so, of runs of some thousand steps.
@@ -50,15 +51,18 @@ class DistributionAlignment:
     Args:
         labels: of the labelled images, (n,).
         classes: number of classes.
+        group: the processes that each have a part of a batch.
     """
 
-    def __init__(self, labels: Tensor, classes: int) -> None:
-        self.marginal = F.one_hot(labels, classes).float().mean(dim=0)
+    def __init__(self, labels: Tensor, classes: int, group: Group = ALONE) -> None:
+        dtype = torch.get_default_dtype()
+        self.marginal = F.one_hot(labels, classes).to(dtype).mean(dim=0)
         self.predicted = RunningMean(classes, labels.device)
+        self._group = group
 
     def observe(self, weak_logits: Tensor) -> None:
         """Count the predictions on a training batch, logits (n, classes)."""
-        self.predicted.update(weak_logits.detach().softmax(dim=1).mean(dim=0))
+        self.predicted.update(self._group.mean(weak_logits.detach().softmax(dim=1)))
 
     def state_dict(self) -> State:
         """What a checkpoint needs to continue."""

@@ -5,14 +5,28 @@ same initialisation, the same batches and the same augmentations.
 """
 
 import hashlib
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 def derive_seed(seed: int, purpose: str) -> int:
     """A 63-bit seed for `purpose`, by SHA-256."""
     digest = hashlib.sha256(f"{seed}/{purpose}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
+
+
+class Rows(NamedTuple):
+    """Some of the rows of random numbers that are drawn together, one an image.
+
+    Attributes:
+        total: how many rows are drawn.
+        own: which of them are used here.
+    """
+
+    total: int
+    own: slice | Tensor = slice(None)
 
 
 class Streams:

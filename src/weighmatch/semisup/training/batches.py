@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import StoredViews, Views
@@ -16,13 +17,13 @@ CHUNK, CHUNK_BYTES = 100, 2**28
 
 
 class Batch(NamedTuple):
-    """What a step sees: B labelled images and µB unlabelled ones, n of both together.
+    """What a process sees of a step: of B labelled and µB unlabelled images its own, n together.
 
     Attributes:
         images: labelled weak views and after them the strong views, (n, C, H, W).
-        labels: (B,).
-        weak: weak views, (µB, C, H, W).
-        indices: which images of the pool they are, (µB,).
+        labels: of the labelled images, (b,); b is B where there is one process.
+        weak: weak views, (u, C, H, W); u is µB where there is one process.
+        indices: which images of the pool they are, (u,).
     """
 
     images: Tensor
@@ -42,6 +43,11 @@ class Batches:
         views: makes the views.
         streams: random streams by purpose.
         with_pool: whether steps see unlabelled images.
+        group: the processes among which each batch is divided; they draw the same streams.
+
+    Attributes:
+        batch: labelled images of a step, in all processes together.
+        unlabelled: unlabelled images of a step, in all processes together.
     """
 
     def __init__(
@@ -53,7 +59,9 @@ class Batches:
         views: Views,
         streams: Streams,
         with_pool: bool,
+        group: Group = ALONE,
     ) -> None:
+        self.group = group
         self.labelled, self.labels, self.pool = labelled, labels, pool
         self.views, self.streams = views, streams
         self.batch = training.batch_size
@@ -75,26 +83,29 @@ class Batches:
         )
 
     def draw(self, size: int) -> list[Batch]:
-        """The batches of `size` steps."""
-        batch, unlabelled = self.batch, self.unlabelled
-        drawn = self.streams.draw(len(self.labelled), size * batch, "labelled batches")
+        """The batches of `size` steps; every process makes the views of its own images."""
+        rows = self.group.rows(self.batch, size)
+        batch = self.group.share(self.batch)
+        drawn = self.streams.draw(len(self.labelled), rows.total, "labelled batches")[rows.own]
         drawn = drawn.to(self.pool.device, non_blocking=True)
         noise = self.streams["augmentation of labelled images"]
-        labelled = self.views.weak(self.labelled[drawn], noise)
+        labelled = self.views.weak(self.labelled[drawn], noise, rows)
         labels = self.labels[drawn].split(batch)
-        if not unlabelled:
+        if not self.unlabelled:
             parts = self.arranged(labelled).split(batch)
             return [Batch(*pair) for pair in zip(parts, labels, strict=True)]
-        chosen = self.streams.draw(len(self.pool), size * unlabelled, "unlabelled batches")
+        rows = self.group.rows(self.unlabelled, size)
+        unlabelled = self.group.share(self.unlabelled)
+        chosen = self.streams.draw(len(self.pool), rows.total, "unlabelled batches")[rows.own]
         weak_noise = self.streams["weak views of unlabelled images"]
         strong_noise = self.streams["strong views of unlabelled images"]
         if isinstance(self.views, StoredViews):
-            weak = self.views.weak_of(self.pool, chosen, weak_noise)
-            strong = self.views.strong_of(self.pool, chosen, strong_noise)
+            weak = self.views.weak_of(self.pool, chosen, weak_noise, rows)
+            strong = self.views.strong_of(self.pool, chosen, strong_noise, rows)
         else:
             images = self.pool[chosen]
-            weak = self.views.weak(images, weak_noise)
-            strong = self.views.strong(images, strong_noise)
+            weak = self.views.weak(images, weak_noise, rows)
+            strong = self.views.strong(images, strong_noise, rows)
         weak_batches = self.arranged(weak).split(unlabelled)
         # Only what is differentiated shares a pass: the weak view needs no backward.
         both = torch.cat(

@@ -19,6 +19,7 @@ from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.backbones import load_backbone
+from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.state_file import State
 from weighmatch.semisup.parts.store import Stored
 from weighmatch.semisup.training.code import training_code
@@ -194,6 +195,7 @@ class RunConfig:
         rounds: number of rounds of the schedule rounds.
         code: identifies the code that trains the run. It is fixed when the configuration is made:
             code that is edited while many runs go on must not split them into two kinds.
+        group: the processes that train it together. It is no part of what defines the run.
 
     Raises:
         ValueError: if the arm is unknown or cannot be trained in that schedule, or a number is
@@ -208,6 +210,7 @@ class RunConfig:
     schedule: Schedule = "online"
     rounds: int = 1
     code: str = field(default_factory=training_code)
+    group: Group = field(default=ALONE, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         arm = get_arm(self.arm)
@@ -240,7 +243,9 @@ class RunConfig:
 
     def to_dict(self) -> State:
         """Numbers, strings and containers of them."""
-        return asdict(self)
+        content = asdict(replace(self, group=ALONE))
+        del content["group"]
+        return content
 
     @classmethod
     def from_dict(cls, content: State) -> "RunConfig":

@@ -15,15 +15,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from weighmatch.arms import Arm, get_arm
+from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
-from weighmatch.ray_engine import make_engine
+from weighmatch.ray_engine import Engine, make_engine
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
+from weighmatch.semisup.parts.group import Group
 from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
 from weighmatch.semisup.training.loop import CHECKPOINT
+from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.rounds import beyond
 from weighmatch.semisup.training.schedules import RUN, make_schedule
 from weighmatch.workers import one_thread
@@ -157,6 +160,7 @@ def finish_jobs(
     others: tuple[float, float] = (0.0, 0.0),
     deadline: Deadline | None = None,
     engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+    processes: int = 1,
 ) -> list[Job]:
     """Train every job, `workers` at a time; what `folder` holds finished is not trained again.
 
@@ -173,22 +177,46 @@ def finish_jobs(
             with all of their jobs; another call goes on with them.
         engine: where the runs are done. Machines that share `folder` resume a run from the
             checkpoints of another; a machine that does not sends its finished runs back.
+        processes: how many train a run together; more than one train one run at a time.
 
     Returns:
         The jobs that are finished, in the order of `jobs`.
 
     Raises:
+        ToldError: if several processes have a deadline.
         KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
         return []
-    planned = jobs
     _hash_pools(jobs)
-    runner = make_engine(engine, pick_device(jobs[0].config.training.device).type)
+    device = pick_device(jobs[0].config.training.device).type
+    left = any(kept_steps(job, folder) < job.steps for job in jobs)
+    with together(processes if left else 1, device) as team:
+        return _finish(jobs, folder, workers, others, deadline, make_engine(engine, device), team)
+
+
+def _finish(
+    jobs: Sequence[Job],
+    folder: Path,
+    workers: int | Literal["auto"],
+    others: tuple[float, float],
+    deadline: Deadline | None,
+    runner: Engine,
+    team: Team,
+) -> list[Job]:
+    """`finish_jobs` with its engine and the processes that train a run together."""
+    planned = jobs
+    if team.group.size > 1 and deadline is not None:
+        raise ToldError(
+            f"runs.time_limit is kept by one process alone, and {team.group.size} processes train "
+            "together; leave it out, or set runs.processes to 1"
+        )
+    if team.group.size > 1:
+        workers = 1
     count = min(runner.count() if workers == "auto" else workers, len(jobs))
-    if engine.engine == "ray":
+    if runner.far:
         jobs = _unmapped(jobs)
-    elif count > 1:
+    elif count > 1 or team.group.size > 1:
         jobs = [_shared(job, folder) for job in jobs]
     kept = [kept_steps(job, folder) for job in jobs]
     state = f": {_in_words(jobs, kept)}" if any(kept) else ""
@@ -204,7 +232,9 @@ def finish_jobs(
     folder.mkdir(parents=True, exist_ok=True)
     mark = folder / f".seen-{uuid4().hex}"
     mark.touch()
-    calls = [(job, folder, known[job.name], admission.ends(k), mark) for k, job in enumerate(order)]
+    calls = [
+        (job, folder, known[job.name], admission.ends(k), mark, team) for k, job in enumerate(order)
+    ]
     answers = runner.run_all(
         _train,
         calls,
@@ -363,6 +393,7 @@ def _train(
     kept: int,
     ends: float,
     mark: Path,
+    team: Team,
     progress: Callable[[float], None],
 ) -> bool | bytes:
     """Train a job; whether it was finished before the time `ends`.
@@ -379,8 +410,17 @@ def _train(
         if CLOCK.now() > ends:
             raise TimeUpError
 
+    team.also(_fit, job, folder)
     try:
-        make_schedule(job.config).fit(job.data, job.folder(folder), report)
+        _fit(job, folder, team.group, report)
     except TimeUpError:
         return False
     return True if mark.exists() else (job.folder(folder) / RUN).read_bytes()
+
+
+def _fit(
+    job: Job, folder: Path, group: Group, progress: Callable[[int], None] = lambda steps: None
+) -> None:
+    """Train a job as a member of a group."""
+    config = replace(job.config, group=group)
+    make_schedule(config).fit(job.data, job.folder(folder), progress)

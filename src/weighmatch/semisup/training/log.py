@@ -21,10 +21,11 @@ class RunLog:
 
     Args:
         path: the file, which need not exist yet.
+        writes: whether this process writes it; of several that train a run one does.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self._writes = path, writes
         self.lines: list[LogLine] = []
 
     def add(self, entries: Sequence[Entry], **numbers: float) -> None:
@@ -40,6 +41,8 @@ class RunLog:
             if math.isfinite(mean):
                 line[name] = mean
         self.lines.append(line)
+        if not self._writes:
+            return
         with self.path.open("ab") as file:
             file.write(_encoded([line]))
 
@@ -50,6 +53,8 @@ class RunLog:
         itself, so that no kill loses it.
         """
         self.lines = list(lines)
+        if not self._writes:
+            return
         wanted = _encoded(lines)
         found = self.path.read_bytes() if self.path.exists() else b""
         if found == wanted:

@@ -3,11 +3,10 @@
 import copy
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -48,29 +47,6 @@ log = logging.getLogger(__name__)
 MAX_HALVINGS = 3
 
 
-@contextmanager
-def algorithms(deterministic: bool) -> Iterator[None]:
-    """Repeatable algorithms, or else, on a GPU, the fastest for the shapes at hand.
-
-    Either way single precision is that, in convolutions, too, which cuDNN would cut to 10 bits
-    (TF32): curvature products and hypergradients rely on it.
-    """
-    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    tf32 = torch.backends.cudnn.allow_tf32
-    if deterministic:
-        # cuBLAS reads it when a process first multiplies matrices on the GPU.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic or before[0])
-    torch.backends.cudnn.benchmark = not deterministic
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-        torch.backends.cudnn.allow_tf32 = tf32
-
-
 class Run:
     """The state of a run and how it moves; most callers want a schedule.
 
@@ -94,7 +70,7 @@ class Run:
         earlier: Path | None = None,
     ) -> None:
         self.config, self.training, self.data = config, config.training, data
-        self.directory = directory
+        self.directory, self.group = directory, config.group
         self.fingerprint = fingerprint(config, data, start)
         self.device = pick_device(self.training.device)
         if self.device.type == "cpu":
@@ -118,12 +94,12 @@ class Run:
         views = make_views(self.training)
         self.with_pool = config.row.pool != "none"
         self.batches = Batches(
-            labelled, labels, pool, self.training, views, self.streams, self.with_pool
+            labelled, labels, pool, self.training, views, self.streams, self.with_pool, self.group
         )
         self._build_networks(pool, start)
         self.alignment: DistributionAlignment | None = None
         if self.training.distribution_alignment != (config.row.alignment == "opposite"):
-            self.alignment = DistributionAlignment(labels, config.classes)
+            self.alignment = DistributionAlignment(labels, config.classes, self.group)
         self.weighting = weighting(
             Context(
                 self.classifier,
@@ -136,6 +112,7 @@ class Run:
                 self.training,
                 self.streams,
                 self.alignment,
+                self.group,
             )
         )
         self.step, self.seconds = 0, 0.0
@@ -145,8 +122,9 @@ class Run:
         self._snapshot_steps = {round((k + 1) * config.steps / count) for k in range(count)}
         self.snapshots: list[tuple[int, Tensor, Tensor]] = []
         self.pool_labels: Tensor | None = None
-        directory.mkdir(parents=True, exist_ok=True)
-        self.log = RunLog(directory / "metrics.jsonl")
+        if self.group.first:
+            directory.mkdir(parents=True, exist_ok=True)
+        self.log = RunLog(directory / "metrics.jsonl", self.group.first)
         self.saved: int | None = None  # the step of the checkpoint in `directory`
         self._resume(config.steps if until is None else until, earlier or directory)
 
@@ -201,12 +179,24 @@ class Run:
             self._go_back()
             return self.step - before
         counted = {"updates_skipped": float(self.updates_skipped)} if self.updates_skipped else {}
+        self._join_masks(entries)
         self.log.add(entries, step=self.step, seconds=round(self.seconds, 3), **counted)
         done = self.step >= self.config.steps
         every = self.training.checkpoint_every
         if done or self.step // every > before // every:
             self.save()
         return size
+
+    def _join_masks(self, entries: list[Entry]) -> None:
+        """Where each process has the masks of its own images, put the mean of all in their place.
+
+        Once for many steps: nothing but the log needs it.
+        """
+        if self.group.size == 1 or "mask_rate" not in entries[0]:
+            return
+        masks = [torch.as_tensor(entry["mask_rate"]) for entry in entries]
+        for entry, mean in zip(entries, self.group.mean(torch.stack(masks, dim=1)), strict=True):
+            entry["mask_rate"] = mean
 
     def _is_finite(self, entries: list[Entry], before: int) -> bool:
         """Whether every loss and, after the last step, every parameter is finite; else it warns."""
@@ -236,7 +226,8 @@ class Run:
         halvings, seconds = self.halvings + 1, self.seconds
         state = None
         if self.saved is not None:
-            state = read_if_whole(self.directory / CHECKPOINT, "the run goes back further")
+            path = self.directory / CHECKPOINT
+            state = self.group.from_first(lambda: read_if_whole(path, "the run goes back further"))
         self._restore(self._initial if state is None else state)
         self.halvings, self.seconds = halvings, seconds
 
@@ -244,6 +235,7 @@ class Run:
         entry: Entry = {}
         if batch.weak is None:
             loss = F.cross_entropy(self._logits(batch.images), batch.labels)
+            loss = loss * (len(batch.labels) / self.batches.batch)
         else:
             with torch.no_grad():
                 weak_logits = self._logits(batch.weak)
@@ -262,17 +254,22 @@ class Run:
                 pseudo,
                 weights,
                 self.training.unlabelled_weight,
+                (self.batches.batch, self.batches.unlabelled),
             )
         for group in self.optimizer.param_groups:
             group["lr"] = self._learning_rate() * group["rate"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        # Every process has its part of the loss and of the gradient; the sums are the batch's.
+        total = loss.detach()
+        gradients = [tensor.grad for tensor in self._tensors if tensor.grad is not None]
+        self.group.sum_([*gradients, total])
         self.optimizer.step()
         self._update_average()
         self.step += 1
-        entry["loss"] = loss.detach()
+        entry["loss"] = total
         due = self.step % self.training.weighting.interval == 0
-        if self._weighs() and due and bool(torch.isfinite(loss.detach())):
+        if self._weighs() and due and bool(torch.isfinite(total)):
             started = time.perf_counter()
             found = self.weighting.try_update(self.classifier)
             if found is None:
@@ -297,8 +294,8 @@ class Run:
             )
 
     def _logits(self, images: Tensor) -> Tensor:
-        """Logits by the precision of training, given in single precision."""
-        if self.training.precision == "float32":
+        """Logits by the precision of training; of bfloat16, given in single precision."""
+        if self.training.precision != "bfloat16":
             return self._forward(images)
         with torch.autocast(self.device.type, torch.bfloat16):
             return self._forward(images).float()
@@ -328,19 +325,25 @@ class Run:
 
         The confidence is that of the averaged classifier, without alignment: every arm's the same.
         """
-        pool = self.batches.pool
-        scores, confidence = (torch.ones(len(pool), device=self.device) for _ in range(2))
-        labels = torch.zeros(len(pool), dtype=torch.long, device=self.device)
+        pool, group = self.batches.pool, self.group
+        # Of each part every process looks at its share.
+        parts = torch.arange(len(pool), device=self.device).split(1024 * group.size)
         with torch.no_grad():
-            for part in torch.arange(len(pool), device=self.device).split(1024):
-                images = self.batches.arranged(self.batches.views.plain(pool[part]))
-                confidence[part], labels[part] = self.average(images).softmax(dim=1).max(dim=1)
-                if self._weighs():
-                    logits = self._logits(images)
-                    pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
-                    scores[part] = self.weighting.scores(images, pseudo, part)
+            found = torch.cat([group.divide(self._of_pool, part) for part in parts])
+        confidence, scores, labels = found.T.contiguous()
         self.snapshots.append((self.step, mean_one(scores).cpu(), confidence.cpu()))
-        self.pool_labels = labels.cpu()
+        self.pool_labels = labels.long().cpu()
+
+    def _of_pool(self, indices: Tensor) -> Tensor:
+        """Confidence, weight and pseudo-label of images of the pool at `indices`, (n, 3)."""
+        images = self.batches.arranged(self.batches.views.plain(self.batches.pool[indices]))
+        confidence, labels = self.average(images).softmax(dim=1).max(dim=1)
+        scores = torch.ones_like(confidence)
+        if self._weighs():
+            logits = self._logits(images)
+            pseudo = pseudo_label(logits, self.training.threshold, self.alignment)
+            scores = self.weighting.scores(images, pseudo, indices).to(scores.dtype)
+        return torch.stack([confidence, scores, labels.to(scores.dtype)], dim=1)
 
     def result(self) -> TrainedRun:
         """The run as it stands."""
@@ -377,9 +380,11 @@ class Run:
         }
 
     def save(self) -> None:
-        """Write the checkpoint."""
+        """Write the checkpoint, in the first process; it does not depend on their number."""
+        self.group.require_same(lambda: [getattr(self, name).state_dict() for name in _PARTS])
         self.saved = self.step
-        write_state(self.directory / CHECKPOINT, self._state())
+        if self.group.first:
+            write_state(self.directory / CHECKPOINT, self._state())
 
     def _restore(self, state: State) -> None:
         for name in _NUMBERS:
@@ -399,7 +404,8 @@ class Run:
             earlier: where to look for one if the run's own folder has none.
         """
         for folder in (self.directory, earlier):
-            state = read_if_whole(folder / CHECKPOINT, "what it held is trained again")
+            read = partial(read_if_whole, folder / CHECKPOINT, "what it held is trained again")
+            state = self.group.from_first(read)
             if state is None or state["fingerprint"] != self.fingerprint:
                 continue
             if state["step"] <= until:

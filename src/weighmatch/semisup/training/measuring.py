@@ -55,6 +55,7 @@ def measure_pool(
         make_views(training),
         training,
         Streams(derive_seed(seed, "influence of the pool")),
+        group=config.group,
     )
     meter = InfluenceMeter(
         context, lambda weak, pseudo, indices: torch.ones(len(weak), device=weak.device)

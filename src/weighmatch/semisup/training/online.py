@@ -5,7 +5,8 @@ from pathlib import Path
 
 from weighmatch.semisup.checkpoint import Parameters, TrainedRun
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
-from weighmatch.semisup.training.loop import Run, algorithms
+from weighmatch.semisup.training.loop import Run
+from weighmatch.semisup.training.numerics import algorithms
 
 Progress = Callable[[int], None]
 

@@ -8,6 +8,7 @@ and `decision` keeps so much.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -108,7 +109,10 @@ def _rank_by_head(
     classes, likely, found = [], [], []
     with torch.no_grad():
         for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
-            features = _features(classifier, pool[start : start + HEAD_BATCH], views)
+            features = config.group.divide(
+                lambda images: _features(classifier, images, views),
+                pool[start : start + HEAD_BATCH],
+            )
             classes.append(run.classifier.head(features).argmax(dim=1))
             likely.append(torch.sigmoid(head.parts(features)[:, 0]))
             found.append(head(features))
@@ -164,7 +168,9 @@ def record_kept(
     snapshots = []
     for step, run, kept in stages:
         device = pick_device(run.config.training.device)
-        confidence, labels = run.classify(data.plain_pool, device).max(dim=1)
+        classify = partial(run.classify, device=device)
+        found = run.config.group.divide(classify, data.plain_pool)
+        confidence, labels = found.max(dim=1)
         snapshots.append((step, mean_one(kept.float()), confidence))
     return History.of(snapshots), labels
 
@@ -275,7 +281,7 @@ def _fit_members(
     )
     generator = streams["batches of the head"]
     half = ranking.batch // 2
-    targets = torch.arange(2 * half).lt(half).float().unsqueeze(1)
+    targets = torch.arange(2 * half).lt(half).to(positives.dtype).unsqueeze(1)
     for _ in range(ranking.steps):
         likely = torch.randint(len(positives), (half,), generator=generator)
         drawn = torch.randint(views.shape[1], (half,), generator=generator)

@@ -27,7 +27,7 @@ from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.parts.streams import derive_seed
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
 from weighmatch.semisup.training.judges import Known
-from weighmatch.semisup.training.loop import algorithms
+from weighmatch.semisup.training.numerics import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
 from weighmatch.semisup.training.ranking import Ranking, rank_pool, record_kept
 from weighmatch.semisup.weightings.meter import Measured
@@ -181,7 +181,7 @@ def _rank(
     """The ranking of an earlier call for the same run or a new one, what is known, and seconds."""
     path = folder / "ranking.pt"
     run = fingerprint(config, data, trained.classifier.state_dict())
-    state = read_if_whole(path, "the pool is ranked again")
+    state = config.group.from_first(lambda: read_if_whole(path, "the pool is ranked again"))
     if state is not None and state["fingerprint"] == run:
         measured = state["measured"]
         known = Known(
@@ -204,7 +204,8 @@ def _rank(
         "slopes": [vars(slope) for slope in known.slopes],
         "seconds": seconds,
     }
-    write_state(path, state)
+    if config.group.first:
+        write_state(path, state)
     return ranking, known, seconds
 
 

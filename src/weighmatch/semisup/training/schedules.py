@@ -9,6 +9,7 @@ from weighmatch.arms import Schedule as ScheduleName
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
+from weighmatch.semisup.training.numerics import precision
 from weighmatch.semisup.training.online import Progress, train_online
 from weighmatch.semisup.training.rounds import train_in_rounds
 from weighmatch.semisup.training.two_stages import train_in_two_stages
@@ -65,22 +66,27 @@ class Fit:
             progress(self.config.first_steps + self.config.steps)
             return finished
         try:
-            run = self.trainers[self.config.schedule](self.config, data, folder, progress)
+            with precision(self.config.training.precision):
+                run = self.trainers[self.config.schedule](self.config, data, folder, progress)
         except FloatingPointError as error:
             # Rounds train under other names and seeds than those that the user gave.
             raise FloatingPointError(
                 f"{self.config.arm}, seed {self.config.seed}: {error}"
             ) from error
-        write_state(
-            folder / RUN,
-            {"fingerprint": fingerprint(self.config, data), "run": run.to_state()},
-        )
-        return run
+        state = run.to_state()
+        if self.config.group.first:
+            name = fingerprint(self.config, data)
+            write_state(folder / RUN, {"fingerprint": name, "run": state})
+        # What was trained in double precision scores in single precision, as all runs do.
+        double = self.config.training.precision == "float64"
+        return TrainedRun.from_state(state) if double else run
 
     def read(self, data: TrainingSet, folder: Path) -> TrainedRun | None:
         """The finished run in `folder`, or None if there is none, or one of something else."""
         path = folder / RUN
-        state = read_if_whole(path, "it is made again from its checkpoints")
+        state = self.config.group.from_first(
+            lambda: read_if_whole(path, "it is made again from its checkpoints")
+        )
         if state is None or state.get("fingerprint") != fingerprint(self.config, data):
             return None
         return TrainedRun.from_state(state["run"])

@@ -15,7 +15,7 @@ from weighmatch.semisup.checkpoint import PoolState, Ranker, TrainedRun
 from weighmatch.semisup.parts.state_file import read_if_whole, write_state
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint
 from weighmatch.semisup.training.judges import Known
-from weighmatch.semisup.training.loop import algorithms
+from weighmatch.semisup.training.numerics import algorithms
 from weighmatch.semisup.training.online import Progress, train_online
 from weighmatch.semisup.training.ranking import Ranking, rank_pool, record_kept
 
@@ -69,11 +69,12 @@ def train_in_two_stages(
 def _rank(first: TrainedRun, data: TrainingSet, config: RunConfig, folder: Path) -> Ranking:
     """The ranking of an earlier call for the same run, or a new one."""
     path, run = folder / "ranking.pt", fingerprint(config, data)
-    state = read_if_whole(path, "the pool is ranked again")
+    state = config.group.from_first(lambda: read_if_whole(path, "the pool is ranked again"))
     if state is not None and state["fingerprint"] == run:
         return Ranking.from_state(state["ranking"])
     with algorithms(config.training.deterministic):
         known = Known(torch.ones(data.pool_size, dtype=torch.bool), first.pool.measured)
         ranking, _ = rank_pool(first, known, data, config, config.seed)
-    write_state(path, {"fingerprint": run, "ranking": ranking.to_state()})
+    if config.group.first:
+        write_state(path, {"fingerprint": run, "ranking": ranking.to_state()})
     return ranking

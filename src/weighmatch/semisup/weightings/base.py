@@ -17,6 +17,7 @@ from torch import Tensor
 
 from weighmatch.checks import require_choice
 from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
 from weighmatch.semisup.parts.networks import Classifier
 from weighmatch.semisup.parts.state_file import State
@@ -49,6 +50,7 @@ class Context:
         training: the parameters of the run.
         streams: random streams by purpose.
         align: aligns the pseudo-labels' probabilities, as in training; None: nothing does.
+        group: the processes that train this run, each with its share of every batch.
     """
 
     classifier: Classifier
@@ -61,6 +63,7 @@ class Context:
     training: TrainingConfig
     streams: Streams
     align: Callable[[Tensor], Tensor] | None = None
+    group: Group = ALONE
 
 
 class Weighting(ABC):
@@ -133,14 +136,14 @@ class Weighting(ABC):
             )
 
     def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
-        """Weights of mean 1 for a batch, (n,), without a graph.
+        """Weights for a batch, (n,), of mean 1 over all processes' parts of it, without a graph.
 
         Args:
             weak: weak views, (n, C, H, W).
             pseudo: what the classifier says of them.
             indices: which images of the pool they are, (n,); None: none of them.
         """
-        return mean_one(self.scores(weak, pseudo, indices))
+        return mean_one(self.scores(weak, pseudo, indices), self.context.group)
 
     def update(self, classifier: Classifier) -> dict[str, float]:
         """Learn from the classifier as it stands; returns what is worth logging.

@@ -30,7 +30,11 @@ class Energy(Weighting):
         return negative_free_energy(logits)
 
     def update(self, classifier: Classifier) -> dict[str, float]:
+        context = self.context
         with torch.no_grad():
-            logits = classifier(self.context.views.plain(self.context.pool[self.pool_sample()]))
+            logits = context.group.divide(
+                lambda part: classifier(context.views.plain(context.pool[part])),
+                self.pool_sample(),
+            )
         self.cut = otsu_cut(negative_free_energy(logits))
         return {"energy_cut": -self.cut}

@@ -65,9 +65,11 @@ class ImageWeighting(FittedWeighting):
         """Score the pool or a sample of it; move the cut to where the scores fall apart."""
         sample = self.pool_sample()
         with torch.no_grad():
-            scores = torch.sigmoid(
-                self.network(self.context.views.plain(self.context.pool[sample]))
-            )
+            scores = self.context.group.divide(self._scores_of, sample)
         self.pool_scores = scores if len(sample) == len(self.context.pool) else None
         if self.context.training.weighting.weights == "hard":
             self.cut = otsu_cut(scores)
+
+    def _scores_of(self, indices: Tensor) -> Tensor:
+        """Scores of images of the pool as they are, (n,)."""
+        return torch.sigmoid(self.network(self.context.views.plain(self.context.pool[indices])))

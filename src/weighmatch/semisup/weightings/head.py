@@ -226,6 +226,6 @@ class ConfidenceHead(nn.Module):
             return scores
         directions = F.normalize(self.norm(features))
         count = min(NEIGHBOURS, len(self.references))
-        near = (directions @ self.references.float().T).topk(count, dim=1).indices
+        near = (directions @ self.references.to(directions.dtype).T).topk(count, dim=1).indices
         together: Tensor = (scores + self.reference_scores[near].sum(1)) / (1 + count)
         return together

@@ -18,10 +18,12 @@ from weighmatch.implicit import (
     ConjugateGradient,
     GaussNewton,
     Identity,
+    LinearOperator,
     Method,
     Neumann,
     Parameters,
     Solution,
+    Summed,
     extreme_eigenvalues,
     weight_gradient,
 )
@@ -48,8 +50,8 @@ class Views(NamedTuple):
 
     Attributes:
         indices: which images of the pool they are, (n,), on its device.
-        weak: weak views, (n, C, H, W).
-        strong: strong views, (n, C, H, W).
+        weak: weak views of those that are this process's own, (m, C, H, W).
+        strong: strong views of the same ones, (m, C, H, W).
         pseudo: what the classifier says of the weak views.
     """
 
@@ -189,27 +191,30 @@ class InfluenceMeter:
         return self.make_views(classifier, streams.draw(size, self.config.batch, "influence batch"))
 
     def make_views(self, classifier: Classifier, indices: Tensor) -> Views:
-        """Views of the pool images `indices`, (n,)."""
+        """Views of the pool images `indices`, (n,), of which each process makes its own."""
         context = self.context
-        images = context.pool[indices]
+        rows = context.group.rows(len(indices))
+        images = context.pool[indices[rows.own]]
         noise = context.streams["augmentation for influence"]
-        weak = context.views.weak(images, noise)
-        strong = context.views.strong(images, noise)
+        weak = context.views.weak(images, noise, rows)
+        strong = context.views.strong(images, noise, rows)
         with torch.no_grad():
             pseudo = pseudo_label(classifier(weak), context.training.threshold, context.align)
         return Views(indices.to(images.device), weak, strong, pseudo)
 
     def outer_gradient(self, classifier: Classifier) -> Tensor:
-        """∇_θ L_outer on strongly augmented labelled images, (P,)."""
+        """∇_θ L_outer on strongly augmented labelled images of all processes, (P,)."""
         context = self.context
         images, labels = context.outer
         noise = context.streams["augmentation for the outer loss"]
-        drawn = context.streams.draw(len(images), self.config.outer_batch, "outer batch")
-        outer = context.views.strong(images[drawn], noise)
-        outer_loss = F.cross_entropy(classifier(outer), labels[drawn])
+        size = self.config.outer_batch
+        rows = context.group.rows(size)
+        drawn = context.streams.draw(len(images), size, "outer batch")[rows.own]
+        outer = context.views.strong(images[drawn], noise, rows)
+        outer_loss = F.cross_entropy(classifier(outer), labels[drawn]) * (len(drawn) / size)
         leaves = [p for p in classifier.parameters() if p.requires_grad]
         gradient = torch.autograd.grad(outer_loss, leaves)
-        return torch.cat([g.reshape(-1) for g in gradient])
+        return context.group.sum(torch.cat([g.reshape(-1) for g in gradient]))
 
     def solve(self, classifier: Classifier, views: Views) -> Solution:
         """V ≈ (C + δI)⁻¹ ∇_θ L_outer at the classifier's parameters.
@@ -220,19 +225,25 @@ class InfluenceMeter:
         context = self.context
         rhs = require_finite(self.outer_gradient(classifier))
         params = parameters_of(classifier)
-        n = min(self.config.curvature_batch, len(views.strong))
+        n = min(self.config.curvature_batch, len(views.indices))
+        rows, own = context.group.rows(n), context.group.share(n)
+        mine = views.indices[context.group.rows(len(views.indices)).own]
         noise = context.streams["augmentation for the outer loss"]
         drawn = context.streams.draw(len(context.labelled), n, "labelled images in the curvature")
-        labelled = context.views.weak(context.labelled[drawn], noise)
+        drawn = drawn[rows.own]
+        labelled = context.views.weak(context.labelled[drawn], noise, rows)
         labels = context.labels[drawn]
-        part = PseudoLabels(*(t[:n] for t in vars(views.pseudo).values()))
-        weights = self.weigh(views.weak[:n], part, views.indices[:n])
-        images = torch.cat([labelled, views.strong[:n]])
-        curvature = GaussNewton(
+        part = PseudoLabels(*(t[:own] for t in vars(views.pseudo).values()))
+        weights = self.weigh(views.weak[:own], part, mine[:own])
+        images = torch.cat([labelled, views.strong[:own]])
+        factor = context.training.unlabelled_weight
+        curvature: LinearOperator = GaussNewton(
             lambda p: functional_call(classifier, p, (images,)),
-            lambda z: fixmatch_loss(z, labels, part, weights, context.training.unlabelled_weight),
+            lambda z: fixmatch_loss(z, labels, part, weights, factor, (n, n)),
             params,
         )
+        if context.group.size > 1:
+            curvature = Summed(curvature, context.group.sum)
         if self.updates % PROBE_EVERY == 0:
             _, self.largest_eigenvalue = extreme_eigenvalues(curvature, products=PROBE_PRODUCTS)
         if not math.isfinite(self.largest_eigenvalue):
@@ -255,7 +266,7 @@ class InfluenceMeter:
     def influence(
         self, classifier: Classifier, views: Views, v: Tensor, cosine: bool = True
     ) -> Tensor:
-        """s_i = ⟨∇_θ m_i CE_i, v⟩, (n,).
+        """s_i = ⟨∇_θ m_i CE_i, v⟩ of the images of all processes, (n,).
 
         Args:
             classifier: with parameters θ.
@@ -273,9 +284,10 @@ class InfluenceMeter:
 
         gradient, (logits, features) = weight_gradient(losses, params, v, has_aux=True)
         influence: Tensor = -gradient
-        if not cosine:
-            return influence
-        return influence / head_gradient_norm(logits.softmax(dim=1), views.pseudo.labels, features)
+        if cosine:
+            labels = views.pseudo.labels
+            influence = influence / head_gradient_norm(logits.softmax(dim=1), labels, features)
+        return self.context.group.gather(influence)
 
     def state_dict(self) -> State:
         """What a checkpoint needs to continue."""

@@ -61,9 +61,9 @@ class Nearness(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         directions = F.normalize(features)
-        own = nearness_of(directions, self.examples.float(), self.means)
+        own = nearness_of(directions, self.examples.to(directions.dtype), self.means)
         count = min(NEIGHBOURS, len(self.references))
-        near = (directions @ self.references.float().T).topk(count, dim=1).indices
+        near = (directions @ self.references.to(directions.dtype).T).topk(count, dim=1).indices
         together: Tensor = (own + self.nearness[near].sum(1)) / (1 + count)
         return together
 

@@ -48,7 +48,7 @@ class SoftMatch(Weighting):
 
     def weights(self, weak: Tensor, pseudo: PseudoLabels, indices: Tensor | None = None) -> Tensor:
         """Weights in [0, 1] of a training batch, (n,), which moves mean and variance first."""
-        confidence = pseudo.logits.softmax(dim=1).amax(dim=1)
+        confidence = self.context.group.gather(pseudo.logits.softmax(dim=1).amax(dim=1))
         variance, mean = torch.var_mean(confidence, correction=min(1, len(confidence) - 1))
         self.moments.update(torch.stack([mean, variance]))
         return self.scores(weak, pseudo, indices)

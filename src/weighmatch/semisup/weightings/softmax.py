@@ -56,7 +56,7 @@ class SoftmaxWeights(FittedWeighting):
         influence = require_finite(self.meter.influence(classifier, views, direction, cosine=False))
         target = influence / influence.square().mean().sqrt().clamp(min=1e-12)
         config = self.context.training.weighting
-        probabilities = views.pseudo.logits.softmax(dim=1)
+        probabilities = self.context.group.gather(views.pseudo.logits.softmax(dim=1))
         spread = 0.0
         for _ in range(config.fit_steps):
             weights = mean_one(torch.sigmoid(self.network(probabilities)))

@@ -1,0 +1,189 @@
+"""The processes that train one run together.
+
+All of them draw the same batches from the same random streams. Each computes with its share of
+the images of a batch, every N-th one, and what is a sum or a mean over the batch is added up over
+all of them. So all processes hold the same parameters at every step, and a run does not depend on
+their number but for the order of sums.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from weighmatch.checks import ToldError
+from weighmatch.semisup.parts.state_file import content_digest
+from weighmatch.semisup.parts.streams import Rows
+
+T = TypeVar("T")
+Items = TypeVar("Items", Tensor, NDArray[Any])
+
+
+class GroupError(ToldError, RuntimeError):
+    """A process of a group was lost; the message says how training goes on."""
+
+
+class DisagreementError(ToldError, RuntimeError):
+    """Processes that should hold the same numbers do not."""
+
+
+class TooFewError(ToldError, ValueError):
+    """A batch that cannot be divided over the processes of a group."""
+
+
+class Group:
+    """The group of one process, to which everything belongs and which costs nothing.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+    """
+
+    rank, size = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def rows(self, count: int, times: int = 1) -> Rows:
+        """The rows of this process among those of `times` batches of `count` images each."""
+        return Rows(times * count)
+
+    def share(self, count: int) -> int:
+        """How many of the first `count` images of a batch belong to this process."""
+        return count
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        """Add up tensors of one type over all processes, in place."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, the same bits in each of them."""
+        return tensor
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the rows (n, …) of all processes, (…)."""
+        return values.mean(dim=0)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The rows of all processes, in the order of their batch, from those of this one (n, …)."""
+        return own
+
+    def divide(self, function: Callable[[Items], Tensor], items: Items) -> Tensor:
+        """What `function` gives for each of the items (n, …), where each process does its share."""
+        return function(items)
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        """What `function` gives in the first process, in all of them; the others do not call it."""
+        return function()
+
+    def require_same(self, content: Callable[[], Any]) -> None:
+        """Require that nested containers of tensors and numbers are the same in all processes."""
+
+
+ALONE = Group()
+
+
+class Processes(Group):
+    """Several processes, by the default process group of `torch.distributed`.
+
+    Args:
+        minutes: how long a process waits for another; for the message.
+    """
+
+    def __init__(self, minutes: float) -> None:
+        self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        self._minutes = minutes
+
+    def rows(self, count: int, times: int = 1) -> Rows:
+        """The rows of this process among those of `times` batches of `count` images each.
+
+        Raises:
+            TooFewError: if there are fewer images than processes.
+        """
+        if count < self.size:
+            raise TooFewError(
+                f"a batch of {count} images cannot be divided over {self.size} processes; set "
+                "runs.processes to no more than that, or raise the sizes of batches in training, "
+                "training.influence and training.weighting"
+            )
+        if times == 1:
+            return Rows(count, slice(self.rank, None, self.size))
+        every = torch.arange(times * count).view(times, count)
+        return Rows(times * count, every[:, self.rank :: self.size].flatten())
+
+    def share(self, count: int) -> int:
+        return len(range(self.rank, count, self.size))
+
+    def sum_(self, tensors: Sequence[Tensor]) -> None:
+        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
+        parts = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, part in zip(tensors, parts, strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        self._together(lambda: dist.all_reduce(total))
+        return total
+
+    def mean(self, values: Tensor) -> Tensor:
+        # The number of rows goes along, so that no process needs to know how many others have.
+        count = values.new_tensor([float(len(values))])
+        total = self.sum(torch.cat([values.sum(dim=0).reshape(-1), count]))
+        return (total[:-1] / total[-1]).view(values.shape[1:])
+
+    def gather(self, own: Tensor) -> Tensor:
+        counts = torch.zeros(self.size, dtype=torch.long, device=own.device)
+        counts[self.rank] = len(own)
+        total = int(self.sum(counts).sum())
+        most = -(-total // self.size)
+        padded = own.new_zeros(most, *own.shape[1:])
+        padded[: len(own)] = own.detach()
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        self._together(lambda: dist.all_gather(parts, padded))
+        return torch.stack(parts, dim=1).flatten(0, 1)[:total]
+
+    def divide(self, function: Callable[[Items], Tensor], items: Items) -> Tensor:
+        if len(items) < self.size:  # a network may know no batch without an image
+            return function(items)
+        return self.gather(function(items[self.rank :: self.size]))
+
+    def from_first(self, function: Callable[[], T]) -> T:
+        carried: list[Any] = [function() if self.first else None]
+        cpu = torch.device("cpu")
+        self._together(lambda: dist.broadcast_object_list(carried, device=cpu))
+        found: T = carried[0]
+        return found
+
+    def require_same(self, content: Callable[[], Any]) -> None:
+        """Require that nested containers of tensors and numbers are the same in all processes.
+
+        Raises:
+            DisagreementError: in all processes, if they are not.
+        """
+        mine = content_digest(content())
+        differs = self.from_first(lambda: mine) != mine
+        if bool(self.sum(torch.tensor([int(differs)]))):
+            raise DisagreementError(
+                f"the {self.size} processes of this training have come to different numbers; "
+                "train on machines of one kind with the same packages, and start the same command "
+                "again: training goes on from its last checkpoint"
+            )
+
+    def _together(self, operation: Callable[[], object]) -> None:
+        """Do what needs all processes.
+
+        Raises:
+            GroupError: if one of them has ended or does not answer.
+        """
+        try:
+            operation()
+        except RuntimeError as error:
+            raise GroupError(
+                f"one of the {self.size} processes of this training has ended, or did not answer "
+                f"for {self._minutes:g} minutes; see what it wrote last and start the same "
+                "command again, and training goes on from its last checkpoint"
+            ) from error

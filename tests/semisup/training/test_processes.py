@@ -1,0 +1,329 @@
+"""One run that several processes train together, in double precision, against one process."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from tests.project import ROOT
+from tests.semisup.helpers import fit_until_killed
+from weighmatch.checks import ToldError
+from weighmatch.semisup import RunsConfig, TrainingSet
+from weighmatch.semisup.parts.augmentation import Augmentation
+from weighmatch.semisup.parts.group import (
+    ALONE,
+    DisagreementError,
+    GroupError,
+    Processes,
+    TooFewError,
+)
+from weighmatch.semisup.parts.losses import mean_one
+from weighmatch.semisup.parts.state_file import read_state
+from weighmatch.semisup.parts.store import ImageStore
+from weighmatch.semisup.parts.streams import Streams
+from weighmatch.semisup.parts.views import StoredViews
+from weighmatch.semisup.training import jobs
+from weighmatch.semisup.training.batches import Batches
+from weighmatch.semisup.training.deadline import Deadline
+from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
+from weighmatch.semisup.training.loop import CHECKPOINT, Run
+from weighmatch.semisup.training.numerics import precision
+from weighmatch.semisup.training.processes import Team, together
+from weighmatch.semisup.training.schedules import make_schedule
+
+TOLERANCE = 1e-6
+
+
+class Member(Processes):
+    """A member of a group of which no other process is there."""
+
+    def __init__(self, rank, size):
+        self.rank, self.size = rank, size
+
+
+def assert_close(a, b, where=""):
+    """Assert that two nested containers hold the same, numbers to `TOLERANCE`, times aside."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            if "seconds" not in str(key):
+                assert_close(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for number, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_close(x, y, f"{where}.{number}")
+    elif isinstance(a, torch.Tensor) and a.is_floating_point():
+        torch.testing.assert_close(a, b, rtol=0, atol=TOLERANCE, msg=lambda text: where + text)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, float):
+        assert a == pytest.approx(b, abs=TOLERANCE, rel=0), where
+    else:
+        assert a == b, where
+
+
+def hypergradient(job, folder, group=ALONE):
+    """After some steps: the solution v, influences, and the hypergradient of the weights."""
+    with precision("float64"):
+        run = Run(replace(job.config, group=group), job.data, folder)
+        run.train_steps(12)
+        meter, network = run.weighting.meter, run.weighting.network
+        views = meter.draw_views(run.classifier)
+        solution = meter.solve(run.classifier, views)
+        influence = meter.influence(run.classifier, views, solution.value)
+        images = run.batches.views.plain(run.batches.pool[views.indices])
+        weights = mean_one(torch.sigmoid(network(images)))
+        gradient = torch.autograd.grad(-(influence * weights).mean(), list(network.parameters()))
+    return {"v": solution.value, "influence": influence, "hypergradient": gradient}
+
+
+def doubled(name, config, data):
+    """A job that is trained in double precision."""
+    training = replace(config.training, precision="float64")
+    return Job(name, "seed_0", replace(config, training=training), data, 1.0)
+
+
+def assert_two_are_one(planned, tmp_path, more=lambda team: None):
+    """Assert that two processes end where one does, in each job; what a folder holds counts."""
+    for job in planned:
+        _fit(job, tmp_path / "one", ALONE)
+    with together(2, "cpu") as team:
+        for job in planned:
+            team.also(_fit, job, tmp_path / "two")
+            _fit(job, tmp_path / "two", team.group)
+        more(team)
+    for job in planned:
+        for name in ("run.pt", CHECKPOINT):
+            expected, found = (
+                read_state(job.folder(tmp_path / which) / name) for which in ("one", "two")
+            )
+            assert_close(expected, found, job.name)
+
+
+@pytest.mark.integration
+def test_two_processes_train_what_one_does(training_set, run_config, tmp_path):
+    learned = doubled("learned", run_config(steps=50, distribution_alignment=True), training_set)
+    rounds = doubled("rounds", run_config(steps=50, schedule="rounds", rounds=2), training_set)
+    # What one process has begun two go on with.
+    resumed = doubled("resumed", run_config(steps=120), training_set)
+    folder = resumed.folder(tmp_path / "two")
+    fit_until_killed(make_schedule(resumed.config), training_set, folder, 100)
+    assert kept_steps(resumed, tmp_path / "two") == 100
+    found = {}
+
+    def measure(team):
+        team.also(hypergradient, learned, tmp_path / "b")
+        found.update(hypergradient(learned, tmp_path / "b", team.group))
+
+    assert_two_are_one([learned, rounds, resumed], tmp_path, measure)
+    expected = hypergradient(learned, tmp_path / "a")
+    assert all(bool(tensor.any()) for tensor in expected["hypergradient"])
+    assert_close(expected, found)
+
+
+@pytest.mark.slow
+def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tmp_path):
+    held_out = {"weights": "soft", "outer_labels": "held_out"}
+    configs = {
+        "fixmatch": run_config("fixmatch", steps=50),
+        "soft": run_config(steps=50, weighting=held_out, batch_size=5, unlabelled_ratio=3),
+        "stages": run_config(steps=50, schedule="two_stages"),
+        **{
+            arm: run_config(arm, steps=50)
+            for arm in ("supervised", "softmatch", "energy", "ds3l", "pu", "inlier", "free")
+        },
+    }
+    planned = [doubled(name, config, training_set) for name, config in configs.items()]
+    assert_two_are_one([*planned, *on_features(run_config)], tmp_path)
+
+
+def on_features(run_config):
+    """Jobs whose classifier is a head on stored features."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(12) % 3
+    mine, theirs = (rng.normal(size=(n, 6, 8)) for n in (12, 40))
+    mine += 2 * labels[:, None, None] * np.eye(8)[0]
+    data = TrainingSet(
+        mine.astype(np.float16), labels, theirs.astype(np.float16), image_shape=(3, 64, 64)
+    )
+    settings = {
+        "network": "efficientnet_lite0",
+        "weights": "packaged",
+        "features": {"weak_views": 2, "strong_views": 3},
+    }
+    return [
+        doubled("frozen", run_config(steps=50, **settings), data),
+        doubled(
+            "frozen-rounds", run_config(steps=50, schedule="rounds", rounds=2, **settings), data
+        ),
+    ]
+
+
+def train_by_two(job, folder, progress):
+    with together(2, "cpu") as team:
+        team.also(_fit, job, folder)
+        _fit(job, folder, team.group, progress)
+
+
+def disagree(group):
+    group.require_same(lambda: [1, torch.ones(2)])
+    group.require_same(lambda: [1, torch.full((2,), 1.0 + group.rank * 1e-6)])
+
+
+@pytest.mark.integration
+def test_processes_with_different_numbers_end():
+    with pytest.raises(DisagreementError, match=r"have come to different numbers; train on mach"):
+        call_in_two(disagree)
+
+
+def call_in_two(function):
+    with together(2, "cpu") as team:
+        team.also(function)
+        function(team.group)
+
+
+@pytest.mark.integration
+def test_a_killed_process_ends_all_and_one_process_goes_on(training_set, run_config, tmp_path):
+    job = doubled("killed", run_config(steps=110), training_set)
+    _fit(job, tmp_path / "whole", ALONE)
+    before = set(multiprocessing.active_children())
+
+    def kill(steps):
+        if steps:
+            (child,) = set(multiprocessing.active_children()) - before
+            os.kill(child.pid, signal.SIGKILL)
+
+    told = "one of the 2 processes .* ended by SIGKILL.*goes on from its last checkpoint"
+    with pytest.raises(GroupError, match=told):
+        train_by_two(job, tmp_path / "two", kill)
+    assert set(multiprocessing.active_children()) <= before
+    assert kept_steps(job, tmp_path / "two") == 100
+    finish_jobs([job], tmp_path / "two", 1)
+    expected, found = (
+        read_state(job.folder(tmp_path / name) / "run.pt") for name in ("whole", "two")
+    )
+    assert_close(expected, found)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_parts_of_a_batch_are_the_batch(frozen, training_set, run_config):
+    training = run_config(batch_size=5).training
+    if frozen:
+        rng = np.random.default_rng(0)
+        labelled, pool = (
+            rng.random((n, 6, 4)).astype(np.float16) for n in (12, training_set.pool_size)
+        )
+        views = StoredViews(2, 3)
+    else:
+        labelled, pool = training_set.labelled_images, training_set.unlabelled_images
+        views = Augmentation(training.augmentation)
+
+    def draw(group):
+        return Batches(
+            torch.from_numpy(labelled),
+            torch.from_numpy(training_set.labels),
+            ImageStore(pool, torch.device("cpu")),
+            training,
+            views,
+            Streams(0),
+            True,
+            group,
+        ).draw(3)
+
+    parts = [draw(Member(rank, 3)) for rank in range(3)]
+    for step, whole in enumerate(draw(ALONE)):
+        strong = whole.images[5:]
+        for rank, batches in enumerate(parts):
+            part = batches[step]
+            count = len(part.labels)
+            assert torch.equal(part.labels, whole.labels[rank::3])
+            assert torch.equal(part.images[:count], whole.images[:5][rank::3])
+            assert torch.equal(part.images[count:], strong[rank::3])
+            assert torch.equal(part.weak, whole.weak[rank::3])
+            assert torch.equal(part.indices, whole.indices[rank::3])
+
+
+def test_a_batch_that_is_too_small_to_divide_is_refused():
+    assert [Member(rank, 3).share(5) for rank in range(3)] == [2, 2, 1]
+    with pytest.raises(TooFewError, match=r"batch of 2 images.*3 processes; set runs\.processes"):
+        Member(0, 3).rows(2)
+
+
+def test_several_processes_keep_no_time_limit(training_set, run_config, tmp_path, monkeypatch):
+    team = Team()
+    team.group = Member(0, 2)
+    monkeypatch.setattr(jobs, "together", lambda processes, device: nullcontext(team))
+    job = doubled("late", run_config(), training_set)
+    with pytest.raises(ToldError, match=r"runs\.time_limit is kept by one process alone"):
+        finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
+    with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
+        RunsConfig(processes=0)
+
+
+def start(tmp_path, *command, **params):
+    """Start a short training of the whole project in double precision, `command` before it."""
+    settings = {
+        "data_folder": tmp_path,
+        "training.precision": "float64",
+        "runs.arms": "[fixmatch,learned]",
+        "data.seeds": "[0]",
+        **params,
+    }
+    given = ",".join(f"{name}={value}" for name, value in settings.items())
+    options = ["--env", "test", "--params", given]
+    options += ["--pipelines", "data_preparation,feature_extraction,training"]
+    return subprocess.Popen(
+        [sys.executable, *command, "-m", "weighmatch", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_torchrun_ends_where_one_process_does(tmp_path):
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for name, command in (("one", []), ("two", launcher)):
+        process = start(tmp_path / name, *command)
+        _, written = process.communicate()
+        assert process.returncode == 0, written
+    found = sorted((tmp_path / "one").rglob("run.pt"))
+    assert len(found) == 2
+    for path in found:
+        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
+        assert_close(read_state(path), read_state(other), path.parent.name)
+
+
+@pytest.mark.slow
+def test_a_command_ends_with_one_sentence_when_a_process_is_killed(tmp_path):
+    process = start(tmp_path, **{"runs.processes": 2, "training.steps": 20_000})
+    while not list(tmp_path.rglob(CHECKPOINT)):
+        assert process.poll() is None
+        time.sleep(0.2)
+    (child,) = [p for p in children_of(process.pid) if "spawn_main" in command_of(p)]
+    os.kill(child, signal.SIGKILL)
+    _, written = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in written
+    told = "Error: one of the 2 processes of this training was ended by SIGKILL"
+    assert next(line for line in written.splitlines() if line.startswith("Error")).startswith(told)
+
+
+def children_of(pid):
+    """The processes that a process has started, on Linux."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def command_of(pid):
+    return Path(f"/proc/{pid}/cmdline").read_text()
