@@ -261,7 +261,6 @@ def run_in_pool(
             compute=data.ActorPoolStrategy(min_size=1, max_size=count),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
-            ray_remote_args_fn=_retries,
         )
         try:
             for row in found.iter_rows():
@@ -271,12 +270,6 @@ def run_in_pool(
                 if kind == "failed":
                     local.raise_failed(value, progress.title, count)
                 yield position, value
-        except ray.exceptions.RayError as lost:
-            raise WorkerError(
-                f"{progress.title}: an actor was ended {MAX_RESTARTS + 1} times at the same job "
-                f"({type(lost).__name__}); free memory or set fewer workers (there were {count}) "
-                "and start again, what is finished is kept"
-            ) from lost
         finally:
             progress.close()
 
@@ -329,11 +322,6 @@ def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> b
         return pickle.dumps(("failed", local.portable(error), report.units))
 
 
-def _retries() -> dict[str, int]:
-    """An actor is begun again as often as needed, and a job of it a few times."""
-    return {"max_restarts": -1, "max_task_retries": MAX_RESTARTS}
-
-
 class _Actor:
     """What Ray Data calls with one job at a time."""
 
@@ -341,7 +329,17 @@ class _Actor:
         self.counts = counts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
         (position,), (packed,) = batch["position"].tolist(), batch["job"].tolist()
+        # Ray Data itself would begin a job again for ever that ends its actor.
+        ends = ray.get(self.counts.begin.remote(position)) - 1
+        if ends > MAX_RESTARTS:
+            error = WorkerError(
+                f"an actor was ended {ends} times at the same job, most likely because memory ran "
+                "out; free memory or set fewer workers and start again, what is finished is kept"
+            )
+            return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0))]}
         return {"position": [position], "answer": [_work(packed, position, self.counts)]}
 
 
@@ -364,6 +362,12 @@ class _Counts:
 
     def __init__(self) -> None:
         self.new: dict[int, float] = {}
+        self.begun = Counter[int]()
+
+    def begin(self, position: int) -> int:
+        """How often a job has begun, with this time."""
+        self.begun[position] += 1
+        return self.begun[position]
 
     def put(self, position: int, units: float) -> None:
         self.new[position] = units
