@@ -258,7 +258,7 @@ def run_in_pool(
             _Actor,
             fn_constructor_args=(progress.counts,),
             batch_size=1,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=count),
+            compute=data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
         )
