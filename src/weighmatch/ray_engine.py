@@ -142,17 +142,9 @@ def run_all(
     A task that was killed is begun again, `MAX_RESTARTS` times at most. One whose machine is lost
     is begun again on another as often as that happens.
 
-    Args:
-        function: see `workers.run_all`.
-        jobs: see there; a large array that several jobs have is sent to the cluster once.
-        workers: tasks at a time; "auto": as many as the cluster has room for, new machines
-            included.
-        title: see `workers.run_all`.
-        total: see there.
-        done: see there.
-        skips: see there.
-        num_cpus: CPUs of a task, or parts of one.
-        num_gpus: GPUs of a task, or parts of one.
+    A large array that several jobs have is sent to the cluster once. `workers` "auto" is as many
+    tasks at a time as the cluster has room for, new machines included. `num_cpus` and `num_gpus`
+    are what a task takes, or parts of one.
 
     Yields:
         The position of a job and its answer, in the order in which they are done.
@@ -248,8 +240,7 @@ def run_in_pool(
 
     count = _slots(ray, num_cpus, num_gpus)
     count = min(count if workers == "auto" else min(workers, count), len(jobs))
-    context = data.DataContext.get_current()
-    context.enable_progress_bars = False
+    data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"position": n, "job": pickle.dumps((function, job))} for n, job in enumerate(jobs)]
     with local.progress_bar(title, total, done) as bar:
@@ -305,9 +296,6 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
         ),
     }
     return engines[config.engine]
-
-
-# --- what a worker does ------------------------------------------------------------------------
 
 
 def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> bytes:
@@ -414,9 +402,6 @@ class _Progress:
 
     def close(self) -> None:
         self._ray.kill(self.counts)
-
-
-# --- how data travel ----------------------------------------------------------------------------
 
 
 class _Store:
