@@ -272,6 +272,12 @@ def test_a_ranking_is_that_of_one_machine_though_a_worker_and_a_node_die(
     assert not (tmp_path / "ray.shards").exists()
 
 
+@pytest.mark.slow
+def test_a_job_that_ends_its_actor_again_and_again_is_one_sentence(nodes, tmp_path):
+    with pytest.raises(WorkerError, match=r"^an actor was ended 3 times at the same job"):
+        list(ray_engine.run_in_pool(die_at_first, [(tmp_path, 0, 9)], title="scores", total=3))
+
+
 def test_errors_in_an_actor_are_those_of_processes(nodes):
     with pytest.raises(RuntimeError, match="UnsendableError: 1 of 2"):
         list(ray_engine.run_in_pool(raise_unsendable, [()], title="scores", total=1))

@@ -142,17 +142,9 @@ def run_all(
     A task that was killed is begun again, `MAX_RESTARTS` times at most. One whose machine is lost
     is begun again on another as often as that happens.
 
-    Args:
-        function: see `workers.run_all`.
-        jobs: see there; a large array that several jobs have is sent to the cluster once.
-        workers: tasks at a time; "auto": as many as the cluster has room for, new machines
-            included.
-        title: see `workers.run_all`.
-        total: see there.
-        done: see there.
-        skips: see there.
-        num_cpus: CPUs of a task, or parts of one.
-        num_gpus: GPUs of a task, or parts of one.
+    A large array that several jobs have is sent to the cluster once. `workers` "auto" is as many
+    tasks at a time as the cluster has room for, new machines included. `num_cpus` and `num_gpus`
+    are what a task takes, or parts of one.
 
     Yields:
         The position of a job and its answer, in the order in which they are done.
@@ -248,8 +240,7 @@ def run_in_pool(
 
     count = _slots(ray, num_cpus, num_gpus)
     count = min(count if workers == "auto" else min(workers, count), len(jobs))
-    context = data.DataContext.get_current()
-    context.enable_progress_bars = False
+    data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"position": n, "job": pickle.dumps((function, job))} for n, job in enumerate(jobs)]
     with local.progress_bar(title, total, done) as bar:
@@ -258,10 +249,9 @@ def run_in_pool(
             _Actor,
             fn_constructor_args=(progress.counts,),
             batch_size=1,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=count),
+            compute=data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
             num_cpus=num_cpus,
             num_gpus=num_gpus,
-            ray_remote_args_fn=_retries,
         )
         try:
             for row in found.iter_rows():
@@ -271,12 +261,6 @@ def run_in_pool(
                 if kind == "failed":
                     local.raise_failed(value, progress.title, count)
                 yield position, value
-        except ray.exceptions.RayError as lost:
-            raise WorkerError(
-                f"{progress.title}: an actor was ended {MAX_RESTARTS + 1} times at the same job "
-                f"({type(lost).__name__}); free memory or set fewer workers (there were {count}) "
-                "and start again, what is finished is kept"
-            ) from lost
         finally:
             progress.close()
 
@@ -317,9 +301,6 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
     return engines[config.engine]
 
 
-# --- what a worker does ------------------------------------------------------------------------
-
-
 def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> bytes:
     """Do a job; a pickle of "answer" or "failed", what came of it, and the units done."""
     report = _Report(counts, position)
@@ -332,11 +313,6 @@ def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> b
         return pickle.dumps(("failed", local.portable(error), report.units))
 
 
-def _retries() -> dict[str, int]:
-    """An actor is begun again as often as needed, and a job of it a few times."""
-    return {"max_restarts": -1, "max_task_retries": MAX_RESTARTS}
-
-
 class _Actor:
     """What Ray Data calls with one job at a time."""
 
@@ -344,7 +320,17 @@ class _Actor:
         self.counts = counts
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        import ray
+
         (position,), (packed,) = batch["position"].tolist(), batch["job"].tolist()
+        # Ray Data itself would begin a job again for ever that ends its actor.
+        ends = ray.get(self.counts.begin.remote(position)) - 1
+        if ends > MAX_RESTARTS:
+            error = WorkerError(
+                f"an actor was ended {ends} times at the same job, most likely because memory ran "
+                "out; free memory or set fewer workers and start again, what is finished is kept"
+            )
+            return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0))]}
         return {"position": [position], "answer": [_work(packed, position, self.counts)]}
 
 
@@ -367,6 +353,12 @@ class _Counts:
 
     def __init__(self) -> None:
         self.new: dict[int, float] = {}
+        self.begun = Counter[int]()
+
+    def begin(self, position: int) -> int:
+        """How often a job has begun, with this time."""
+        self.begun[position] += 1
+        return self.begun[position]
 
     def put(self, position: int, units: float) -> None:
         self.new[position] = units
@@ -413,9 +405,6 @@ class _Progress:
 
     def close(self) -> None:
         self._ray.kill(self.counts)
-
-
-# --- how data travel ----------------------------------------------------------------------------
 
 
 class _Store:
