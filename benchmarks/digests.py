@@ -90,6 +90,7 @@ def train_everything() -> Iterator[tuple[str, TrainedRun, np.ndarray]]:
         "labelled_images": splits.labelled_images,
         "labels": splits.labels,
         "unlabelled_images": splits.pool.images,
+        "useful_share": np.array(0.5),
     }
     for variant, training in VARIANTS.items():
         for schedule in SCHEDULES:

@@ -381,8 +381,7 @@ class RunsConfig(EngineConfig):
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
         processes: how many of this machine train a run together, one run after another.
-        time_limit: how long a command may take, such as "15m", "2h" or "90s"; fewer steps are taken
-            and seeds left out where all would take longer. None: as long as they take.
+        time_limit: how long a command may take, such as "15m"; steps and seeds follow it, or None.
     """
 
     arms: tuple[str, ...] = field(default_factory=arm_names)

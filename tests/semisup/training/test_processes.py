@@ -264,7 +264,7 @@ def test_several_processes_keep_no_time_limit(training_set, run_config, tmp_path
     team.group = Member(0, 2)
     monkeypatch.setattr(jobs, "together", lambda processes, device: nullcontext(team))
     job = doubled("late", run_config(), training_set)
-    with pytest.raises(ToldError, match=r"runs\.time_limit is kept by one process alone"):
+    with pytest.raises(ToldError, match=r"leave out runs\.time_limit and runs\.engine"):
         finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)

@@ -206,12 +206,12 @@ def _finish(
 ) -> list[Job]:
     """`finish_jobs` with its engine and the processes that train a run together."""
     planned = jobs
-    if team.group.size > 1 and deadline is not None:
-        raise ToldError(
-            f"runs.time_limit is kept by one process alone, and {team.group.size} processes train "
-            "together; leave it out, or set runs.processes to 1"
-        )
     if team.group.size > 1:
+        if deadline is not None or runner.far:
+            raise ToldError(
+                f"{team.group.size} processes of one machine train together, without a time limit; "
+                "leave out runs.time_limit and runs.engine, or start one process"
+            )
         workers = 1
     count = min(runner.count() if workers == "auto" else workers, len(jobs))
     if runner.far:
