@@ -18,12 +18,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from weighmatch.ray_engine import ENVIRONMENT, connect, run_all
 
 from benchmarks.scale import Cluster, simulate
 from benchmarks.tables import conditions, markdown
 from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
+from weighmatch.ray_engine import ENVIRONMENT, connect, run_all
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.schedules import make_schedule
@@ -93,6 +93,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=12)
     runs = parser.parse_args().runs
+    from benchmarks.two_nodes import nap, train  # a worker cannot find what is in `__main__`
+
     source, config = get_source("digits"), DataConfig((0,))
     splits = source.draw(source.load(config), config, 0)
     assert splits.pool is not None
