@@ -38,11 +38,12 @@ BLOCKS = 10_000
 # Seconds between two looks at the progress, and those that cancelled tasks have to end.
 LOOK_INTERVAL, CANCEL_WAIT = 0.5, 10
 # Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
-# reported to anybody, and a task without a GPU sees none.
+# reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
 ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "RAY_worker_niceness": "0",
 }
 
 
