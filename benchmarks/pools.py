@@ -113,11 +113,7 @@ VALIDATED = {"2 labels, 50 % OOD": Pool(2, 0.5), "2 labels, 75 % OOD": Pool(2, 0
 # Pools, arms and seeds, which were named before any of them ran with these pools.
 STUDIES = {
     "clean": (CLEAN, ("fixmatch", "learned"), range(332, 340)),
-    "unusual": (
-        UNUSUAL,
-        ("fixmatch_matched", "pu", "gate_prior", "learned", "gate_told"),
-        range(332, 344),
-    ),
+    "unusual": (UNUSUAL, ("fixmatch_matched", "pu", "learned"), range(332, 344)),
     "validated": (VALIDATED, ("validated", "learned"), range(300, 316)),
 }
 

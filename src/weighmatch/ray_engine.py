@@ -230,9 +230,8 @@ def run_in_pool(
 ) -> Iterator[tuple[int, T]]:
     """Do very many jobs by Ray Data with a pool of actors, which keep what `function` caches.
 
-    The arguments are those of `run_all`, as are the answers and the errors. An actor that was
-    killed, or whose machine is lost, is begun again, and so is its job, `MAX_RESTARTS` times at
-    most.
+    Arguments, answers and errors are those of `run_all`. An actor that was killed, or whose machine
+    is lost, is begun again, and so is its job.
     """
     if not jobs:
         return
