@@ -89,6 +89,23 @@ def test_a_clean_pool_is_kept_whole(first_stage, run_config):
     assert ranking.kept.all()
 
 
+def test_copies_among_the_labelled_images_count_once(first_stage):
+    data = like_and_unlike(48, 60)
+    config, first = first_stage(data, "gate_prior")
+    once = rank(first, data, config)
+    twice = replace(
+        data,
+        labelled_images=np.concatenate([data.labelled_images, data.labelled_images[:7]]),
+        labels=np.concatenate([data.labels, data.labels[:7]]),
+    )
+    again = rank(first, twice, config)
+    assert torch.equal(again.scores, once.scores)
+    assert again.evidence == once.evidence
+    # The same image of another class is no copy.
+    mixed = replace(twice, labels=np.concatenate([data.labels, (data.labels[:7] + 1) % 3]))
+    assert not torch.equal(rank(first, mixed, config).scores, once.scores)
+
+
 def test_as_many_are_kept_as_the_mlps_find_likely(first_stage):
     data = like_and_unlike(48, 60)
     config, first = first_stage(data, "pu")

@@ -13,6 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from weighmatch.semisup.checkpoint import BATCH, History, TrainedRun, on_device
@@ -181,7 +182,8 @@ def fit_head(
     """Fit the head that ranks images on frozen features.
 
     Its MLPs tell labelled images from the pool, as a positive-unlabelled classifier does (Elkan &
-    Noto, 2008). The head's distance is estimated.
+    Noto, 2008). The head's distance is estimated. Of exact copies among the labelled images one
+    counts: where a fold has the copy of another one's image, a clean pool looks contaminated.
 
     Args:
         classifier: a trained, averaged classifier.
@@ -195,20 +197,31 @@ def fit_head(
     noise = Streams(config.seed)["augmentation for the head"]
     chosen = pool_sample(data.pool_size, config.seed)
     pool = as_tensor(data.pool_images(chosen.numpy()))
-    image = torch.arange(labelled_copies(len(data.labels))) % len(data.labels)
-    copies = torch.from_numpy(np.asarray(data.labelled_images))[image]
+    distinct = _distinct(data)
+    labelled = data.labelled_images[distinct]
+    labels = data.labels[distinct]
+    image = torch.arange(labelled_copies(len(labels))) % len(labels)
+    copies = as_tensor(labelled)[image]
     positives = _augmented_features(classifier, copies, views_of, noise)
     views = torch.stack(
         [_augmented_features(classifier, pool, views_of, noise) for _ in range(POOL_VIEWS)]
     )
     seen = Seen(
         positives,
-        torch.from_numpy(data.labels),
+        torch.from_numpy(labels),
         views,
-        _features(classifier, data.labelled_images, views_of),
+        _features(classifier, labelled, views_of),
         _in_batches(classifier, pool, views_of.plain),
     )
     return seen, fit_to_features(seen, data.has_features, config)
+
+
+def _distinct(data: TrainingSet) -> NDArray[np.int64]:
+    """Positions of the labelled images without exact copies of earlier ones of their class."""
+    known: dict[tuple[bytes, int], int] = {}
+    for position, (image, label) in enumerate(zip(data.labelled_images, data.labels, strict=True)):
+        known.setdefault((image.tobytes(), int(label)), position)
+    return np.array(list(known.values()))
 
 
 def fit_to_features(seen: Seen, frozen: bool, config: RunConfig) -> ConfidenceHead:
