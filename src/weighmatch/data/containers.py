@@ -35,7 +35,7 @@ from weighmatch.data.splits import Images
 # The longest header of a tar archive that is read, such as a name.
 MAX_HEADER = 2**20
 # What is read of a Parquet file at a time: bytes of the file, bytes of rows, and rows.
-BUFFER, BYTES_AT_ONCE, ROWS_AT_ONCE = 2**20, 2**24, 1024
+BUFFER, BYTES_AT_ONCE, ROWS_AT_ONCE = 2**20, 2**22, 1024
 DAMAGED = "it is damaged or truncated; of its images those before the damage are used"
 DAMAGED_THERE = "its container is damaged where it lies"
 CHANGED = "its container changed while it was ranked; rank it again"
@@ -254,8 +254,13 @@ def _read_tar(place: Path, members: Sequence[Member]) -> Iterator[Content]:
 # --- Parquet files -------------------------------------------------------------------------------
 
 
+def _open_parquet(place: Path) -> pq.ParquetFile:
+    # By default Arrow reads all of a row group's column before the first row.
+    return pq.ParquetFile(place, buffer_size=BUFFER, pre_buffer=False)
+
+
 def _walk_parquet(place: Path, file: Member) -> Iterator[Member | Rejected]:
-    with pq.ParquetFile(place, buffer_size=BUFFER) as table:
+    with _open_parquet(place) as table:
         column = _find_column(table.schema_arrow)
         row = 0
         for names in _names(table, column):
@@ -301,7 +306,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _read_parquet(place: Path, members: Sequence[Member]) -> Iterator[Content]:
     _require_same(place, members[0])
-    with pq.ParquetFile(place, buffer_size=BUFFER) as table:
+    with _open_parquet(place) as table:
         column = _find_column(table.schema_arrow)
         about = table.metadata
         ends = np.cumsum([about.row_group(k).num_rows for k in range(about.num_row_groups)])
