@@ -52,8 +52,6 @@ SCHEMA = pa.schema(
         ("probabilities", pa.binary()),
     ]
 )
-
-
 # The columns of the list of images.
 FIELDS = ", ".join(field.name for field in fields(Member))
 
@@ -245,11 +243,12 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
     members, listed = _listed(folder, number, plan.size)
     shape = scorer.run.image_shape
     answers = decode_members(plan.root, members, shape, plan.fit, plan.background)
+    # The data base numbers the rows of its list from 1.
     images, numbers, paths, rejected = [], [], [], []
     first = number * plan.size + 1
     for place, (member, found) in enumerate(zip(members, answers, strict=True), first):
         if isinstance(found, RejectedFileError):
-            rejected.append({"number": place, "path": member.path, "reason": found.reason})
+            rejected.append({"path": member.path, "reason": found.reason})
         else:
             images.append(found)
             numbers.append(place)
