@@ -168,19 +168,17 @@ def test_a_folder_without_an_image_is_one_sentence(run, tmp_path):
 MEASURED = """
 import resource, sys
 from pathlib import Path
+import numpy as np
 from weighmatch.semisup import TrainedRun
 from weighmatch import shards, streaming
-from weighmatch.data.rank_config import Preparation
-streaming.decode_many = lambda files, shape, *rest: enumerate(
-    streaming.Drawn(position) for position in range(len(files))
-)
-class Drawn:
-    def __init__(self, position):
-        import numpy as np
-        self.image = np.random.default_rng(position).integers(0, 256, (1, 8, 8), dtype=np.uint8)
-streaming.Drawn = Drawn
+from weighmatch.data.containers import Member
 count = int(sys.argv[2])
-streaming.walk_images = lambda root: (f"folder/of/images/{k:08d}.png" for k in range(count))
+shards.walk_members = lambda root: (
+    Member(f"folder/of/images/{k:08d}.png", "", 0, 0, 1, 1) for k in range(count)
+)
+shards.decode_members = lambda root, members, shape, *rest: (
+    np.random.default_rng(k).integers(0, 256, shape, dtype=np.uint8) for k in range(len(members))
+)
 streaming._page = lambda *rest: ""
 run = TrainedRun.load(sys.argv[1])
 assert streaming.rank_folder(run, "", Path(sys.argv[3]), workers=1) == count

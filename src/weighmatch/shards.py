@@ -1,4 +1,4 @@
-"""A pile of files in shards: each is decoded and scored by itself, and kept in a file of its own.
+"""A pile of images in shards: each is decoded and scored by itself, and kept in a file of its own.
 
 A working folder holds all that a worker needs, so that any process of any machine that sees the
 folder can score any shard. It also holds a manifest of the shards that are done. A job that was
@@ -12,9 +12,9 @@ import math
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
@@ -27,19 +27,22 @@ from numpy.typing import NDArray
 
 from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
-from weighmatch.data.files import Rejected, RejectedFileError, decode, walk_images
+from weighmatch.data.containers import Member, decode_members, walk_members
+from weighmatch.data.files import Fit, Rejected, RejectedFileError, Shape
 from weighmatch.data.rank_config import Preparation
+from weighmatch.data.splits import Images
 from weighmatch.export import RUN, Portable
 from weighmatch.semisup.checkpoint import BATCH, CPU, TrainedRun
 from weighmatch.semisup.weightings.base import confidence_weights
 
-# Files of a shard, and bytes of its images, at most.
+# Images of a shard, and their bytes, at most.
 FILES_AT_ONCE, BYTES_AT_ONCE = 1024, 2**26
 # Rows that are listed together, and what a data base keeps in memory, in KiB.
 ROWS_AT_ONCE, CACHE = 10_000, 65_536
 PLAN, FILES, MANIFEST = "plan.json", "files.sqlite", "manifest.jsonl"
 SCHEMA = pa.schema(
     [
+        ("number", pa.int64()),
         ("path", pa.string()),
         ("reason", pa.string()),
         ("score", pa.float64()),
@@ -49,6 +52,8 @@ SCHEMA = pa.schema(
         ("probabilities", pa.binary()),
     ]
 )
+# The columns of the list of images.
+FIELDS = ", ".join(field.name for field in fields(Member))
 
 
 class UnseenFolderError(ToldError, OSError):
@@ -85,13 +90,13 @@ class Plan:
         root: the folder of images.
         fit: see `weighmatch.data.files.decode`.
         background: see there.
-        size: files of a shard.
+        size: images of a shard.
         run: SHA-256 of the file of the run.
         code: identifies the code that scores.
     """
 
     root: str
-    fit: str
+    fit: Fit
     background: str
     size: int
     run: str
@@ -103,12 +108,13 @@ class Shard:
     """A line of the manifest.
 
     Attributes:
-        number: from 0, in the order of the paths.
+        number: from 0, in the order of the files' paths.
         file: its name in the working folder.
-        images: how many files were scored.
-        rejected: how many files are no images.
+        images: how many images were scored.
+        rejected: how many files, or members of containers, are no images.
         sha256: of the file.
-        listed: identifies the paths, sizes and times of the files that were scored.
+        listed: identifies the paths, sizes and times of the files that were scored, and where in
+            them the images lie.
     """
 
     number: int
@@ -129,7 +135,7 @@ class Shards:
         preparation: how files become images.
 
     Attributes:
-        files: how many files there are that may be images.
+        files: how many files and members of containers there are that may be images.
         kept: what is done, by number.
 
     Raises:
@@ -179,8 +185,23 @@ class Shards:
         self.kept[shard.number] = shard
 
     def read(self, number: int) -> pa.Table:
-        """What was found of the files of a shard that is done; the columns of `SCHEMA`."""
+        """What was found of the images of a shard that is done; the columns of `SCHEMA`."""
         return pq.read_table(self.folder / self.kept[number].file)
+
+    def decode(self, numbers: Sequence[int], shape: Shape) -> Iterator[Images]:
+        """Read images by their numbers in the list, which are sorted; each is (C, H, W) uint8.
+
+        Raises:
+            RejectedFileError: if one cannot be used any more.
+        """
+        with closing(_open(self.folder)) as base:
+            query = f"SELECT {FIELDS} FROM files WHERE rowid = ?"
+            members = [Member(*base.execute(query, (k,)).fetchone()) for k in numbers]
+        plan = self.plan
+        for found in decode_members(plan.root, members, shape, plan.fit, plan.background):
+            if isinstance(found, RejectedFileError):
+                raise found
+            yield found
 
     def rejected(self) -> Iterator[tuple[str, str]]:
         """Path and reason of what was seen to be no image when files were listed."""
@@ -205,12 +226,12 @@ class Shards:
 
 
 def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> Shard:
-    """Decode and score the files of a shard, and write what is found.
+    """Decode and score the images of a shard, and write what is found.
 
     Args:
         folder: the working folder of `Shards`.
         number: which shard.
-        progress: called with 1 for each file.
+        progress: called with 1 for each image.
 
     Raises:
         UnseenFolderError: if this machine does not see the folder.
@@ -219,30 +240,34 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
     if plan is None:
         raise _unseen(folder)
     scorer = _load(folder, plan)
-    names, listed = _listed(folder, number, plan.size)
-    images, kept, rejected = [], [], []
-    for name in names:
-        place = Path(plan.root, name)
-        try:
-            shape = scorer.run.image_shape
-            images.append(decode(place, shape, plan.fit, plan.background))  # type: ignore[arg-type]
-            kept.append(name)
-        except RejectedFileError as error:
-            rejected.append({"path": name, "reason": error.reason})
+    members, listed = _listed(folder, number, plan.size)
+    shape = scorer.run.image_shape
+    answers = decode_members(plan.root, members, shape, plan.fit, plan.background)
+    # The data base numbers the rows of its list from 1.
+    images, numbers, paths, rejected = [], [], [], []
+    first = number * plan.size + 1
+    for place, (member, found) in enumerate(zip(members, answers, strict=True), first):
+        if isinstance(found, RejectedFileError):
+            rejected.append({"path": member.path, "reason": found.reason})
+        else:
+            images.append(found)
+            numbers.append(place)
+            paths.append(member.path)
         progress(1)
     tables = [pa.Table.from_pylist(rejected, SCHEMA)]
     if images:
         probabilities, scores, weights = scorer(np.stack(images))
-        found = {
-            "path": kept,
-            "reason": [None] * len(kept),
+        scored = {
+            "number": numbers,
+            "path": paths,
+            "reason": [None] * len(paths),
             "score": scores,
             "weight": weights,
             "class": probabilities.argmax(axis=1),
             "confidence": probabilities.max(axis=1),
             "probabilities": [row.astype(np.float32).tobytes() for row in probabilities],
         }
-        tables.insert(0, pa.Table.from_pydict(found, SCHEMA))
+        tables.insert(0, pa.Table.from_pydict(scored, SCHEMA))
     content = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), content)
     file = f"part-{number:08d}.parquet"
@@ -251,7 +276,7 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
     partial.write_bytes(content.getvalue())
     os.replace(partial, folder / file)
     checksum = hashlib.sha256(content.getvalue()).hexdigest()
-    return Shard(number, file, len(kept), len(rejected), checksum, listed)
+    return Shard(number, file, len(paths), len(rejected), checksum, listed)
 
 
 @lru_cache(maxsize=1)
@@ -277,44 +302,35 @@ def _unseen(folder: Path) -> UnseenFolderError:
 
 
 def _list_files(folder: Path, root: str | Path) -> int:
-    """List the files in a data base, in the order of their paths; how many there are."""
+    """List the images in a data base, file by file; how many there are."""
     path = folder / FILES
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as base:
         base.executescript(
             f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
-            "CREATE TABLE found (path TEXT, size INTEGER, changed INTEGER);"
+            f"CREATE TABLE found ({FIELDS});"
             "CREATE TABLE rejected (path TEXT, reason TEXT);"
         )
         base.execute("BEGIN")
-        for one in walk_images(root):
+        for one in walk_members(root):
             if isinstance(one, Rejected):
                 base.execute("INSERT INTO rejected VALUES (?, ?)", (one.path, one.reason))
             else:
-                base.execute("INSERT INTO found VALUES (?, ?, ?)", (one, *_look(root, one)))
+                base.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?)", astuple(one))
         base.execute("COMMIT")
-        base.execute("CREATE TABLE files AS SELECT * FROM found ORDER BY path")
+        base.execute("CREATE TABLE files AS SELECT * FROM found ORDER BY file, first")
         base.execute("DROP TABLE found")
         ((count,),) = base.execute("SELECT COUNT(*) FROM files")
     return int(count)
 
 
-def _look(root: str | Path, name: str) -> tuple[int, int]:
-    """Size and time of a file; it may be gone again."""
-    try:
-        found = os.stat(os.path.join(root, name))
-    except OSError:
-        return -1, -1
-    return found.st_size, found.st_mtime_ns
-
-
-def _listed(folder: Path, number: int, size: int) -> tuple[list[str], str]:
-    """The paths of a shard, and what identifies their files."""
+def _listed(folder: Path, number: int, size: int) -> tuple[list[Member], str]:
+    """The images of a shard, and what identifies them."""
     with closing(_open(folder)) as base:
         between = (number * size + 1, (number + 1) * size)
-        query = "SELECT path, size, changed FROM files WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
+        query = f"SELECT {FIELDS} FROM files WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
         rows = base.execute(query, between).fetchall()
-    return [row[0] for row in rows], hashlib.sha256(repr(rows).encode()).hexdigest()
+    return [Member(*row) for row in rows], hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def _open(folder: Path) -> sqlite3.Connection:

@@ -1,6 +1,6 @@
 """Ranking a folder of images with a stored run: any number of them, in little memory.
 
-Files are listed, decoded and scored in shards (`weighmatch.shards`), by processes of this machine
+Images are listed, decoded and scored in shards (`weighmatch.shards`), by processes of this machine
 or of a cluster. What is said of them goes to a data base on disk, which sorts it.
 """
 
@@ -17,12 +17,15 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from weighmatch.data.files import decode
 from weighmatch.data.rank_config import Preparation
 from weighmatch.engine_config import EngineConfig
-from weighmatch.evaluation.gallery_page import OF_A_CLASS, OVERALL, render_gallery
+from weighmatch.evaluation.gallery_page import (
+    OF_A_CLASS,
+    OVERALL,
+    choose_sections,
+    render_gallery,
+)
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.checkpoint import TrainedRun
@@ -32,7 +35,7 @@ log = logging.getLogger(__name__)
 
 # Rows of a table written together, and what the data base keeps in memory, in KiB.
 ROWS_AT_ONCE, CACHE = 10_000, 65_536
-BASE = "ranking.sqlite"
+BASE, SHOWN = "ranking.sqlite", "shown.npy"
 RANKING, REJECTED, GALLERY = "ranking", "rejected_files.csv", "gallery.html"
 
 
@@ -47,15 +50,16 @@ def rank_folder(
 ) -> int:
     """Rank the images below a folder that the run never saw.
 
-    Memory depends on neither the number of files nor that of folders. While it works, a folder
-    beside `folder`, whose name ends in `.shards`, holds what is done. A call that was killed goes
-    on from there.
+    Tar archives and Parquet files are containers of images (`weighmatch.data.containers`). Memory
+    depends on neither the number of images nor that of folders, nor on sizes of containers. While
+    it works, a folder beside `folder`, whose name ends in `.shards`, holds what is done. A call
+    that was killed goes on from there.
 
     Args:
         run: the stored run.
         root: the folder; nothing in it is changed.
         folder: gets ranking.csv, ranking.parquet, gallery.html and rejected_files.csv, with the
-            columns that the ranking of a pool has. `weight` has mean 1 over these files.
+            columns that the ranking of a pool has. `weight` has mean 1 over these images.
         preparation: how files become images.
         temperature: that of the calibrated probabilities, if known.
         workers: processes that decode and score; "auto": one a core, or as many as a cluster has
@@ -72,7 +76,7 @@ def rank_folder(
     try:
         shards = Shards(work, run, root, preparation)
         _score(shards, workers, engine)
-        count = _merge(shards, run, root, folder, preparation, temperature)
+        count = _merge(shards, run, root, folder, temperature)
     except ValueError:  # nothing that another call could go on with
         shutil.rmtree(work, ignore_errors=True)
         raise
@@ -101,7 +105,6 @@ def _merge(
     run: TrainedRun,
     root: str | Path,
     folder: Path,
-    preparation: Preparation,
     temperature: float | None,
 ) -> int:
     """Rank what is in the shards; how many images."""
@@ -121,7 +124,7 @@ def _merge(
             raise ValueError(f"no file in {root} can be used as an image; give another folder")
         _order(base, run)
         _write_tables(base, run, folder, temperature)
-        page = _page(base, run, Path(root), preparation, temperature, count)
+        page = _page(base, run, shards, temperature, count)
         (folder / GALLERY).write_text(page, "utf-8")
     return int(count)
 
@@ -130,7 +133,7 @@ def _prepare(base: sqlite3.Connection) -> None:
     # What is written can be made again: no journal is needed.
     base.executescript(
         f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
-        "CREATE TABLE images (path TEXT, score REAL, weight REAL, class INTEGER,"
+        "CREATE TABLE images (number INTEGER, path TEXT, score REAL, weight REAL, class INTEGER,"
         " confidence REAL, probabilities BLOB);"
         "CREATE TABLE rejected (path TEXT, reason TEXT);"
     )
@@ -138,10 +141,10 @@ def _prepare(base: sqlite3.Connection) -> None:
 
 def _add(base: sqlite3.Connection, found: pa.Table) -> None:
     rows = [tuple(row.values()) for row in found.to_pylist()]
-    rejected = [row[:2] for row in rows if row[1] is not None]
-    images = [(row[0], *row[2:]) for row in rows if row[1] is None]
+    rejected = [row[1:3] for row in rows if row[2] is not None]
+    images = [(*row[:2], *row[3:]) for row in rows if row[2] is None]
     base.executemany("INSERT INTO rejected VALUES (?, ?)", rejected)
-    base.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?)", images)
+    base.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", images)
 
 
 def _order(base: sqlite3.Connection, run: TrainedRun) -> None:
@@ -217,8 +220,7 @@ def _write_tables(
 def _page(
     base: sqlite3.Connection,
     run: TrainedRun,
-    root: Path,
-    preparation: Preparation,
+    shards: Shards,
     temperature: float | None,
     count: int,
 ) -> str:
@@ -229,12 +231,19 @@ def _page(
     places = ", ".join(map(str, sorted(chosen)))
     table = pd.concat(_tables(base, run, temperature, f"WHERE ranked.rowid IN ({places})"))
     table = table.reset_index(drop=True)
-    fit, background = preparation.fit, preparation.background
-
-    def load(row: int) -> NDArray[np.uint8]:
-        return decode(root / table["path"][row], run.image_shape, fit, background)
-
-    return render_gallery(table, load, count)
+    shown = {row for section in choose_sections(table) for row in section.rows}
+    join = "SELECT number FROM ranked JOIN images ON images.rowid = ranked.image"
+    query = f"{join} WHERE ranked.rowid IN ({places}) ORDER BY ranked.rowid"
+    numbers = [number for (number,) in base.execute(query)]
+    order = sorted(shown, key=lambda row: numbers[row])
+    # Read in the order of the list, as rows of a Parquet file have no quick access, and kept on
+    # disk, as the page needs them in another order.
+    shape = (len(table), *run.image_shape)
+    images = np.lib.format.open_memmap(shards.folder / SHOWN, "w+", np.uint8, shape)
+    found = shards.decode([numbers[row] for row in order], run.image_shape)
+    for row, image in zip(order, found, strict=True):
+        images[row] = image
+    return render_gallery(table, images.__getitem__, count)
 
 
 def _ends(base: sqlite3.Connection, where: str, count: int) -> set[int]:

@@ -36,6 +36,7 @@ MAX_PIXELS = 178_956_970
 # most some 50 times, decompression bombs about 1,000 times.
 BOMB_PIXELS, BOMB_RATIO = 2**25, 200
 MAX_BYTES = 2**30
+TOO_LARGE = f"it is larger than {MAX_BYTES >> 20} MiB"
 # The side of decoded images where nothing is asked for and the files are larger; and the files
 # that are looked at to find out.
 SIDE, LOOKED_AT = 32, 64
@@ -146,7 +147,7 @@ def _walk(
                 f"the folder {folder} cannot be listed ({error.strerror}); give yourself the right "
                 "to read it"
             ) from error
-        yield Rejected(prefix.rstrip("/"), _cannot_be_read(error))
+        yield Rejected(prefix.rstrip("/"), cannot_be_read(error))
         return
     for entry in entries:
         name = prefix + entry.name
@@ -167,7 +168,7 @@ def _walk(
             mode = place.stat().st_mode
         except (OSError, RuntimeError) as error:
             lost = entry.is_symlink() and not isinstance(error, PermissionError)
-            reason = "a symbolic link that leads nowhere" if lost else _cannot_be_read(error)
+            reason = "a symbolic link that leads nowhere" if lost else cannot_be_read(error)
             yield Rejected(name, reason)
             continue
         if stat.S_ISDIR(mode):
@@ -187,11 +188,13 @@ def _walk(
 # --- what is in one file ---------------------------------------------------------------------
 
 
-def decode(path: str | Path, shape: Shape, fit: Fit = "crop", background: str = "white") -> Images:
+def decode(
+    source: str | Path | bytes, shape: Shape, fit: Fit = "crop", background: str = "white"
+) -> Images:
     """Read an image file.
 
     Args:
-        path: the file.
+        source: the path of the file, or its content.
         shape: channels (1 or 3), height and width of what is returned.
         fit: "crop" resizes until the image just covers the shape and cuts out the centre; "pad"
             resizes until it just fits into it, and fills the rest with the background. The aspect
@@ -206,14 +209,18 @@ def decode(path: str | Path, shape: Shape, fit: Fit = "crop", background: str = 
     Raises:
         RejectedFileError: if the file cannot be used.
     """
-    return read_file(path, shape, fit, background).image
+    return read_file(source, shape, fit, background).image
 
 
 def read_file(
-    path: str | Path, shape: Shape, fit: Fit = "crop", background: str = "white"
+    source: str | Path | bytes, shape: Shape, fit: Fit = "crop", background: str = "white"
 ) -> Decoded:
     """`decode`, with the hashes that duplicates are found by."""
-    content = _read_bytes(Path(path))
+    content = source if isinstance(source, bytes) else _read_bytes(Path(source))
+    if len(content) > MAX_BYTES:
+        raise RejectedFileError(TOO_LARGE)
+    if not content:
+        raise RejectedFileError("it is empty")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged EXIF block, a bomb: both are dealt with
@@ -234,18 +241,15 @@ def read_file(
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise RejectedFileError(f"it is larger than {MAX_BYTES >> 20} MiB")
-        content = path.read_bytes()
+        if path.stat().st_size > MAX_BYTES:
+            raise RejectedFileError(TOO_LARGE)
+        return path.read_bytes()
     except OSError as error:
-        raise RejectedFileError(_cannot_be_read(error)) from error
-    if not content:
-        raise RejectedFileError("it is empty")
-    return content
+        raise RejectedFileError(cannot_be_read(error)) from error
 
 
-def _cannot_be_read(error: Exception) -> str:
+def cannot_be_read(error: Exception) -> str:
+    """The reason where a file system fails."""
     return f"it cannot be read ({getattr(error, 'strerror', None) or error})"
 
 
