@@ -118,7 +118,7 @@ class Reaper(threading.Thread):
 # --- many runs -----------------------------------------------------------------------------------
 
 
-def train_and_die(job, folder, kept, ends, mark, progress):
+def train_and_die(job, folder, kept, ends, mark, team, progress):
     marks = folder.parent / "marks"
     with (marks / job.name).open("a") as file:
         file.write(f"{kept_steps(job, folder)}\n")
@@ -130,7 +130,7 @@ def train_and_die(job, folder, kept, ends, mark, progress):
             die_now_and_then(marks)
         progress(units)
 
-    return TRAIN(job, folder, kept, ends, mark, report)
+    return TRAIN(job, folder, kept, ends, mark, team, report)
 
 
 TRAIN = training_jobs._train
@@ -167,8 +167,9 @@ def test_runs_are_those_of_one_machine_though_a_worker_and_a_node_die(
     assert not list((tmp_path / "ray").glob(".seen-*"))
 
 
-def train_elsewhere(job, folder, kept, ends, mark, progress):
-    return TRAIN(job, folder.parent / "elsewhere", kept, ends, mark.parent / "none", progress)
+def train_elsewhere(job, folder, kept, ends, mark, team, progress):
+    place, unseen = folder.parent / "elsewhere", mark.parent / "none"
+    return TRAIN(job, place, kept, ends, unseen, team, progress)
 
 
 def test_a_machine_with_a_folder_of_its_own_sends_the_run_back(planned, tmp_path, monkeypatch):

@@ -24,21 +24,16 @@ class EngineConfig:
     num_cpus: float = 1
     num_gpus: float | None = None
 
-    def check_engine(self, group: str, processes: int = 1) -> None:
-        """Raise a ValueError unless the engine of this group of parameters can be had.
+    def demand(self, device_type: str) -> dict[str, float]:
+        """The CPUs and GPUs of a job on a device of that type, by the names of the attributes."""
+        gpus = float(device_type == "cuda") if self.num_gpus is None else self.num_gpus
+        return {"num_cpus": self.num_cpus, "num_gpus": gpus}
 
-        Args:
-            group: the name of the group.
-            processes: how many do a job together, which only those of one machine can.
-        """
+    def check_engine(self, group: str) -> None:
+        """Raise a ValueError unless the engine of this group of parameters can be had."""
         require_choice(f"{group}.engine", self.engine, ENGINES)
         require_number(f"{group}.num_cpus", self.num_cpus, 0, 1024, above=True)
         if self.num_gpus is not None:
             require_number(f"{group}.num_gpus", self.num_gpus, 0, 64)
         if self.engine == "ray":
             require_ray(f"{group}.engine")
-            if processes > 1:
-                raise ValueError(
-                    f"{group}.processes {processes} are of one machine, but {group}.engine is "
-                    f"{self.engine}; leave one of the two out"
-                )

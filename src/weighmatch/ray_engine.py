@@ -112,11 +112,11 @@ def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
 
 def _slots(ray: Any, num_cpus: float, num_gpus: float) -> int:
     wanted = {name: n for name, n in (("CPU", num_cpus), ("GPU", num_gpus)) if n}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     found = sum(
-        # The tenth part of a millionth: 1 / 0.1 is ten.
-        min(int(node["Resources"].get(name, 0) / n + 1e-7) for name, n in wanted.items())
-        for node in ray.nodes()
-        if node["Alive"]
+        # The tenth part of a millionth: 1 / 0.1 is ten. A machine has room for one that takes none.
+        min((int(node.get(name, 0) / n + 1e-7) for name, n in wanted.items()), default=1)
+        for node in nodes
     )
     if not found:
         raise WorkerError(
@@ -284,11 +284,7 @@ class Engine:
 
 def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
     """The engine that `config` names, for jobs on a device of that type."""
-    gpus = config.num_gpus
-    demand: Any = {
-        "num_cpus": config.num_cpus,
-        "num_gpus": float(device_type == "cuda") if gpus is None else gpus,
-    }
+    demand: Any = config.demand(device_type)
     engines = {
         "local": Engine(local.run_all, local.run_all, partial(local.default_workers, device_type)),
         "ray": Engine(

@@ -380,7 +380,7 @@ class RunsConfig(EngineConfig):
             none of them is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
-        processes: how many of this machine train a run together, one run after another.
+        processes: how many train a run together, one run after another, where `engine` says.
         time_limit: how long a command may take, such as "15m"; steps and seeds follow it, or None.
     """
 
@@ -405,7 +405,7 @@ class RunsConfig(EngineConfig):
             require_choice("runs.schedule", schedule, SCHEDULES)
         for name in ("rounds", "processes"):
             require_integer(f"runs.{name}", getattr(self, name), 1)
-        self.check_engine("runs", self.processes)
+        self.check_engine("runs")
         if self.rounds > MAX_ROUNDS:
             raise ValueError(f"runs.rounds must be at most {MAX_ROUNDS}, got {self.rounds}")
         if self.workers != "auto":

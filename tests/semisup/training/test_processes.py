@@ -17,6 +17,7 @@ import torch
 from tests.project import ROOT
 from tests.semisup.helpers import fit_until_killed
 from weighmatch.checks import ToldError
+from weighmatch.engine_config import EngineConfig
 from weighmatch.semisup import RunsConfig, TrainingSet
 from weighmatch.semisup.parts.augmentation import Augmentation
 from weighmatch.semisup.parts.group import (
@@ -259,13 +260,17 @@ def test_a_batch_that_is_too_small_to_divide_is_refused():
         Member(0, 3).rows(2)
 
 
-def test_several_processes_keep_no_time_limit(training_set, run_config, tmp_path, monkeypatch):
+def test_several_processes_keep_no_time_limit_and_those_of_torchrun_no_cluster(
+    training_set, run_config, tmp_path, monkeypatch
+):
     team = Team()
     team.group = Member(0, 2)
     monkeypatch.setattr(jobs, "together", lambda processes, device: nullcontext(team))
     job = doubled("late", run_config(), training_set)
-    with pytest.raises(ToldError, match=r"leave out runs\.time_limit and runs\.engine"):
+    with pytest.raises(ToldError, match=r"leave out runs\.time_limit, or start one"):
         finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
+    with pytest.raises(ToldError, match=r"torchrun .* leave out runs\.engine"):
+        finish_jobs([job], tmp_path, 1, engine=EngineConfig(engine="ray"), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from weighmatch.arms import Arm, get_arm
 from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
-from weighmatch.ray_engine import Engine, make_engine
+from weighmatch.ray_engine import Engine
 from weighmatch.semisup.checkpoint import TrainedRun
 from weighmatch.semisup.config import RunsConfig, TrainingConfig
 from weighmatch.semisup.parts.group import Group
@@ -27,6 +27,7 @@ from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerpri
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
 from weighmatch.semisup.training.loop import CHECKPOINT
 from weighmatch.semisup.training.processes import Team, together
+from weighmatch.semisup.training.ray_train import make_runner
 from weighmatch.semisup.training.rounds import beyond
 from weighmatch.semisup.training.schedules import RUN, make_schedule
 from weighmatch.workers import one_thread
@@ -177,13 +178,14 @@ def finish_jobs(
             with all of their jobs; another call goes on with them.
         engine: where the runs are done. Machines that share `folder` resume a run from the
             checkpoints of another; a machine that does not sends its finished runs back.
-        processes: how many train a run together; more than one train one run at a time.
+        processes: how many train a run together, on this machine or on a cluster; more than one
+            train one run at a time.
 
     Returns:
         The jobs that are finished, in the order of `jobs`.
 
     Raises:
-        ToldError: if several processes have a deadline.
+        ToldError: if several processes have a deadline, or those of torchrun have a cluster.
         KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
@@ -191,8 +193,22 @@ def finish_jobs(
     _hash_pools(jobs)
     device = pick_device(jobs[0].config.training.device).type
     left = any(kept_steps(job, folder) < job.steps for job in jobs)
-    with together(processes if left else 1, device) as team:
-        return _finish(jobs, folder, workers, others, deadline, make_engine(engine, device), team)
+    if not left:
+        processes = 1
+    runner = make_runner(engine, device, processes)
+    with together(1 if runner.far else processes, device) as team:
+        count = max(processes, team.group.size)
+        if count > 1 and deadline is not None:
+            raise ToldError(
+                f"{count} processes train together without a time limit; leave out "
+                "runs.time_limit, or start one process"
+            )
+        if team.group.size > 1 and runner.far:
+            raise ToldError(
+                "the processes of torchrun train together themselves; leave out runs.engine, or "
+                "start without torchrun and set runs.processes"
+            )
+        return _finish(jobs, folder, 1 if count > 1 else workers, others, deadline, runner, team)
 
 
 def _finish(
@@ -206,13 +222,6 @@ def _finish(
 ) -> list[Job]:
     """`finish_jobs` with its engine and the processes that train a run together."""
     planned = jobs
-    if team.group.size > 1:
-        if deadline is not None or runner.far:
-            raise ToldError(
-                f"{team.group.size} processes of one machine train together, without a time limit; "
-                "leave out runs.time_limit and runs.engine, or start one process"
-            )
-        workers = 1
     count = min(runner.count() if workers == "auto" else workers, len(jobs))
     if runner.far:
         jobs = _unmapped(jobs)
@@ -235,6 +244,12 @@ def _finish(
     calls = [
         (job, folder, known[job.name], admission.ends(k), mark, team) for k, job in enumerate(order)
     ]
+
+    def skips(position: int) -> bool:
+        job = order[position]
+        # Another machine may not see that a run is finished, and would train it again.
+        return admission.skips(position) or (runner.far and known[job.name] == job.steps)
+
     answers = runner.run_all(
         _train,
         calls,
@@ -242,7 +257,7 @@ def _finish(
         title="training",
         total=total,
         done=done,
-        skips=admission.skips,
+        skips=skips,
     )
     try:
         for position, finished in answers:
@@ -415,7 +430,8 @@ def _train(
         _fit(job, folder, team.group, report)
     except TimeUpError:
         return False
-    return True if mark.exists() else (job.folder(folder) / RUN).read_bytes()
+    seen = mark.exists() or not team.group.first
+    return True if seen else (job.folder(folder) / RUN).read_bytes()
 
 
 def _fit(

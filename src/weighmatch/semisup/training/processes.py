@@ -113,6 +113,9 @@ class Team:
             self._say(f"join {device}")
             self.group = place.join(device)
 
+    def __reduce__(self) -> tuple[Callable[[], "Team"], tuple[()]]:
+        return _team_there, ()
+
     def also(self, function: Callable[..., object], *arguments: object) -> None:
         """Let all others call `function(*arguments, group)`; this process goes on at once."""
         if self._place is not None:
@@ -127,6 +130,14 @@ class Team:
         if self._place is not None:
             self._place.store.set(f"order {self.orders}", order)
             self.orders += 1
+
+
+def _team_there() -> Team:
+    """The team of a process to which one was sent, where all others make the same calls."""
+    team = Team()
+    if dist.is_initialized():
+        team.group = Processes(MINUTES)
+    return team
 
 
 @contextmanager

@@ -1,0 +1,137 @@
+"""One run that workers of Ray Train train together, on a cluster of two CPUs of this machine."""
+
+import os
+import signal
+from dataclasses import replace
+from functools import partial
+
+import pytest
+
+from tests.semisup.helpers import arrays_of, same
+from tests.semisup.training.test_processes import assert_close
+from weighmatch import ray_engine
+from weighmatch.checks import ToldError
+from weighmatch.engine_config import EngineConfig
+from weighmatch.semisup.config import RunsConfig
+from weighmatch.semisup.parts.group import GroupError
+from weighmatch.semisup.parts.state_file import read_state
+from weighmatch.semisup.training import jobs as training_jobs
+from weighmatch.semisup.training.deadline import Deadline
+from weighmatch.semisup.training.jobs import _train, finish_jobs, kept_steps, plan_jobs
+from weighmatch.semisup.training.loop import CHECKPOINT
+from weighmatch.workers import WorkerError
+
+pytestmark = pytest.mark.integration
+
+RAY = EngineConfig(engine="ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    os.environ.update(ray_engine.ENVIRONMENT)
+    import ray
+
+    ray.init(
+        "local",
+        num_cpus=2,
+        object_store_memory=100 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    yield
+    ray.shutdown()
+
+
+def plan(config, data):
+    """One run of the arm "learned" in double precision."""
+    training = replace(config.training, precision="float64")
+    runs = RunsConfig(arms=("learned",), schedule=("online",))
+    return plan_jobs(("learned",), {"seed_0": arrays_of(data)}, training, runs)
+
+
+def states_of(job, folder):
+    return [read_state(job.folder(folder) / name) for name in ("run.pt", CHECKPOINT)]
+
+
+def test_two_workers_train_what_one_process_does(training_set, run_config, tmp_path, capsys):
+    planned = plan(run_config(steps=50), training_set)
+    finish_jobs(planned, tmp_path / "ray", engine=RAY, processes=2)
+    assert "training: 100 %" in capsys.readouterr().err
+    finish_jobs(planned, tmp_path / "one", 1)
+    one, ray = (states_of(*planned, tmp_path / place) for place in ("one", "ray"))
+    assert_close(one, ray)
+
+
+def train_others(name, job, *arguments):
+    assert job.name != name
+    return _train(job, *arguments)
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_train_what_processes_of_a_machine_do(
+    training_set, run_config, tmp_path, monkeypatch
+):
+    training = run_config(steps=50).training
+    runs = RunsConfig(arms=("learned",), rounds=2)
+    sets = {f"seed_{seed}": arrays_of(training_set) for seed in range(2)}
+    planned = plan_jobs(("learned",), sets, training, runs)
+    finish_jobs(planned[:1], tmp_path / "ray", engine=RAY, processes=2)
+    # A run that is finished is not sent to the cluster.
+    monkeypatch.setattr(training_jobs, "_train", partial(train_others, planned[0].name))
+    finish_jobs(planned, tmp_path / "ray", engine=RAY, processes=2)
+    monkeypatch.undo()
+    finish_jobs(planned, tmp_path / "local", processes=2)
+    for job in planned:
+        ray, local = (states_of(job, tmp_path / place) for place in ("ray", "local"))
+        assert same(ray, local)
+
+
+def train_and_die(rank, job, folder, kept, ends, mark, team, progress):
+    """What a worker does, until the one of this rank is killed at its first report."""
+
+    def tell(units):
+        progress(units)
+        if units and team.group.rank == rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return _train(job, folder, kept, ends, mark, team, tell)
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_killed_worker_ends_all_and_one_process_goes_on(
+    rank, training_set, run_config, tmp_path, monkeypatch
+):
+    planned = plan(run_config(steps=110), training_set)
+    with monkeypatch.context() as patch:
+        patch.setattr(training_jobs, "_train", partial(train_and_die, rank))
+        told = r"one of the 2 processes .* start the same command again, .* its last checkpoint$"
+        with pytest.raises(GroupError, match=told):
+            finish_jobs(planned, tmp_path, engine=RAY, processes=2)
+    assert kept_steps(*planned, tmp_path) == 100
+    finish_jobs(planned, tmp_path, 1)
+    assert kept_steps(*planned, tmp_path) == 110
+
+
+def fail_in_second(job, folder, kept, ends, mark, team, progress):
+    team.group.require_same(lambda: 1)
+    if team.group.rank:
+        raise MemoryError("out of memory")
+    team.group.require_same(lambda: 1)
+
+
+@pytest.mark.slow
+def test_an_error_of_another_worker_than_the_first_is_told(
+    training_set, run_config, tmp_path, monkeypatch
+):
+    planned = plan(run_config(steps=10), training_set)
+    monkeypatch.setattr(training_jobs, "_train", fail_in_second)
+    with pytest.raises(WorkerError, match="memory ran out"):
+        finish_jobs(planned, tmp_path, engine=RAY, processes=2)
+
+
+def test_what_cannot_be_done_together_is_one_sentence(training_set, run_config, tmp_path):
+    planned = plan(run_config(), training_set)
+    with pytest.raises(WorkerError, match=r"room for 2 of the 3 processes .* runs.processes to 2"):
+        finish_jobs(planned, tmp_path, engine=RAY, processes=3)
+    with pytest.raises(ToldError, match=r"leave out runs\.time_limit, or start one process"):
+        finish_jobs(planned, tmp_path, engine=RAY, processes=2, deadline=Deadline(1.0, 1.0))
