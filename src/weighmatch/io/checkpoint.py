@@ -1,7 +1,6 @@
 """Files of trained runs."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,4 +36,4 @@ class CheckpointDataset(AbstractDataset["TrainedRun", "TrainedRun"]):
 
     def preview(self) -> JSONPreview:
         """The configuration that the run was trained with, for kedro-viz."""
-        return JSONPreview(json.dumps(asdict(self.load().config)))
+        return JSONPreview(json.dumps(self.load().config.to_dict()))
