@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from weighmatch import workers as local
 from weighmatch.engine_config import EngineConfig
-from weighmatch.workers import MAX_RESTARTS, REPORT_INTERVAL, WorkerError
+from weighmatch.workers import MAX_RESTARTS, WorkerError
 
 log = local.log
 
@@ -35,8 +35,9 @@ STORE = 2**30
 LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
 # Parts that the jobs of a pool are given to it in, at most.
 BLOCKS = 10_000
-# Seconds between two looks at the progress, and those that cancelled tasks have to end.
-LOOK_INTERVAL, CANCEL_WAIT = 0.5, 10
+# Seconds between two reports of a task's progress, between two looks at them, and those that
+# cancelled tasks have to end.
+REPORT_INTERVAL, LOOK_INTERVAL, CANCEL_WAIT = 1.0, 1.0, 10
 # Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
 # reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
 ENVIRONMENT = {
