@@ -245,7 +245,8 @@ def score_and_die(folder, number, progress):
     return score_shard(folder, number, progress)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [200, 20_000])
 def test_a_ranking_is_that_of_one_machine_though_a_worker_and_a_node_die(
     count, nodes, training_set, run_config, tmp_path, monkeypatch
 ):

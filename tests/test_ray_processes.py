@@ -53,6 +53,7 @@ def states_of(job, folder):
     return [read_state(job.folder(folder) / name) for name in ("run.pt", CHECKPOINT)]
 
 
+@pytest.mark.slow
 def test_two_workers_train_what_one_process_does(training_set, run_config, tmp_path, capsys):
     planned = plan(run_config(steps=50), training_set)
     finish_jobs(planned, tmp_path / "ray", engine=RAY, processes=2)
