@@ -376,8 +376,7 @@ class RunsConfig(EngineConfig):
 
     Attributes:
         arms: names of arms, a list or joined by "+".
-        schedule: schedules, one name, a list or names joined by "+". An arm that can be trained in
-            none of them is trained online.
+        schedule: schedules, a list or joined by "+"; an arm that fits none is trained online.
         rounds: number of rounds of the schedule `rounds`.
         workers: runs at a time; "auto": one a core, or one on a GPU.
         processes: how many train a run together, one run after another, where `engine` says.

@@ -92,7 +92,8 @@ class _Place:
 
 
 def _nothing() -> tuple[Callable[..., object], tuple[object, ...]]:
-    raise NotImplementedError
+    """What no process but the first would have to say, and it says something else."""
+    raise AssertionError("the first process alone gives orders")
 
 
 class Team:
