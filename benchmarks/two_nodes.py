@@ -23,7 +23,8 @@ from benchmarks.scale import Cluster, simulate
 from benchmarks.tables import conditions, markdown
 from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
-from weighmatch.ray_engine import ENVIRONMENT, connect, run_all
+from weighmatch.ray_cluster import ENVIRONMENT, connect
+from weighmatch.ray_engine import run_all
 from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.training.config import RunConfig, TrainingSet
 from weighmatch.semisup.training.schedules import make_schedule

@@ -15,13 +15,14 @@ FLOORS = {
     "code": set(),
     "workers": {"checks"},
     "engine_config": {"checks", "extras"},
-    "ray_engine": {"engine_config", "workers"},
+    "ray_cluster": {"workers"},
+    "ray_engine": {"engine_config", "ray_cluster", "workers"},
     "arms": {"checks"},
     "implicit": {"checks"},
     "data": {"checks", "engine_config", "extras", "workers"},
     "semisup": {
         *("checks", "extras", "arms", "code", "workers", "implicit"),
-        *("engine_config", "ray_engine"),
+        *("engine_config", "ray_cluster", "ray_engine"),
     },
     "studies": {"checks", "arms", "code", "workers", "implicit", "data", "semisup"},
     # Of the studies evaluation reads the rows of their methods, which import no torch.

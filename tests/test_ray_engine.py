@@ -22,7 +22,7 @@ from tests.test_workers import (
     square,
     wait_for,
 )
-from weighmatch import extras, ray_engine, shards, streaming
+from weighmatch import extras, ray_cluster, ray_engine, shards, streaming
 from weighmatch.data.rank_config import RankConfig
 from weighmatch.engine_config import EngineConfig
 from weighmatch.semisup import RunConfig, make_schedule
@@ -44,7 +44,7 @@ class Nodes:
     """A head with one CPU, to which the driver is connected, and another node with one CPU."""
 
     def __init__(self):
-        os.environ.update(ray_engine.ENVIRONMENT)
+        os.environ.update(ray_cluster.ENVIRONMENT)
         from ray.cluster_utils import Cluster
 
         node = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
@@ -72,7 +72,7 @@ def nodes(started):
     """Two nodes; the one that an earlier test removed is there again."""
     if started.other is None:
         started.other = started.cluster.add_node(num_cpus=1, object_store_memory=STORE)
-        assert wait_for(lambda: ray_engine.count_workers() == 2)
+        assert wait_for(lambda: ray_cluster.count_workers() == 2)
     return started
 
 
@@ -186,7 +186,7 @@ def sum_of(images, number, progress):
 
 
 def test_an_array_of_many_jobs_is_sent_once(nodes, monkeypatch):
-    ray = ray_engine.connect()
+    ray = ray_cluster.connect()
     put, sent = ray.put, []
     monkeypatch.setattr(ray, "put", lambda value: sent.append(value) or put(value))
     images = np.ones((300, 1, 16, 16), np.uint8)
@@ -226,7 +226,7 @@ def test_a_job_that_ends_its_worker_again_and_again_is_one_sentence(nodes, tmp_p
 def test_more_than_any_machine_has_is_one_sentence(nodes):
     with pytest.raises(WorkerError, match=r"no machine of the cluster has 1 CPUs and 0.5 GPUs"):
         list(ray_engine.run_all(square, [(1,)], title="squares", total=1, num_gpus=0.5))
-    assert ray_engine.count_workers(0.5) == 4
+    assert ray_cluster.count_workers(0.5) == 4
 
 
 def test_skipped_jobs_are_not_begun(nodes):
@@ -313,10 +313,10 @@ def test_ray_is_not_imported_where_it_is_not_used():
 
 def test_an_address_without_a_cluster_is_one_sentence():
     code = (
-        "from weighmatch import ray_engine\n"
+        "from weighmatch import ray_cluster\n"
         "try:\n"
-        "    ray_engine.connect()\n"
-        "except ray_engine.WorkerError as error:\n"
+        "    ray_cluster.connect()\n"
+        "except ray_cluster.WorkerError as error:\n"
         "    print(error)\n"
     )
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path("src"))}

@@ -9,7 +9,7 @@ import pytest
 
 from tests.semisup.helpers import arrays_of, same
 from tests.semisup.training.test_processes import assert_close
-from weighmatch import ray_engine
+from weighmatch import ray_cluster
 from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
 from weighmatch.semisup.config import RunsConfig
@@ -28,7 +28,7 @@ RAY = EngineConfig(engine="ray")
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster():
-    os.environ.update(ray_engine.ENVIRONMENT)
+    os.environ.update(ray_cluster.ENVIRONMENT)
     import ray
 
     ray.init(

@@ -18,6 +18,7 @@ from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
 from weighmatch.data.source import all_sources, get_source
 from weighmatch.pipeline_registry import register_pipelines
+from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.semisup.training.deadline import CLOCK
 from weighmatch.studies.config import StudyConfig
@@ -86,6 +87,8 @@ class ChecksBeforeWork:
         CLOCK.start()
         given = run_params.get("runtime_params") or {}
         inputs = pipeline.inputs()
+        # The evaluation reads their time limit alone.
+        trains = {"params:runs", "params:run_folder"} <= inputs
         _check_groups(given)
         if not any(run_params.get(part) for part in PARTS):
             _check_pipelines(given, inputs)
@@ -98,8 +101,7 @@ class ChecksBeforeWork:
                 source.check_found(asked.data)
             if "params:training" in inputs:
                 source.recipe(asked.data)  # otherwise settings would silently be others
-            # The evaluation reads their time limit alone.
-            if {"params:runs", "params:run_folder"} <= inputs:
+            if trains:
                 _check_runs(given, asked)
             if "params:rank" in inputs:
                 require_group("rank", catalog.load("params:rank"), RankConfig).require_folder()
@@ -113,6 +115,11 @@ class ChecksBeforeWork:
             folders.add(folder)
         for folder in sorted(folder for folder in folders if folder is not None):
             _check_writable(folder)
+        # Last, as a cluster is started for it.
+        if trains:
+            make_engine(asked.runs).prepare()
+        if "params:rank" in inputs:
+            make_engine(require_group("rank", catalog.load("params:rank"), RankConfig)).prepare()
 
 
 def _check_groups(given: Given) -> None:

@@ -6,20 +6,19 @@ thread, so that its answer is the one that a process of one machine gives, to th
 
 import io
 import logging
-import os
 import pickle
-import socket
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, TypeVar
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weighmatch import ray_cluster as cluster
 from weighmatch import workers as local
 from weighmatch.engine_config import EngineConfig
 from weighmatch.workers import MAX_RESTARTS, WorkerError
@@ -29,102 +28,11 @@ log = local.log
 T = TypeVar("T")
 # Bytes from which an array goes into the object store, once for all jobs that have it.
 LARGE = 2**16
-# Bytes of the object store of a cluster that is started here; what is more goes to disk.
-STORE = 2**30
-# Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
-LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
 # Parts that the jobs of a pool are given to it in, at most.
 BLOCKS = 10_000
 # Seconds between two reports of a task's progress, between two looks at them, and those that
 # cancelled tasks have to end.
 REPORT_INTERVAL, LOOK_INTERVAL, CANCEL_WAIT = 1.0, 1.0, 10
-# Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
-# reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
-ENVIRONMENT = {
-    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
-    "RAY_worker_niceness": "0",
-}
-
-
-def connect() -> Any:
-    """The module `ray`, connected to a cluster.
-
-    It is the cluster of `RAY_ADDRESS`, or else the one that `ray start` began on this machine, or
-    else one that is started here and ends with this process.
-
-    Raises:
-        WorkerError: if no cluster answers at `RAY_ADDRESS`.
-    """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray
-
-    if ray.is_initialized():
-        return ray
-    # Workers that end are told of here; Ray has no switch for its own words about them.
-    ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    address = _find_address()
-    own: Any = {
-        "num_cpus": local.default_workers(),
-        "object_store_memory": STORE,
-        "include_dashboard": False,
-    }
-    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address, **quiet, **(own if address == "local" else {}))
-    return ray
-
-
-def _find_address() -> str:
-    """The address of a cluster that answers; "local" where one has to be started here.
-
-    Ray itself would wait for minutes where nobody answers.
-    """
-    given = os.environ.get("RAY_ADDRESS", "")
-    if given and not _answers(given):
-        raise WorkerError(
-            f"no cluster of Ray answers at RAY_ADDRESS {given}; start one with `ray start --head`, "
-            "or unset RAY_ADDRESS, so that one is started on this machine"
-        )
-    left = LATEST.read_text("utf-8").strip() if LATEST.exists() else ""
-    return given or (left if left and _answers(left) else "local")
-
-
-def _answers(address: str) -> bool:
-    host, colon, port = address.rpartition("://")[2].rpartition(":")
-    if not colon:
-        return True  # a word, such as "auto"
-    try:
-        with socket.create_connection((host, int(port)), CONNECT_WAIT):
-            return True
-    except (OSError, ValueError):
-        return False
-
-
-def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
-    """How many jobs the cluster can do at a time, each with these CPUs and GPUs.
-
-    Raises:
-        WorkerError: if no machine has as much.
-    """
-    return _slots(connect(), num_cpus, num_gpus)
-
-
-def _slots(ray: Any, num_cpus: float, num_gpus: float) -> int:
-    wanted = {name: n for name, n in (("CPU", num_cpus), ("GPU", num_gpus)) if n}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    found = sum(
-        # The tenth part of a millionth: 1 / 0.1 is ten. A machine has room for one that takes none.
-        min((int(node.get(name, 0) / n + 1e-7) for name, n in wanted.items()), default=1)
-        for node in nodes
-    )
-    if not found:
-        raise WorkerError(
-            f"no machine of the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a job; "
-            "ask for less, or add a machine, and start again: what is finished is kept"
-        )
-    return found
 
 
 def run_all(
@@ -158,9 +66,9 @@ def run_all(
     """
     if not jobs:
         return
-    ray = connect()
+    ray = cluster.connect()
     with local.progress_bar(title, total, done) as bar:
-        progress = _Progress(ray, bar)
+        progress = _Progress(bar)
         try:
             yield from _run_tasks(
                 ray, function, jobs, workers, progress, skips, (num_cpus, num_gpus)
@@ -184,13 +92,13 @@ def _run_tasks(
     running: dict[Any, int] = {}
     try:
         while waiting or running:
-            slots = _slots(ray, *demand)
+            slots = cluster.count_workers(*demand)
             count = slots if workers == "auto" else min(workers, slots)
             while waiting and len(running) < count:
                 position = waiting.popleft()
                 if not skips(position):
                     packed, arrays = store.pack((function, jobs[position]))
-                    running[task.remote(packed, position, progress.counts, *arrays)] = position
+                    running[task.remote(packed, progress.key(position), *arrays)] = position
             finished, _ = ray.wait(list(running), timeout=LOOK_INTERVAL) if running else ([], [])
             progress.show()
             for reference in finished:
@@ -236,19 +144,19 @@ def run_in_pool(
     """
     if not jobs:
         return
-    ray = connect()
+    cluster.connect()
     import ray.data as data
 
-    count = _slots(ray, num_cpus, num_gpus)
+    count = cluster.count_workers(num_cpus, num_gpus)
     count = min(count if workers == "auto" else min(workers, count), len(jobs))
     data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     rows = [{"position": n, "job": pickle.dumps((function, job))} for n, job in enumerate(jobs)]
     with local.progress_bar(title, total, done) as bar:
-        progress = _Progress(ray, bar)
+        progress = _Progress(bar)
         found = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
             _Actor,
-            fn_constructor_args=(progress.counts,),
+            fn_constructor_args=(progress.name,),
             batch_size=1,
             compute=data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
             num_cpus=num_cpus,
@@ -274,12 +182,14 @@ class Engine:
         run_all: does jobs, as `workers.run_all`.
         run_in_pool: the same for very many jobs that need the same model.
         count: tells how many jobs are done at a time where nobody says it.
+        prepare: begins with what takes time before the first job; called early, if at all.
         far: whether jobs may be done on other machines.
     """
 
     run_all: Callable[..., Iterator[tuple[int, Any]]]
     run_in_pool: Callable[..., Iterator[tuple[int, Any]]]
     count: Callable[[], int]
+    prepare: Callable[[], None] = lambda: None
     far: bool = False
 
 
@@ -291,16 +201,17 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
         "ray": Engine(
             partial(run_all, **demand),
             partial(run_in_pool, **demand),
-            partial(count_workers, **demand),
+            partial(cluster.count_workers, **demand),
+            cluster.begin_to_connect,
             far=True,
         ),
     }
     return engines[config.engine]
 
 
-def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> bytes:
+def _work(packed: bytes, key: str, *arrays: NDArray[Any]) -> bytes:
     """Do a job; a pickle of "answer" or "failed", what came of it, and the units done."""
-    report = _Report(counts, position)
+    report = _Report(key)
     try:
         function, job = _Unpickler(io.BytesIO(packed), arrays).load()
         with local.one_thread():
@@ -313,87 +224,75 @@ def _work(packed: bytes, position: int, counts: Any, *arrays: NDArray[Any]) -> b
 class _Actor:
     """What Ray Data calls with one job at a time."""
 
-    def __init__(self, counts: Any) -> None:
-        self.counts = counts
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import ray
-
         (position,), (packed,) = batch["position"].tolist(), batch["job"].tolist()
+        key = f"{self.name}-begun/{position}"
+        ends = int(_notes()._internal_kv_get(key) or 0)
+        _notes()._internal_kv_put(key, str(ends + 1))
         # Ray Data itself would begin a job again for ever that ends its actor.
-        ends = ray.get(self.counts.begin.remote(position)) - 1
         if ends > MAX_RESTARTS:
             error = WorkerError(
                 f"an actor was ended {ends} times at the same job, most likely because memory ran "
                 "out; free memory or set fewer workers and start again, what is finished is kept"
             )
             return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0))]}
-        return {"position": [position], "answer": [_work(packed, position, self.counts)]}
+        return {"position": [position], "answer": [_work(packed, f"{self.name}/{position}")]}
+
+
+def _notes() -> Any:
+    """What all processes of a cluster can write and read: Ray's own store of keys and values.
+
+    An actor would do as well, but even one that waits wakes a hundred times a second.
+    """
+    from ray.experimental import internal_kv
+
+    return internal_kv
 
 
 class _Report:
-    """Adds up the progress of a job and sends it now and then, from the start of this attempt."""
+    """Adds up the progress of a job and notes it now and then, from the start of this attempt."""
 
-    def __init__(self, counts: Any, position: int) -> None:
-        self.counts, self.position = counts, position
+    def __init__(self, key: str) -> None:
+        self.key = key
         self.units, self.sent = 0.0, time.monotonic()
 
     def add(self, units: float) -> None:
         self.units += units
         if time.monotonic() - self.sent > REPORT_INTERVAL:
-            self.counts.put.remote(self.position, self.units)
+            _notes()._internal_kv_put(self.key, str(self.units))
             self.sent = time.monotonic()
 
 
-class _Counts:
-    """An actor that knows how far each job is."""
-
-    def __init__(self) -> None:
-        self.new: dict[int, float] = {}
-        self.begun = Counter[int]()
-
-    def begin(self, position: int) -> int:
-        """How often a job has begun, with this time."""
-        self.begun[position] += 1
-        return self.begun[position]
-
-    def put(self, position: int, units: float) -> None:
-        self.new[position] = units
-
-    def take(self) -> dict[int, float]:
-        """What has changed since the last call."""
-        new, self.new = self.new, {}
-        return new
-
-
 class _Progress:
-    """The bar of all jobs, and the actor that it reads, which lives on the driver's machine."""
+    """The bar of all jobs, which reads what they note."""
 
-    def __init__(self, ray: Any, bar: Any) -> None:
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.counts = ray.remote(_Counts).options(num_cpus=0, scheduling_strategy=here).remote()
-        self._ray, self._bar = ray, bar
-        self._asked = self.counts.take.remote()
-        self._units: dict[int, float] = {}
-        self._ended = set[int]()
+    def __init__(self, bar: Any) -> None:
+        self.name = f"weighmatch-{uuid4().hex}"
         self.title = bar.desc.strip(": ")
+        self._bar = bar
+        self._units: dict[int, float] = {}
+        self._looked = time.monotonic()
+
+    def key(self, position: int) -> str:
+        """Where a job notes how far it is."""
+        return f"{self.name}/{position}"
 
     def show(self) -> None:
-        """Bring the bar up to date with the jobs that are under way; never waits."""
-        ready, _ = self._ray.wait([self._asked], timeout=0)
-        if not ready:
+        """Bring the bar up to date with the jobs that are under way, now and then."""
+        if time.monotonic() - self._looked < LOOK_INTERVAL:
             return
-        new = self._ray.get(self._asked)
-        self._asked = self.counts.take.remote()
-        for position, units in new.items():
-            if position not in self._ended:
-                self._move(position, units)
+        for key in _notes()._internal_kv_list(f"{self.name}/"):
+            note = _notes()._internal_kv_get(key)
+            if note is not None:
+                self._move(int(key.rpartition(b"/")[2]), float(note))
+        self._looked = time.monotonic()
 
     def set(self, position: int, units: float) -> None:
         """Say how far a job is that has ended, or that begins again: 0."""
-        self._ended.add(position) if units else self._ended.discard(position)
+        _notes()._internal_kv_del(self.key(position))
         self._move(position, units)
 
     def _move(self, position: int, units: float) -> None:
@@ -401,7 +300,7 @@ class _Progress:
         self._units[position] = units
 
     def close(self) -> None:
-        self._ray.kill(self.counts)
+        _notes()._internal_kv_del(self.name, del_by_prefix=True)
 
 
 class _Store:
@@ -409,7 +308,7 @@ class _Store:
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
-        self._known: dict[tuple[Any, ...], Any] = {}
+        self._known: dict[tuple[Any, ...], tuple[Any, NDArray[Any]]] = {}
 
     def pack(self, call: Any) -> tuple[bytes, list[Any]]:
         """A pickle of a call, and references to the arrays that are not in it."""
@@ -419,12 +318,13 @@ class _Store:
         return file.getvalue(), pickler.references
 
     def put(self, array: NDArray[Any]) -> Any:
-        # Two views of the same memory are the same array; jobs keep the memory alive.
+        # Two views of the same memory are the same array.
         place = array.__array_interface__
         key = (place["data"][0], array.shape, array.strides, array.dtype.str)
         if key not in self._known:
-            self._known[key] = self._ray.put(np.asarray(array))
-        return self._known[key]
+            # The array is kept, so that no other one gets its memory.
+            self._known[key] = self._ray.put(np.asarray(array)), array
+        return self._known[key][0]
 
 
 class _Pickler(pickle.Pickler):

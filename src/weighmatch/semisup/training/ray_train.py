@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
-from weighmatch import ray_engine
+from weighmatch import ray_cluster, ray_engine
 from weighmatch.engine_config import EngineConfig
 from weighmatch.ray_engine import Engine, make_engine
 from weighmatch.semisup.parts.group import GroupError
@@ -78,7 +78,7 @@ def _conduct(
 
     `progress` travels to the first worker, which tells from there how far the job is.
     """
-    room = ray_engine.count_workers(num_cpus, num_gpus)
+    room = ray_cluster.count_workers(num_cpus, num_gpus)
     if room < processes:
         raise WorkerError(
             f"the cluster has room for {room} of the {processes} processes of a training, each "

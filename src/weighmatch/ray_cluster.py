@@ -1,0 +1,128 @@
+"""The cluster of Ray that this process is connected to, or starts.
+
+Nothing is imported of Ray until somebody connects.
+"""
+
+import atexit
+import logging
+import os
+import socket
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from weighmatch.workers import WorkerError, default_workers
+
+# Bytes of the object store of a cluster that is started here; what is more goes to disk.
+STORE = 2**30
+# Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
+LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
+# Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
+# reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
+ENVIRONMENT = {
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
+    "RAY_worker_niceness": "0",
+}
+# What a cluster that is started here leaves out, as nobody asks it: statistics of Ray's own
+# processes and the history of tasks. Both would take a part of the cores.
+UNASKED = {
+    "enable_metrics_collection": False,
+    "event_stats": False,
+    "task_events_report_interval_ms": 0,
+}
+# Connects: a cluster is started in seconds, in which other work goes on.
+_thread = ThreadPoolExecutor(1, "ray")
+
+
+def connect() -> Any:
+    """The module `ray`, connected to a cluster.
+
+    It is the cluster of `RAY_ADDRESS`, or else the one that `ray start` began on this machine, or
+    else one that is started here and ends with this process.
+
+    Raises:
+        WorkerError: if no cluster answers at `RAY_ADDRESS`.
+    """
+    return _thread.submit(_connect).result()
+
+
+def begin_to_connect() -> None:
+    """Connect while this process does something else; `connect` waits for it.
+
+    Raises:
+        WorkerError: if no cluster answers at `RAY_ADDRESS`.
+    """
+    _find_address()
+    _thread.submit(_connect)
+
+
+def _connect() -> Any:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    if ray.is_initialized():
+        return ray
+    # Workers that end are told of here; Ray has no switch for its own words about them.
+    ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    address = _find_address()
+    own: Any = {
+        "num_cpus": default_workers(),
+        "object_store_memory": STORE,
+        "include_dashboard": False,
+        "_system_config": UNASKED,
+    }
+    quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
+    ray.init(address, **quiet, **(own if address == "local" else {}))
+    # Sooner than Ray's own end, which waits for its words to be printed.
+    atexit.register(ray.shutdown)
+    return ray
+
+
+def _find_address() -> str:
+    """The address of a cluster that answers; "local" where one has to be started here.
+
+    Ray itself would wait for minutes where nobody answers.
+    """
+    given = os.environ.get("RAY_ADDRESS", "")
+    if given and not _answers(given):
+        raise WorkerError(
+            f"no cluster of Ray answers at RAY_ADDRESS {given}; start one with `ray start --head`, "
+            "or unset RAY_ADDRESS, so that one is started on this machine"
+        )
+    left = LATEST.read_text("utf-8").strip() if LATEST.exists() else ""
+    return given or (left if left and _answers(left) else "local")
+
+
+def _answers(address: str) -> bool:
+    host, colon, port = address.rpartition("://")[2].rpartition(":")
+    if not colon:
+        return True  # a word, such as "auto"
+    try:
+        with socket.create_connection((host, int(port)), CONNECT_WAIT):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
+    """How many jobs the cluster can do at a time, each with these CPUs and GPUs.
+
+    Raises:
+        WorkerError: if no machine has as much.
+    """
+    wanted = {name: n for name, n in (("CPU", num_cpus), ("GPU", num_gpus)) if n}
+    nodes = [node["Resources"] for node in connect().nodes() if node["Alive"]]
+    found = sum(
+        # The tenth part of a millionth: 1 / 0.1 is ten. A machine has room for one that takes none.
+        min((int(node.get(name, 0) / n + 1e-7) for name, n in wanted.items()), default=1)
+        for node in nodes
+    )
+    if not found:
+        raise WorkerError(
+            f"no machine of the cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a job; "
+            "ask for less, or add a machine, and start again: what is finished is kept"
+        )
+    return found
