@@ -55,11 +55,16 @@ class Section:
     rows: tuple[int, ...]
 
 
-def choose_sections(ranking: pd.DataFrame) -> list[Section]:
-    """The lists of the page, from a table whose first row is the most useful image."""
+def choose_sections(ranking: pd.DataFrame, classes: Sequence[str] | None = None) -> list[Section]:
+    """The lists of the page.
+
+    Args:
+        ranking: a table whose first row is the most useful image.
+        classes: those with lists of their own, if the table has too few rows to tell.
+    """
     sections = _both_ends(np.arange(len(ranking)), OVERALL, "")
     counts = ranking["predicted_class"].value_counts()
-    for name in sorted(counts.index[:MAX_CLASSES]):
+    for name in sorted(counts.index[:MAX_CLASSES] if classes is None else classes):
         members = np.flatnonzero((ranking["predicted_class"] == name).to_numpy())
         sections += _both_ends(members, OF_A_CLASS, f"{name}: ")
     return sections
@@ -77,7 +82,10 @@ def _both_ends(order: NDArray[np.intp], count: int, prefix: str) -> list[Section
 
 
 def render_gallery(
-    ranking: pd.DataFrame, load: Callable[[int], Images], total: int | None = None
+    ranking: pd.DataFrame,
+    load: Callable[[int], Images],
+    total: int | None = None,
+    classes: Sequence[str] | None = None,
 ) -> str:
     """The page.
 
@@ -85,8 +93,9 @@ def render_gallery(
         ranking: from `ranking_table`, or its rows that are worth showing.
         load: gives the image of a row by its position, (C, H, W) uint8.
         total: how many images were ranked, if the table has only some of them.
+        classes: see `choose_sections`.
     """
-    sections = choose_sections(ranking)
+    sections = choose_sections(ranking, classes)
     shown = sorted({row for section in sections for row in section.rows})
     cards = {row: _card(ranking.iloc[row], load(row)) for row in shown}
     sides = [max(card.width, card.height) for card in cards.values()]
