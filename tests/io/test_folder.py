@@ -37,3 +37,14 @@ def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path):
 def test_a_missing_folder_says_what_to_do(tmp_path):
     with pytest.raises(Exception, match="run the pipeline that makes it"):
         FolderDataset(path=str(tmp_path / "none")).load()
+
+
+def test_what_the_function_returns_is_called_when_the_folder_is_in_its_place(tmp_path):
+    path, found = tmp_path / "export", []
+
+    def fill(folder):
+        (folder / "a").touch()
+        return lambda: found.append(sorted(path.iterdir()))
+
+    FolderDataset(path=str(path)).save(fill)
+    assert found == [[path / "a"]]

@@ -12,6 +12,8 @@ from kedro_datasets._typing import JSONPreview
 class FolderDataset(AbstractDataset[Callable[[Path], object], Path]):
     """A folder; what is saved is a function that fills it, and its path is loaded.
 
+    The function may return another one, which is called when the folder is in its place.
+
     Args:
         path: the folder.
         keep: whether the function adds to what the folder holds. Else the folder is replaced, as a
@@ -36,9 +38,11 @@ class FolderDataset(AbstractDataset[Callable[[Path], object], Path]):
         partial = self._path.with_name(self._path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        data(partial)
+        finish = data(partial)
         shutil.rmtree(self._path, ignore_errors=True)
         partial.rename(self._path)
+        if callable(finish):
+            finish()
 
     def _exists(self) -> bool:
         return self._path.is_dir()
