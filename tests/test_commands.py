@@ -153,7 +153,10 @@ def test_a_ranking_needs_a_folder_and_a_model(command, tmp_path):
     assert_one_sentence(result, "rank.workers (or auto) must be an integer of at least 1")
     result = command("rank.images=x", "--pipelines", "data_preparation")
     assert_one_sentence(result, "rank.images has no effect on the pipelines of this run")
-    assert command(f"rank.images={tmp_path}", "--pipelines", "rank").exit_code == 1
+    result = command(f"rank.images={tmp_path}/none", "--pipelines", "rank")
+    assert_one_sentence(result, "none does not exist; give the folder that holds the images")
+    result = command(f"rank.images={tmp_path}", "--pipelines", "rank")
+    assert_one_sentence(result, "export and 1 other do not exist; run the pipelines data")
 
 
 @pytest.mark.parametrize("browser", [True, False])

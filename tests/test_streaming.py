@@ -1,20 +1,37 @@
 """Ranking a folder with a stored run."""
 
+import errno
+import hashlib
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from kedro.io import DatasetError
 from PIL import Image
 
 from weighmatch import shards, streaming
-from weighmatch.data.rank_config import Preparation
+from weighmatch.checks import ToldError
+from weighmatch.cli import _sentence_of
+from weighmatch.data import files
+from weighmatch.data.files import RejectedFileError
+from weighmatch.data.listing import NoImageError
+from weighmatch.data.rank_config import Preparation, RankConfig
 from weighmatch.evaluation.ranking import COLUMNS
+from weighmatch.io import FolderDataset
+from weighmatch.pipelines.rank.nodes import rank_images
 from weighmatch.semisup import make_schedule
-from weighmatch.shards import Scorer, Shards, score_shard
+from weighmatch.shards import Scorer, Shards, UnseenError, score_shard
 from weighmatch.streaming import rank_folder
+
+FILES = ("ranking.csv", "ranking.parquet", "gallery.html", "rejected_files.csv")
 
 
 @pytest.fixture
@@ -74,7 +91,8 @@ def test_every_bad_file_is_named_once_and_nothing_is_left_behind(run, folder, tm
     assert rejected["path"].tolist() == [".DS_Store", "1/empty.png", "notes.txt"]
     assert rejected["reason"].notna().all()
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"ranking.csv", "ranking.parquet", "gallery.html", "rejected_files.csv"}
+    assert names == {*FILES, "shards"}
+    assert not (tmp_path / "out.shards").exists()
     assert sorted(path for path in folder.rglob("*")) == before
 
 
@@ -90,8 +108,26 @@ def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     assert page.count("data:image/png;base64,") > 30
 
 
-class KilledError(Exception):
+class KilledError(BaseException):
     pass
+
+
+def score_all(place, run, root, preparation=Preparation(), limit=None):  # noqa: B008 (frozen)
+    """Score what is missing, up to a limit; the numbers of the shards that were scored."""
+    found = Shards(place, run, root, preparation)
+    numbers = found.missing()[:limit]
+    for number in numbers:
+        found.add(score_shard(place, number, lambda files: None))
+    return numbers
+
+
+def same_ranking(first, second):
+    """Whether two folders have the same files, those of the shards among them."""
+    both = [
+        {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+        for folder in (first, second)
+    ]
+    return both[0] == both[1] and both[0].keys() > {*FILES}
 
 
 def test_a_ranking_that_was_killed_goes_on_at_the_shards_that_are_missing(
@@ -109,41 +145,212 @@ def test_a_ranking_that_was_killed_goes_on_at_the_shards_that_are_missing(
 
     monkeypatch.setattr(streaming, "score_shard", score)
     with pytest.raises(KilledError):
-        rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
+        rank_folder(run, folder, tmp_path / "parts", workers=1)
     assert scored == [0, 1, 2, 3, 4]
     # What was damaged since, or written by half, is made again.
     kept = tmp_path / "parts.shards"
-    (kept / "part-00000001.parquet").write_bytes(b"damaged")
-    (kept / "part-00000003.parquet").unlink()
+    lines = [json.loads(line) for line in (kept / "manifest.jsonl").read_text().splitlines()]
+    (kept / lines[1]["file"]).write_bytes(b"damaged")
+    (kept / lines[3]["file"]).unlink()
     with (kept / "manifest.jsonl").open("a") as file:
         file.write('{"number": 7, "fi')
     scored[:] = []
     monkeypatch.setattr(
         streaming, "score_shard", lambda *call: scored.append(call[1]) or score_shard(*call)
     )
-    rank_folder(run, folder, tmp_path / "parts.partial", workers=1)
-    assert scored == [1, 3, 5, 6, 7]
-    for name in ("ranking.csv", "ranking.parquet", "rejected_files.csv", "gallery.html"):
-        again, whole = (tmp_path / place / name for place in ("parts.partial", "whole"))
-        assert again.read_bytes() == whole.read_bytes()
+    rank_folder(run, folder, tmp_path / "parts", workers=1)
+    assert scored[:3] == [1, 3, 5]
+    assert len(scored) == len(list((tmp_path / "whole" / "shards").glob("*.parquet"))) - 3
+    assert same_ranking(tmp_path / "parts", tmp_path / "whole")
     assert not kept.exists()
+
+
+def test_a_line_that_was_torn_spoils_no_other_one(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    place = tmp_path / "work"
+    assert score_all(place, run, folder, limit=1) == [0]
+    with (place / "manifest.jsonl").open("a") as file:
+        file.write('{"number": 7, "fi')
+    assert score_all(place, run, folder, limit=1) == [1]
+    assert score_all(place, run, folder, limit=1) == [2]
 
 
 def test_shards_of_other_files_or_of_another_run_are_not_kept(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
     place = tmp_path / "work"
-
-    def missing(preparation):
-        found = Shards(place, run, folder, preparation)
-        for number in found.missing():
-            yield number
-            found.add(score_shard(place, number, lambda files: None))
-
-    assert list(missing(Preparation())) == list(range(8))
-    assert list(missing(Preparation())) == []
+    every = score_all(place, run, folder)
+    assert len(every) >= 8
+    assert score_all(place, run, folder) == []
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "0" / "0.png")
-    assert list(missing(Preparation())) == [0]
-    assert list(missing(Preparation("pad"))) == list(range(8))
+    assert score_all(place, run, folder) == [0]
+    assert score_all(place, run, folder, Preparation("pad")) == every
+
+
+def test_a_new_file_leaves_the_other_shards_as_they_are(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    place = tmp_path / "work"
+    every = score_all(place, run, folder)
+    Image.fromarray(np.zeros((8, 8), np.uint8)).save(folder / "!new.png")
+    found = Shards(place, run, folder, Preparation())
+    assert 1 <= len(found.missing()) <= 3 < len(every)
+    # The numbers of those that are kept have changed.
+    parts = [found.listed.part(number) for number in range(len(found))]
+    assert all(parts[number].listed == shard.listed for number, shard in found.kept.items())
+    rank_folder(run, folder, tmp_path / "again", workers=1, work=place)
+    rank_folder(run, folder, tmp_path / "anew", workers=1)
+    assert same_ranking(tmp_path / "again", tmp_path / "anew")
+    assert place.exists()
+
+
+def test_the_ranking_holds_its_shards(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    rank_folder(run, folder, tmp_path / "out", workers=1)
+    place = tmp_path / "out" / "shards"
+    lines = [json.loads(line) for line in (place / "manifest.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == list(range(len(lines)))
+    for line in lines:
+        content = (place / line["file"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == line["sha256"]
+    assert {line["file"] for line in lines} == {path.name for path in place.glob("*.parquet")}
+    table = pd.concat(pd.read_parquet(place / line["file"]) for line in lines)
+    assert sum(line["images"] for line in lines) == table["score"].notna().sum() == 30
+    ranking = pd.read_csv(tmp_path / "out" / "ranking.csv")
+    assert sorted(table["path"][table["reason"].isna()]) == sorted(ranking["path"])
+
+
+# --- what goes wrong -----------------------------------------------------------------------------
+
+
+def test_an_error_or_a_wrong_folder_removes_nothing_that_is_done(
+    run, folder, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    out, place = tmp_path / "out", tmp_path / "out.shards"
+    every = score_all(place, run, folder, limit=3)
+    (tmp_path / "empty").mkdir()
+    away = folder.rename(tmp_path / "away")
+    for root in (folder, f"{folder}x", tmp_path / "empty"):
+        with pytest.raises(ToldError):
+            rank_folder(run, root, out, workers=1)
+    folder.mkdir()  # a share that is not mounted
+    with pytest.raises(NoImageError):
+        rank_folder(run, folder, out, workers=1)
+    folder.rmdir()
+    away.rename(folder)
+    assert list(Shards(place, run, folder, Preparation()).kept) == every
+
+    def fail(*_):
+        raise ValueError("something else")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "_write_tables", fail)
+        with pytest.raises(ValueError, match="something else"):
+            rank_folder(run, folder, out, workers=1)
+    assert score_all(place, run, folder) == []
+
+
+def test_a_ranking_is_lost_neither_before_nor_after_it_takes_its_place(
+    run, folder, tmp_path, monkeypatch
+):
+    """The data set renames the folder; a job may be killed right before and right after that."""
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    run.save(tmp_path / "model" / "run.pt")
+    (tmp_path / "model" / "classes.json").write_text('{"preparation": {}}')
+    config = RankConfig(images=str(folder), workers=1)
+    write = rank_images(tmp_path / "model", {"temperature": None}, config)
+    dataset = FolderDataset(str(tmp_path / "rank"))
+    place = tmp_path / "rank.shards"
+    scored = []
+    monkeypatch.setattr(
+        streaming, "score_shard", lambda *call: scored.append(call[1]) or score_shard(*call)
+    )
+    remove = partial(shutil.rmtree, ignore_errors=True)
+
+    def die(*_):
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", die)
+        with pytest.raises(KilledError):
+            dataset.save(write)
+    assert scored
+    scored.clear()
+    (tmp_path / "rank.partial").rename(tmp_path / "first")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            shutil, "rmtree", lambda path, *rest, **_: (die if path == place else remove)(path)
+        )
+        with pytest.raises(KilledError):
+            dataset.save(write)
+    assert same_ranking(tmp_path / "rank", tmp_path / "first")
+    dataset.save(write)
+    assert not scored
+    assert not place.exists()
+    assert (tmp_path / "rank" / "shards" / "manifest.jsonl").exists()
+
+
+def test_the_gallery_does_without_a_picture_that_is_gone(
+    run, folder, tmp_path, monkeypatch, caplog
+):
+    written = streaming._write_tables
+
+    def remove_one(*given):
+        written(*given)
+        (folder / "0" / "0.png").unlink()
+
+    monkeypatch.setattr(streaming, "_write_tables", remove_one)
+    assert rank_folder(run, folder, tmp_path / "out", workers=1) == 30
+    assert "the gallery shows no picture of 0/0.png: it cannot be read" in caplog.text
+
+
+def test_a_file_that_was_removed_is_rejected(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOMENT", 0)
+    place = tmp_path / "work"
+    found = Shards(place, run, folder, Preparation())
+    (folder / "0" / "0.png").unlink()
+    tables = []
+    for number in found.missing():
+        found.add(score_shard(place, number, lambda files: None))
+        tables.append(found.read(number).to_pandas())
+    reasons = pd.concat(tables).set_index("path")["reason"]
+    assert reasons["0/0.png"] == shards.REMOVED
+    assert reasons.notna().sum() == 3  # notes.txt and empty.png
+
+
+def test_a_machine_that_does_not_see_the_images_is_told(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOMENT", 0)
+    place = tmp_path / "work"
+    found = Shards(place, run, folder, Preparation())
+    away = folder.rename(tmp_path / "away")
+    for mounted in (False, True):
+        if mounted:
+            (folder / "0").mkdir(parents=True)
+        with pytest.raises(UnseenError, match=rf"cannot read {folder}/0/0.png \(No such file"):
+            score_shard(place, 0, lambda files: None)
+    shutil.rmtree(folder)
+    away.rename(folder)
+    assert 0 in Shards(place, run, folder, Preparation()).missing()
+    assert found.add(score_shard(place, 0, lambda files: None)) is None
+
+
+def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "MOMENT", 0)
+    place = tmp_path / "work"
+    Shards(place, run, folder, Preparation())
+    read, failures = Path.read_bytes, [errno.ESTALE]
+
+    def stumble(path):
+        if path.name == "10.png" and failures:
+            failure = OSError(failures.pop(), "Stale file handle")
+            raise RejectedFileError(files.cannot_be_read(failure))
+        return read(path)
+
+    monkeypatch.setattr(files, "_read_bytes", stumble)
+    assert score_shard(place, 0, lambda files: None).rejected == 2
+    assert not failures
+    failures[:] = [errno.EIO] * 2
+    with pytest.raises(UnseenError, match=r"10.png \(Stale file handle\); give all machines"):
+        score_shard(place, 0, lambda files: None)
 
 
 def test_images_are_prepared_as_in_training(run, tmp_path):
@@ -159,10 +366,20 @@ def test_images_are_prepared_as_in_training(run, tmp_path):
 
 def test_a_folder_without_an_image_is_one_sentence(run, tmp_path):
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match=r"no file in .*none can be used as an image"):
+    with pytest.raises(ToldError, match=r"none can be used as an image; give another folder$"):
         rank_folder(run, tmp_path / "none", tmp_path / "out")
-    with pytest.raises(ValueError, match="does not exist"):
+    with pytest.raises(ToldError, match=r"nowhere does not exist; give the folder that holds"):
         rank_folder(run, tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "none" / ".DS_Store").touch()
+    with pytest.raises(ToldError, match=r"an image: a file of the operating .* \(so of 1 files"):
+        rank_folder(run, tmp_path / "none", tmp_path / "out")
+    for name in "ab":
+        (tmp_path / "none" / f"{name}.png").write_text("no image")
+    why = r"it is a text file, not an image \(so of 2 files, such as a.png\); give another folder$"
+    dataset = FolderDataset(str(tmp_path / "out"))
+    with pytest.raises(DatasetError) as caught:
+        dataset.save(lambda place: rank_folder(run, tmp_path / "none", place, workers=1))
+    assert re.search(why, _sentence_of(caught.value))
 
 
 MEASURED = """
@@ -171,9 +388,10 @@ from pathlib import Path
 import numpy as np
 from weighmatch.semisup import TrainedRun
 from weighmatch import shards, streaming
+from weighmatch.data import listing
 from weighmatch.data.containers import Member
 count = int(sys.argv[2])
-shards.walk_members = lambda root: (
+listing.walk_members = lambda root: (
     Member(f"folder/of/images/{k:08d}.png", "", 0, 0, 1, 1) for k in range(count)
 )
 shards.decode_members = lambda root, members, shape, *rest: (
@@ -181,7 +399,7 @@ shards.decode_members = lambda root, members, shape, *rest: (
 )
 streaming._page = lambda *rest: ""
 run = TrainedRun.load(sys.argv[1])
-assert streaming.rank_folder(run, "", Path(sys.argv[3]), workers=1) == count
+assert streaming.rank_folder(run, "src", Path(sys.argv[3]), workers=1) == count
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """
 

@@ -2,19 +2,21 @@
 
 A working folder holds all that a worker needs, so that any process of any machine that sees the
 folder can score any shard. It also holds a manifest of the shards that are done. A job that was
-killed goes on at those that are missing.
+killed goes on at those that are missing, also where files were added or removed since.
 """
 
 import hashlib
 import io
 import json
+import logging
 import math
 import os
 import shutil
-import sqlite3
+import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
-from dataclasses import asdict, astuple, dataclass, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from uuid import uuid4
@@ -27,22 +29,26 @@ from numpy.typing import NDArray
 
 from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
-from weighmatch.data.containers import Member, decode_members, walk_members
-from weighmatch.data.files import Fit, Rejected, RejectedFileError, Shape
+from weighmatch.data.containers import Member, base_of, decode_members
+from weighmatch.data.files import UNREAD, Fit, RejectedFileError, Shape, is_of_the_moment
+from weighmatch.data.listing import PileList, write_list
 from weighmatch.data.rank_config import Preparation
 from weighmatch.data.splits import Images
 from weighmatch.export import RUN, Portable
 from weighmatch.semisup.checkpoint import BATCH, CPU, TrainedRun
 from weighmatch.semisup.weightings.base import confidence_weights
 
+log = logging.getLogger(__name__)
+
 # Images of a shard, and their bytes, at most.
 FILES_AT_ONCE, BYTES_AT_ONCE = 1024, 2**26
-# Rows that are listed together, and what a data base keeps in memory, in KiB.
-ROWS_AT_ONCE, CACHE = 10_000, 65_536
+# Seconds after which a file that could not be read is read once more.
+MOMENT = 1.0
+REMOVED = "it was removed while the folder was ranked"
 PLAN, FILES, MANIFEST = "plan.json", "files.sqlite", "manifest.jsonl"
 SCHEMA = pa.schema(
     [
-        ("number", pa.int64()),
+        ("place", pa.int64()),
         ("path", pa.string()),
         ("reason", pa.string()),
         ("score", pa.float64()),
@@ -52,12 +58,10 @@ SCHEMA = pa.schema(
         ("probabilities", pa.binary()),
     ]
 )
-# The columns of the list of images.
-FIELDS = ", ".join(field.name for field in fields(Member))
 
 
-class UnseenFolderError(ToldError, OSError):
-    """A machine of a cluster does not see the working folder; the message says what to do."""
+class UnseenError(ToldError, OSError):
+    """A machine does not see a folder or a file that it needs; the message says what to do."""
 
 
 class Scorer:
@@ -90,7 +94,7 @@ class Plan:
         root: the folder of images.
         fit: see `weighmatch.data.files.decode`.
         background: see there.
-        size: images of a shard.
+        size: images of a shard at most.
         run: SHA-256 of the file of the run.
         code: identifies the code that scores.
     """
@@ -109,7 +113,7 @@ class Shard:
 
     Attributes:
         number: from 0, in the order of the files' paths.
-        file: its name in the working folder.
+        file: its name in the folder of the manifest.
         images: how many images were scored.
         rejected: how many files, or members of containers, are no images.
         sha256: of the file.
@@ -126,47 +130,56 @@ class Shard:
 
 
 class Shards:
-    """The shards of a folder of images.
+    """The shards of a pile of images.
 
     Args:
-        folder: the working folder. What it holds of another run or of other images is replaced.
+        folder: the working folder. What it holds of another run or of another pile is replaced.
         run: the stored run.
-        root: the folder of images; nothing in it is changed.
+        root: the folder of images, or one container; nothing in it is changed.
         preparation: how files become images.
 
     Attributes:
+        listed: the list of the images.
         files: how many files and members of containers there are that may be images.
         kept: what is done, by number.
 
     Raises:
-        ValueError: if there is no folder `root`.
+        UnfitFolderError: if there is no `root`; nothing is replaced then.
+        NoImageError: if nothing in `root` may be an image; nothing is replaced then.
     """
 
     def __init__(
         self, folder: Path, run: TrainedRun, root: str | Path, preparation: Preparation
     ) -> None:
+        base = base_of(root)
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        run.save(folder / RUN)
+        new_run, new_list = (folder / f"{name}.new" for name in (RUN, FILES))
+        run.save(new_run)
         plan = Plan(
-            root=str(Path(root).resolve()),
+            root=str(base),
             fit=preparation.fit,
             background=preparation.background,
             size=max(1, min(FILES_AT_ONCE, BYTES_AT_ONCE // math.prod(run.image_shape))),
-            run=hashlib.sha256((folder / RUN).read_bytes()).hexdigest(),
+            run=hashlib.sha256(new_run.read_bytes()).hexdigest(),
             code=code_digest(__name__),
         )
+        write_list(new_list, root, plan.size)
         if _read_plan(folder) != plan:
-            shutil.rmtree(folder)
-            folder.mkdir(parents=True)
-            run.save(folder / RUN)
+            for path in folder.iterdir():
+                if path not in (new_run, new_list):
+                    path.unlink()
             (folder / PLAN).write_text(json.dumps(asdict(plan)), "utf-8")
+        os.replace(new_run, folder / RUN)
+        os.replace(new_list, folder / FILES)
         self.plan = plan
-        self.files = _list_files(folder, root)
-        self.kept = {shard.number: shard for shard in self._manifest() if self._is_whole(shard)}
+        self.listed = PileList(folder / FILES)
+        self.files = self.listed.count()
+        self._count = len(self.listed)
+        self.kept = {shard.number: shard for shard in self._manifest()}
 
     def __len__(self) -> int:
-        return -(-self.files // self.plan.size)
+        return self._count
 
     def missing(self) -> list[int]:
         """The numbers of the shards that are not done."""
@@ -176,7 +189,7 @@ class Shards:
         """Write a shard that is done into the manifest.
 
         Raises:
-            UnseenFolderError: if its file is not here.
+            UnseenError: if its file is not here.
         """
         if not (self.folder / shard.file).exists():
             raise _unseen(self.folder)
@@ -188,41 +201,62 @@ class Shards:
         """What was found of the images of a shard that is done; the columns of `SCHEMA`."""
         return pq.read_table(self.folder / self.kept[number].file)
 
-    def decode(self, numbers: Sequence[int], shape: Shape) -> Iterator[Images]:
-        """Read images by their numbers in the list, which are sorted; each is (C, H, W) uint8.
+    def decode(self, rows: Sequence[int], shape: Shape) -> Iterator[Images]:
+        """Read images by their rows in the list, which are sorted; each is (C, H, W) uint8.
 
-        Raises:
-            RejectedFileError: if one cannot be used any more.
+        One that cannot be read any more is white, and its path is logged.
         """
-        with closing(_open(self.folder)) as base:
-            query = f"SELECT {FIELDS} FROM files WHERE rowid = ?"
-            members = [Member(*base.execute(query, (k,)).fetchone()) for k in numbers]
-        plan = self.plan
-        for found in decode_members(plan.root, members, shape, plan.fit, plan.background):
+        plan, members = self.plan, self.listed.rows(rows)
+        answers = decode_members(plan.root, members, shape, plan.fit, plan.background)
+        for member, found in zip(members, answers, strict=True):
             if isinstance(found, RejectedFileError):
-                raise found
-            yield found
+                log.warning("the gallery shows no picture of %s: %s", member.path, found.reason)
+                yield np.full(shape, 255, np.uint8)
+            else:
+                yield found
 
-    def rejected(self) -> Iterator[tuple[str, str]]:
-        """Path and reason of what was seen to be no image when files were listed."""
-        with closing(_open(self.folder)) as base:
-            yield from base.execute("SELECT path, reason FROM rejected")
+    def hand_over(self, folder: Path) -> None:
+        """Put the files of all shards, and a manifest in the order of their numbers, into a folder.
+
+        Args:
+            folder: is replaced. Nothing is taken from the working folder.
+        """
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        with (folder / MANIFEST).open("w", encoding="utf-8") as file:
+            for number in range(len(self)):
+                shard = replace(self.kept[number], file=f"part-{number:08d}.parquet")
+                _link(self.folder / self.kept[number].file, folder / shard.file)
+                file.write(json.dumps(asdict(shard)) + "\n")
 
     def _manifest(self) -> Iterator[Shard]:
-        path = self.folder / MANIFEST
-        for line in path.read_text("utf-8").splitlines() if path.exists() else ():
-            with suppress(ValueError, TypeError):  # a line that was being written
-                yield Shard(**json.loads(line))
+        """The shards that are done, of those that the list has, with their numbers there."""
+        with (self.folder / MANIFEST).open("ab+") as file:
+            file.seek(0)
+            content = file.read()
+            # What was being written when a job was killed would spoil the next line.
+            file.truncate(content.rfind(b"\n") + 1)
+        for line in content.splitlines(keepends=True):
+            with suppress(ValueError, TypeError):
+                shard = Shard(**json.loads(line))
+                number = self.listed.number_of(shard.listed)
+                if line.endswith(b"\n") and number is not None and self._is_whole(shard):
+                    yield replace(shard, number=number)
 
     def _is_whole(self, shard: Shard) -> bool:
-        """Whether the file is as it was written, and the files are those that it is about."""
+        """Whether the file is as it was written."""
         path = self.folder / shard.file
-        if (
-            not path.exists()
-            or _listed(self.folder, shard.number, self.plan.size)[1] != shard.listed
-        ):
+        if not path.exists():
             return False
         return hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+
+
+def _link(source: Path, target: Path) -> None:
+    """A second name for a file, or a copy of it where the file system has no such names."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> Shard:
@@ -234,31 +268,29 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
         progress: called with 1 for each image.
 
     Raises:
-        UnseenFolderError: if this machine does not see the folder.
+        UnseenError: if this machine does not see the folder, or a file that was listed.
     """
     plan = _read_plan(folder)
     if plan is None:
         raise _unseen(folder)
     scorer = _load(folder, plan)
-    members, listed = _listed(folder, number, plan.size)
-    shape = scorer.run.image_shape
-    answers = decode_members(plan.root, members, shape, plan.fit, plan.background)
-    # The data base numbers the rows of its list from 1.
-    images, numbers, paths, rejected = [], [], [], []
-    first = number * plan.size + 1
-    for place, (member, found) in enumerate(zip(members, answers, strict=True), first):
+    pile = PileList(folder / FILES)
+    part = pile.part(number)
+    members = pile.members(part)
+    answers = _read_images(plan, members, scorer.run.image_shape, progress)
+    images, places, paths, rejected = [], [], [], []
+    for place, (member, found) in enumerate(zip(members, answers, strict=True)):
         if isinstance(found, RejectedFileError):
             rejected.append({"path": member.path, "reason": found.reason})
         else:
             images.append(found)
-            numbers.append(place)
+            places.append(place)
             paths.append(member.path)
-        progress(1)
     tables = [pa.Table.from_pylist(rejected, SCHEMA)]
     if images:
         probabilities, scores, weights = scorer(np.stack(images))
         scored = {
-            "number": numbers,
+            "place": places,
             "path": paths,
             "reason": [None] * len(paths),
             "score": scores,
@@ -270,13 +302,13 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
         tables.insert(0, pa.Table.from_pydict(scored, SCHEMA))
     content = io.BytesIO()
     pq.write_table(pa.concat_tables(tables), content)
-    file = f"part-{number:08d}.parquet"
+    file = f"part-{part.listed[:32]}.parquet"
     # Two machines may be at the same shard, where one is taken for lost.
     partial = folder / f"{file}.{uuid4().hex}.partial"
     partial.write_bytes(content.getvalue())
     os.replace(partial, folder / file)
     checksum = hashlib.sha256(content.getvalue()).hexdigest()
-    return Shard(number, file, len(paths), len(rejected), checksum, listed)
+    return Shard(number, file, len(paths), len(rejected), checksum, part.listed)
 
 
 @lru_cache(maxsize=1)
@@ -291,48 +323,72 @@ def _read_plan(folder: Path) -> Plan | None:
     return None
 
 
-def _unseen(folder: Path) -> UnseenFolderError:
-    return UnseenFolderError(
+def _unseen(folder: Path) -> UnseenError:
+    return UnseenError(
         f"a machine of the cluster does not see {folder}; put data_folder and the images on a "
         "folder that all machines share, under the same path"
     )
 
 
-# --- which files there are -----------------------------------------------------------------------
+# --- images that cannot be read ------------------------------------------------------------------
 
 
-def _list_files(folder: Path, root: str | Path) -> int:
-    """List the images in a data base, file by file; how many there are."""
-    path = folder / FILES
-    path.unlink(missing_ok=True)
-    with closing(sqlite3.connect(path, isolation_level=None)) as base:
-        base.executescript(
-            f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
-            f"CREATE TABLE found ({FIELDS});"
-            "CREATE TABLE rejected (path TEXT, reason TEXT);"
-        )
-        base.execute("BEGIN")
-        for one in walk_members(root):
-            if isinstance(one, Rejected):
-                base.execute("INSERT INTO rejected VALUES (?, ?)", (one.path, one.reason))
-            else:
-                base.execute("INSERT INTO found VALUES (?, ?, ?, ?, ?, ?)", astuple(one))
-        base.execute("COMMIT")
-        base.execute("CREATE TABLE files AS SELECT * FROM found ORDER BY file, first")
-        base.execute("DROP TABLE found")
-        ((count,),) = base.execute("SELECT COUNT(*) FROM files")
-    return int(count)
+def _read_images(
+    plan: Plan, members: Sequence[Member], shape: Shape, progress: Callable[[int], None]
+) -> list[Images | RejectedFileError]:
+    """For each member its image, or why it cannot be used on any machine."""
+
+    def decode(some: Sequence[Member]) -> Iterator[Images | RejectedFileError]:
+        return decode_members(plan.root, some, shape, plan.fit, plan.background)
+
+    found = []
+    for answer in decode(members):
+        found.append(answer)
+        progress(1)
+    # What was gone when it was listed (a size of -1) is no matter of this machine.
+    doubtful = [
+        place
+        for place, (member, answer) in enumerate(zip(members, found, strict=True))
+        if isinstance(answer, RejectedFileError)
+        and is_of_the_moment(answer.reason)
+        and member.size >= 0
+    ]
+    if doubtful:
+        time.sleep(MOMENT)
+        again = decode([members[place] for place in doubtful])
+        for place, answer in zip(doubtful, again, strict=True):
+            found[place] = _settle(Path(plan.root, members[place].file), answer)
+    return found
 
 
-def _listed(folder: Path, number: int, size: int) -> tuple[list[Member], str]:
-    """The images of a shard, and what identifies them."""
-    with closing(_open(folder)) as base:
-        between = (number * size + 1, (number + 1) * size)
-        query = f"SELECT {FIELDS} FROM files WHERE rowid BETWEEN ? AND ? ORDER BY rowid"
-        rows = base.execute(query, between).fetchall()
-    return [Member(*row) for row in rows], hashlib.sha256(repr(rows).encode()).hexdigest()
+def _settle(file: Path, answer: Images | RejectedFileError) -> Images | RejectedFileError:
+    """The answer, if it holds on any machine.
+
+    Raises:
+        UnseenError: if this machine alone may be unable to read the file.
+    """
+    if not isinstance(answer, RejectedFileError) or not answer.reason.startswith(UNREAD):
+        return answer
+    if _is_removed(file):
+        return RejectedFileError(REMOVED)
+    why = answer.reason.removeprefix(UNREAD).strip()
+    raise UnseenError(
+        f"the machine {socket.gethostname()} cannot read {file} {why}; give all machines the "
+        "images under the same path, or remove the file, and start the same command again, which "
+        "keeps the shards that are done"
+    )
 
 
-def _open(folder: Path) -> sqlite3.Connection:
-    # Nobody writes any more: no lock is needed, which shared folders often lack.
-    return sqlite3.connect(f"{(folder / FILES).absolute().as_uri()}?immutable=1", uri=True)
+def _is_removed(file: Path) -> bool:
+    """Whether a file is gone from a folder that this machine sees.
+
+    Where a share is not mounted, the folder is not there or is empty.
+    """
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        with suppress(OSError):
+            return any(os.scandir(file.parent))
+    except OSError:
+        pass
+    return False

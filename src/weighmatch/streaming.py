@@ -8,7 +8,7 @@ import csv
 import logging
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +18,11 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from weighmatch.data.listing import FAST, require_some
 from weighmatch.data.rank_config import Preparation
 from weighmatch.engine_config import EngineConfig
 from weighmatch.evaluation.gallery_page import (
+    MAX_CLASSES,
     OF_A_CLASS,
     OVERALL,
     choose_sections,
@@ -33,9 +35,9 @@ from weighmatch.shards import Shards, score_shard
 
 log = logging.getLogger(__name__)
 
-# Rows of a table written together, and what the data base keeps in memory, in KiB.
-ROWS_AT_ONCE, CACHE = 10_000, 65_536
-BASE, SHOWN = "ranking.sqlite", "shown.npy"
+# Rows of a table written together.
+ROWS_AT_ONCE = 10_000
+BASE, SHOWN, SHARDS = "ranking.sqlite", "shown.npy", "shards"
 RANKING, REJECTED, GALLERY = "ranking", "rejected_files.csv", "gallery.html"
 
 
@@ -47,40 +49,42 @@ def rank_folder(
     temperature: float | None = None,
     workers: int | Literal["auto"] = "auto",
     engine: EngineConfig = EngineConfig(),  # noqa: B008 (frozen)
+    work: Path | None = None,
 ) -> int:
-    """Rank the images below a folder that the run never saw.
+    """Rank the images of a pile that the run never saw.
 
     Tar archives and Parquet files are containers of images (`weighmatch.data.containers`). Memory
-    depends on neither the number of images nor that of folders, nor on sizes of containers. While
-    it works, a folder beside `folder`, whose name ends in `.shards`, holds what is done. A call
-    that was killed goes on from there.
+    depends on neither the number of images nor that of folders, nor on sizes of containers. A call
+    that was killed or that raised an error goes on from the shards that are done.
 
     Args:
         run: the stored run.
-        root: the folder; nothing in it is changed.
+        root: the folder of images, or one container; nothing in it is changed.
         folder: gets ranking.csv, ranking.parquet, gallery.html and rejected_files.csv, with the
-            columns that the ranking of a pool has. `weight` has mean 1 over these images.
+            columns that the ranking of a pool has. `weight` has mean 1 over these images. It also
+            gets the folder `shards`.
         preparation: how files become images.
         temperature: that of the calibrated probabilities, if known.
         workers: processes that decode and score; "auto": one a core, or as many as a cluster has
             room for. The result does not depend on it.
         engine: where that is done.
+        work: a folder for what is done, which the caller removes when the ranking is in its place.
+            None: one beside `folder` whose name ends in `.shards`, which is removed at the end.
 
     Returns:
         How many images were ranked.
 
     Raises:
-        ValueError: if there is no such folder, or no image in it.
+        UnfitFolderError: if there is no such folder.
+        NoImageError: if there is no image in it.
+        UnseenError: if a machine does not see the images or the working folder.
     """
-    work = folder.with_name(f"{folder.name.removesuffix('.partial')}.shards")
-    try:
-        shards = Shards(work, run, root, preparation)
-        _score(shards, workers, engine)
-        count = _merge(shards, run, root, folder, temperature)
-    except ValueError:  # nothing that another call could go on with
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    shutil.rmtree(work)
+    place = work or folder.with_name(f"{folder.name}.shards")
+    shards = Shards(place, run, root, preparation)
+    _score(shards, workers, engine)
+    count = _merge(shards, run, root, folder, temperature)
+    if work is None:
+        shutil.rmtree(place)
     return count
 
 
@@ -112,73 +116,64 @@ def _merge(
     path = shards.folder / BASE
     path.unlink(missing_ok=True)
     with closing(sqlite3.connect(path, isolation_level=None)) as base:
-        _prepare(base)
+        base.executescript(
+            f"{FAST} CREATE TABLE images (image INTEGER, path TEXT, score REAL, weight REAL,"
+            " class INTEGER, confidence REAL, probabilities BLOB);"
+            "CREATE TABLE rejected (path TEXT, reason TEXT);"
+        )
         base.execute("BEGIN")
-        base.executemany("INSERT INTO rejected VALUES (?, ?)", shards.rejected())
+        base.executemany("INSERT INTO rejected VALUES (?, ?)", shards.listed.rejected())
         # In the order of the paths: sums of weights then do not depend on who was first.
         for number in range(len(shards)):
-            _add(base, shards.read(number))
+            _add(base, shards.listed.part(number).first, shards.read(number))
         base.execute("COMMIT")
-        ((count,),) = base.execute("SELECT COUNT(*) FROM images")
-        if not count:
-            raise ValueError(f"no file in {root} can be used as an image; give another folder")
+        count = require_some(base, "images", root)
         _order(base, run)
         _write_tables(base, run, folder, temperature)
         page = _page(base, run, shards, temperature, count)
         (folder / GALLERY).write_text(page, "utf-8")
-    return int(count)
+    shards.hand_over(folder / SHARDS)
+    return count
 
 
-def _prepare(base: sqlite3.Connection) -> None:
-    # What is written can be made again: no journal is needed.
-    base.executescript(
-        f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
-        "CREATE TABLE images (number INTEGER, path TEXT, score REAL, weight REAL, class INTEGER,"
-        " confidence REAL, probabilities BLOB);"
-        "CREATE TABLE rejected (path TEXT, reason TEXT);"
-    )
-
-
-def _add(base: sqlite3.Connection, found: pa.Table) -> None:
+def _add(base: sqlite3.Connection, first: int, found: pa.Table) -> None:
     rows = [tuple(row.values()) for row in found.to_pylist()]
     rejected = [row[1:3] for row in rows if row[2] is not None]
-    images = [(*row[:2], *row[3:]) for row in rows if row[2] is None]
+    images = [(first + row[0], row[1], *row[3:]) for row in rows if row[2] is None]
     base.executemany("INSERT INTO rejected VALUES (?, ?)", rejected)
     base.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?)", images)
 
 
 def _order(base: sqlite3.Connection, run: TrainedRun) -> None:
-    """A table of places, best first; and the full weight, half of which is kept."""
-    # A ranking with a cut gives full weight above it, and there may be no such image.
+    """A table of the images, best first, whose rows are numbered by places from 1."""
+    # A ranking with a cut gives full weight above it, and there may be no such image. Half of the
+    # full weight is kept.
     full = "MAX(weight)" if run.ranker is None else "1.0"
+    # The rows are sorted whole: to look each of them up would read the disk at random places.
     base.executescript(
-        f"CREATE TABLE full AS SELECT {full} AS weight FROM images LIMIT 1;"
-        "CREATE TABLE ranked AS SELECT rowid AS image FROM images"
-        f" ORDER BY {KEPT} DESC, score DESC, confidence DESC, path;"
+        f"CREATE TABLE weights AS SELECT {full} AS full, AVG(weight) AS mean FROM images;"
+        "CREATE TABLE ranked AS SELECT image, path, score, weight / mean AS weight,"
+        " 2 * weight >= full AS kept, class, confidence, probabilities FROM images, weights"
+        " ORDER BY kept DESC, score DESC, confidence DESC, path;"
+        "DROP TABLE images;"
+        "CREATE INDEX by_class ON ranked (class);"
     )
-
-
-KEPT = "2 * weight >= (SELECT weight FROM full)"
-ROW = (
-    "SELECT path, score, weight / (SELECT AVG(weight) FROM images),"
-    f" {KEPT}, class, confidence, probabilities"
-    " FROM ranked JOIN images ON images.rowid = ranked.image"
-)
 
 
 def _tables(
     base: sqlite3.Connection, run: TrainedRun, temperature: float | None, where: str
 ) -> Iterator[pd.DataFrame]:
     """Rows of the ranking with the columns `COLUMNS`, `ROWS_AT_ONCE` at a time."""
-    names = np.array(run.class_names or [str(k) for k in range(run.config.classes)])
-    cursor = base.execute(f"{ROW} {where} ORDER BY ranked.rowid")
+    names = np.array(_names(run))
+    columns = "path, score, weight, kept, class, confidence, probabilities"
+    cursor = base.execute(f"SELECT {columns} FROM ranked {where} ORDER BY rowid")
     while rows := cursor.fetchmany(ROWS_AT_ONCE):
         paths, scores, weights, kept, classes, confidence, blobs = zip(*rows, strict=True)
         likely = np.full(len(rows), np.nan)
         if temperature is not None:
             probabilities = np.stack([np.frombuffer(blob, np.float32) for blob in blobs])
             likely = calibrate(probabilities.astype(np.float64), temperature).max(axis=1)
-        columns = {
+        columns_of = {
             "path": paths,
             "score": scores,
             "weight": weights,
@@ -191,7 +186,11 @@ def _tables(
                 "" if keep else _why(sure) for keep, sure in zip(kept, confidence, strict=True)
             ],
         }
-        yield pd.DataFrame(columns)[list(COLUMNS)]
+        yield pd.DataFrame(columns_of)[list(COLUMNS)]
+
+
+def _names(run: TrainedRun) -> Sequence[str]:
+    return run.class_names or [str(k) for k in range(run.config.classes)]
 
 
 def _why(confidence: float) -> str:
@@ -224,32 +223,36 @@ def _page(
     temperature: float | None,
     count: int,
 ) -> str:
-    """The gallery of the first and the last, over all and of each class."""
+    """The gallery of the first and the last, over all and of each class with most images."""
+    largest = base.execute(
+        "SELECT class FROM ranked GROUP BY class ORDER BY COUNT(*) DESC, class LIMIT ?",
+        (MAX_CLASSES,),
+    ).fetchall()
     chosen = _ends(base, "", OVERALL)
-    for number in range(run.config.classes):
+    for (number,) in largest:
         chosen |= _ends(base, f"WHERE class = {number}", OF_A_CLASS)
-    places = ", ".join(map(str, sorted(chosen)))
-    table = pd.concat(_tables(base, run, temperature, f"WHERE ranked.rowid IN ({places})"))
-    table = table.reset_index(drop=True)
-    shown = {row for section in choose_sections(table) for row in section.rows}
-    join = "SELECT number FROM ranked JOIN images ON images.rowid = ranked.image"
-    query = f"{join} WHERE ranked.rowid IN ({places}) ORDER BY ranked.rowid"
-    numbers = [number for (number,) in base.execute(query)]
-    order = sorted(shown, key=lambda row: numbers[row])
+    where = f"WHERE rowid IN ({', '.join(map(str, sorted(chosen)))})"
+    table = pd.concat(_tables(base, run, temperature, where), ignore_index=True)
+    classes = [_names(run)[number] for (number,) in largest]
+    shown = {row for section in choose_sections(table, classes) for row in section.rows}
+    query = f"SELECT image FROM ranked {where} ORDER BY rowid"
+    listed = [row for (row,) in base.execute(query)]
+    order = sorted(shown, key=lambda row: listed[row])
     # Read in the order of the list, as rows of a Parquet file have no quick access, and kept on
     # disk, as the page needs them in another order.
     shape = (len(table), *run.image_shape)
     images = np.lib.format.open_memmap(shards.folder / SHOWN, "w+", np.uint8, shape)
-    found = shards.decode([numbers[row] for row in order], run.image_shape)
+    found = shards.decode([listed[row] for row in order], run.image_shape)
     for row, image in zip(order, found, strict=True):
         images[row] = image
-    return render_gallery(table, images.__getitem__, count)
+    return render_gallery(table, images.__getitem__, count, classes)
 
 
 def _ends(base: sqlite3.Connection, where: str, count: int) -> set[int]:
-    join = f"SELECT ranked.rowid FROM ranked JOIN images ON images.rowid = ranked.image {where}"
+    """The places of the first and the last images."""
+    query = f"SELECT rowid FROM ranked {where} ORDER BY rowid"
     return {
         place
         for order in ("", "DESC")
-        for (place,) in base.execute(f"{join} ORDER BY ranked.rowid {order} LIMIT {count}")
+        for (place,) in base.execute(f"{query} {order} LIMIT {count}")
     }

@@ -4,6 +4,7 @@ Nothing is unpacked on disk. What a container holds is listed once, and each ima
 place there. Names of members are labels; no file is ever opened by them.
 """
 
+import errno
 import io
 import os
 import tarfile
@@ -22,12 +23,14 @@ from weighmatch.data.files import (
     FORMATS,
     MAX_BYTES,
     TOO_LARGE,
+    UNREAD,
     Fit,
     Rejected,
     RejectedFileError,
     Shape,
     cannot_be_read,
     decode,
+    require_folder,
     walk_images,
 )
 from weighmatch.data.splits import Images
@@ -82,20 +85,34 @@ class Kind:
     read: Callable[[Path, Sequence[Member]], Iterator[Content]]
 
 
+def base_of(root: str | Path) -> Path:
+    """The folder that paths of members begin at: the root, or that of a root that is a file.
+
+    Raises:
+        UnfitFolderError: if there is no such folder and no such file.
+    """
+    place = Path(root).resolve()
+    if place.is_file():
+        return place.parent
+    require_folder(place)
+    return place
+
+
 def walk_members(root: str | Path) -> Iterator[Member | Rejected]:
-    """The images below a folder, in files and in containers, in any order; none is kept.
+    """The images of a folder or of one container, in any order; none is kept.
 
     Yields:
         An image, or what is none and why. A container that is damaged is named once.
 
     Raises:
-        ValueError: if the folder does not exist or cannot be listed; it says which.
+        UnfitFolderError: if the root does not exist or cannot be listed; it says which.
     """
-    for one in walk_images(root):
+    base = base_of(root)
+    for one in walk_images(base) if Path(root).is_dir() else [Path(root).resolve().name]:
         if isinstance(one, Rejected):
             yield one
             continue
-        place, empty = Path(root, one), True
+        place, empty = base / one, True
         try:
             for member in _kind(one).walk(place, _look(place, one)):
                 empty = False
@@ -176,7 +193,9 @@ def _require_same(place: Path, member: Member) -> None:
 
 
 def _walk_file(place: Path, file: Member) -> Iterator[Member | Rejected]:
-    yield file
+    # Said here, as a machine that cannot read what another one listed ends a ranking.
+    allowed = file.size < 0 or os.access(place, os.R_OK)
+    yield file if allowed else Rejected(file.file, f"{UNREAD} ({os.strerror(errno.EACCES)})")
 
 
 def _read_file(place: Path, members: Sequence[Member]) -> Iterator[Content]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from weighmatch.checks import ToldError
 from weighmatch.data.splits import Images
 
 if TYPE_CHECKING:
@@ -36,11 +37,16 @@ MAX_PIXELS = 178_956_970
 # most some 50 times, decompression bombs about 1,000 times.
 BOMB_PIXELS, BOMB_RATIO = 2**25, 200
 MAX_BYTES = 2**30
+UNREAD = "it cannot be read"
 TOO_LARGE = f"it is larger than {MAX_BYTES >> 20} MiB"
 # The side of decoded images where nothing is asked for and the files are larger; and the files
 # that are looked at to find out.
 SIDE, LOOKED_AT = 32, 64
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
+
+
+class UnfitFolderError(ToldError, ValueError):
+    """A folder does not exist or cannot be listed; the message names it."""
 
 
 class RejectedFileError(ValueError):
@@ -109,12 +115,19 @@ def list_images(root: str | Path, folders: Collection[str] | None = None) -> Lis
         folders: of the folders right below the root, those to look into; None: all.
 
     Raises:
-        ValueError: if the folder does not exist or cannot be listed; it says which.
+        UnfitFolderError: if the folder does not exist or cannot be listed; it says which.
     """
     found = list(walk_images(root, folders))
     paths = sorted(path for path in found if isinstance(path, str))
     rejected = sorted((r for r in found if isinstance(r, Rejected)), key=lambda r: r.path)
     return Listing(Path(root).resolve(), tuple(paths), tuple(rejected))
+
+
+def require_folder(root: str | Path) -> None:
+    """Raise an UnfitFolderError unless there is such a folder."""
+    if not Path(root).is_dir():
+        what = "is not a folder" if Path(root).exists() else "does not exist"
+        raise UnfitFolderError(f"the folder {root} {what}; give the folder that holds the images")
 
 
 def walk_images(
@@ -125,10 +138,8 @@ def walk_images(
     Yields:
         The path of a file that may be an image, or what is none and why.
     """
+    require_folder(root)
     top = Path(root).resolve()
-    if not top.is_dir():
-        what = "is not a folder" if top.exists() else "does not exist"
-        raise ValueError(f"the folder {root} {what}; give the folder that holds the images")
     yield from _walk(top, top, "", (top,), folders)
 
 
@@ -143,7 +154,7 @@ def _walk(
         entries = os.scandir(folder)
     except OSError as error:
         if folder == top:
-            raise ValueError(
+            raise UnfitFolderError(
                 f"the folder {folder} cannot be listed ({error.strerror}); give yourself the right "
                 "to read it"
             ) from error
@@ -250,12 +261,12 @@ def _read_bytes(path: Path) -> bytes:
 
 def cannot_be_read(error: Exception) -> str:
     """The reason where a file system fails."""
-    return f"it cannot be read ({getattr(error, 'strerror', None) or error})"
+    return f"{UNREAD} ({getattr(error, 'strerror', None) or error})"
 
 
 def is_of_the_moment(reason: str) -> bool:
     """Whether another try may find the same file good: it was no matter of what is in it."""
-    return reason.startswith(("it cannot be read", "it is too large for the memory"))
+    return reason.startswith((UNREAD, "it is too large for the memory"))
 
 
 def _why(content: bytes, error: Exception) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from weighmatch.checks import require_integer
+from weighmatch.data.containers import base_of
 from weighmatch.data.files import Fit
 from weighmatch.engine_config import EngineConfig
 
@@ -14,7 +15,7 @@ class RankConfig(EngineConfig):
     """A folder to be ranked by a stored run, and where that is done (see `EngineConfig`).
 
     Attributes:
-        images: the folder; "" as long as nothing is ranked.
+        images: the folder, or one tar archive or Parquet file; "" as long as nothing is ranked.
         workers: processes that decode and score its files; "auto": one a core, or as many as a
             cluster has room for.
     """
@@ -30,12 +31,13 @@ class RankConfig(EngineConfig):
             require_integer("rank.workers (or auto)", self.workers, 1)
 
     def require_folder(self) -> None:
-        """Raise a ValueError unless a folder is named."""
+        """Raise a ValueError unless there is a folder that is named."""
         if not self.images:
             raise ValueError(
                 "rank.images names no folder; say which to rank with "
                 "kedro run --pipelines rank --params rank.images=DIR"
             )
+        base_of(self.images)
 
 
 @dataclass(frozen=True)
