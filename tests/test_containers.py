@@ -1,6 +1,5 @@
 """Images in tar archives and Parquet files: listed, read from their places, and ranked."""
 
-import io
 import os
 import subprocess
 import sys
@@ -13,59 +12,15 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.containers import SHAPE, found_in, picture, write_structs, write_tar
 from weighmatch import shards
-from weighmatch.data import containers
-from weighmatch.data.containers import Member, decode_members, walk_members
-from weighmatch.data.files import Rejected, RejectedFileError
+from weighmatch.data import files, members, parquet_files
+from weighmatch.data.containers import base_of, decode_members, walk_members
+from weighmatch.data.members import Member
 from weighmatch.data.rank_config import Preparation
 from weighmatch.semisup import make_schedule
 from weighmatch.shards import Shards, score_shard
 from weighmatch.streaming import rank_folder
-
-SHAPE = (1, 8, 8)
-
-
-def picture(seed):
-    """An image of 8 x 8 pixels, and the bytes of its PNG file."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(pixels).save(content, "PNG")
-    return pixels, content.getvalue()
-
-
-def write_tar(path, contents, **options):
-    with tarfile.open(path, "w", **options) as archive:
-        for name, content in contents:
-            about = tarfile.TarInfo(name)
-            about.size = len(content)
-            archive.addfile(about, io.BytesIO(content))
-
-
-def write_structs(path, contents, names, **options):
-    """As Hugging Face's data sets store images."""
-    rows = [{"bytes": content, "path": name} for content, name in zip(contents, names, strict=True)]
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    table = pa.table({"image": pa.array(rows, kind), "label": list(range(len(rows)))})
-    pq.write_table(table, path, **options)
-
-
-def found_in(root):
-    """The images by their paths, and the reasons of what is none."""
-    images, reasons = {}, {}
-    listed = []
-    for one in walk_members(root):
-        if isinstance(one, Rejected):
-            reasons[one.path] = one.reason
-        else:
-            listed.append(one)
-    listed.sort(key=lambda member: (member.file, member.first))
-    answers = decode_members(root, listed, SHAPE, "crop", "white")
-    for member, found in zip(listed, answers, strict=True):
-        if isinstance(found, RejectedFileError):
-            reasons[member.path] = found.reason
-        else:
-            images[member.path] = found[0]
-    return images, reasons
 
 
 @pytest.fixture
@@ -88,8 +43,7 @@ def piles(tmp_path):
             (mixed / f"{k}.png").write_bytes(content)
             names[f"{k}.png"] = f"{k}.png"
     names |= {f"far/a.tar/in/{k:02d}.png": f"{k}.png" for k in range(10, 20)}
-    members = [(f"in/{k:02d}.png", contents[k]) for k in range(10, 20)]
-    write_tar(mixed / "far" / "a.tar", members)
+    write_tar(mixed / "far" / "a.tar", [(f"in/{k:02d}.png", contents[k]) for k in range(10, 20)])
     # Their order as text, 0, 1, 10, 11, 2, is not that of the rows.
     names |= {f"b.parquet/{k - 20}/{k}.png": f"{k}.png" for k in range(20, 32)}
     write_structs(
@@ -126,8 +80,8 @@ def test_images_in_containers_rank_as_files_do(run, piles, tmp_path, monkeypatch
 
 def test_what_is_listed_can_be_read_in_parts(piles, monkeypatch):
     plain, mixed, names = piles
-    monkeypatch.setattr(containers, "BYTES_AT_ONCE", 200)  # some rows at a time
-    monkeypatch.setattr(containers, "ROWS_AT_ONCE", 3)
+    monkeypatch.setattr(parquet_files, "BYTES_AT_ONCE", 200)  # some rows at a time
+    monkeypatch.setattr(parquet_files, "ROWS_AT_ONCE", 3)
     images, reasons = found_in(mixed)
     assert not reasons
     assert images.keys() == names.keys()
@@ -160,126 +114,32 @@ def test_a_container_that_changed_is_scored_again(run, piles, tmp_path, monkeypa
     assert missing() == holding("b.parquet")
 
 
-def test_members_that_are_no_images_get_a_reason(tmp_path):
-    pixels, content = picture(0)
-    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
-
-        def add(name, inside=b"", **about):
-            header = tarfile.TarInfo(name)
-            header.size = len(inside)
-            vars_of = {"type": tarfile.REGTYPE, "linkname": "", **about}
-            header.type, header.linkname = vars_of["type"], vars_of["linkname"]
-            archive.addfile(header, io.BytesIO(inside))
-
-        add("folder", type=tarfile.DIRTYPE)
-        add("folder/0.PNG", content)
-        add("../../up.png", content)
-        add("0.json", b"{}")
-        add("broken.png", content[:40])
-        add("empty.png")
-        add("link.png", type=tarfile.SYMTYPE, linkname="/etc/passwd")
-        add("hard.png", type=tarfile.LNKTYPE, linkname="folder/0.PNG")
-        add("pipe.png", type=tarfile.FIFOTYPE)
-        add("a\udcff.png", content)
-        add("long" * 100 + ".png", content)
+def test_compressed_archives_are_named_without_being_read(tmp_path, monkeypatch):
+    content = picture(0)[1]
+    for name, mode in (("a.tar", "w:gz"), ("b.tar.gz", "w:gz"), ("c.tgz", "w:gz")):
+        with tarfile.open(tmp_path / name, mode) as archive:
+            archive.addfile(tarfile.TarInfo("a.png"))
+    for name, start in (
+        ("d.zip", b"PK\3\4"),
+        ("e.tar", b"\x28\xb5\x2f\xfd"),
+        ("f.7z", b"7z\xbc\xaf\x27\x1c"),
+    ):
+        (tmp_path / name).write_bytes(start + bytes(5000))
+    (tmp_path / "good.png").write_bytes(content)
+    monkeypatch.setattr(files, "MAX_BYTES", 4000)  # else it would be said that they are large
     images, reasons = found_in(tmp_path)
-    good = ("folder/0.PNG", "../../up.png", "long" * 100 + ".png")
-    assert images.keys() == {f"x.tar/{name}" for name in good}
-    assert all((image == pixels).all() for image in images.values())
-    assert {path.removeprefix("x.tar/"): reason for path, reason in reasons.items()} == {
-        "0.json": "its name does not end as that of an image does",
-        "broken.png": reasons["x.tar/broken.png"],
-        "empty.png": "it is empty",
-        "link.png": "a link within an archive, which is not followed",
-        "hard.png": "a link within an archive, which is not followed",
-        "pipe.png": "not a regular file",
-        "a\\udcff.png": "its name is not valid UTF-8; rename it",
-    }
+    assert list(images) == ["good.png"]
+    assert set(reasons.values()) == {"it is a compressed archive, which is not read; unpack it"}
+    assert len(reasons) == 6
 
 
-def test_of_a_damaged_archive_the_images_before_the_damage_are_used(tmp_path):
-    contents = [(f"{k}.png", picture(k)[1]) for k in range(4)]
-    whole = tmp_path / "whole.tar"
-    write_tar(whole, contents)
-    content = whole.read_bytes()
-    with tarfile.open(whole) as archive:
-        third = archive.getmembers()[2]
-    damaged = {
-        "header": content[: third.offset] + b"\1" * 512 + content[third.offset + 512 :],
-        "within": content[: third.offset_data + 5],
-        "padding": content[: third.offset_data + third.size + 1],
-        "between": content[: third.offset],
-        "in_header": content[: third.offset + 100],
-        "no_tar": b"no archive" * 100,
-        "none": b"",
-    }
-    for name, part in damaged.items():
-        root = tmp_path / name
-        root.mkdir()
-        (root / "x.tar").write_bytes(part)
-        images, reasons = found_in(root)
-        kept = {"no_tar": 0, "none": 0, "padding": 3}.get(name, 2)
-        assert list(images) == [f"x.tar/{k}.png" for k in range(kept)], name
-        assert reasons == {"x.tar": containers.DAMAGED}
-
-
-def test_headers_that_ask_for_much_memory_or_never_end_are_damage(tmp_path):
-    write_tar(tmp_path / "long.tar", [("n" * 2**21 + ".png", b"x")], format=tarfile.GNU_FORMAT)
-    # A size of -512 leads back to the same header.
-    header = bytearray(tarfile.TarInfo("a.png").tobuf(tarfile.GNU_FORMAT))
-    header[124:136] = (2**96 - 512).to_bytes(12, "big")
-    header[148:156] = b" " * 8
-    header[148:156] = b"%06o\0 " % sum(header)
-    (tmp_path / "round.tar").write_bytes(bytes(header) + bytes(1024))
-    assert found_in(tmp_path) == (
-        {},
-        {"long.tar": containers.DAMAGED, "round.tar": containers.DAMAGED},
-    )
-
-
-def test_parquet_files_without_images_are_named_once(tmp_path):
-    contents = [picture(k)[1] for k in range(3)]
-    write_structs(tmp_path / "cut.parquet", contents, [None] * 3)
-    whole = (tmp_path / "cut.parquet").read_bytes()
-    (tmp_path / "cut.parquet").write_bytes(whole[:-20])
-    pq.write_table(pa.table({"score": [1.0]}), tmp_path / "numbers.parquet")
-    pq.write_table(pa.table({"a": [b"x"], "b": [b"y"]}), tmp_path / "two.parquet")
-    pq.write_table(pa.table({"a": pa.array([], pa.binary())}), tmp_path / "empty.parquet")
-    images, reasons = found_in(tmp_path)
-    assert not images
-    assert reasons == {
-        "cut.parquet": containers.DAMAGED,
-        "numbers.parquet": "it has no column of bytes, and so no images",
-        "two.parquet": "it has several columns of bytes (a, b); call that of the images image",
-        "empty.parquet": "it holds no image",
-    }
-
-
-def test_rows_without_an_image_get_a_reason(tmp_path):
-    pixels, content = picture(0)
-    table = pa.table({"image": [content, None, b"text", content], "other": [b"x"] * 4})
-    pq.write_table(table, tmp_path / "x.parquet")
-    images, reasons = found_in(tmp_path)
-    assert list(images) == ["x.parquet/0", "x.parquet/3"]
-    np.testing.assert_array_equal(images["x.parquet/3"], pixels)
-    assert reasons == {
-        "x.parquet/1": "it is empty",
-        "x.parquet/2": "it is a text file, not an image",
-    }
-
-
-def test_a_damaged_row_group_loses_its_own_rows_alone(tmp_path):
-    contents = [picture(k)[1] for k in range(6)]
-    path = tmp_path / "x.parquet"
-    pq.write_table(pa.table({"image": contents}), path, row_group_size=2)
-    column = pq.ParquetFile(path).metadata.row_group(1).column(0)
-    first = column.dictionary_page_offset or column.data_page_offset
-    content = bytearray(path.read_bytes())
-    content[first : first + column.total_compressed_size] = b"\xff" * column.total_compressed_size
-    path.write_bytes(bytes(content))
-    images, reasons = found_in(tmp_path)
-    assert list(images) == [f"x.parquet/{k}" for k in (0, 1, 4, 5)]
-    assert reasons == {f"x.parquet/{k}": containers.DAMAGED_THERE for k in (2, 3)}
+def test_one_container_can_be_the_root(tmp_path):
+    write_tar(tmp_path / "x.tar", [("a.png", picture(0)[1])])
+    (tmp_path / "other.png").touch()
+    (listed,) = walk_members(tmp_path / "x.tar")
+    assert listed.path == "x.tar/a.png"
+    (image,) = decode_members(base_of(tmp_path / "x.tar"), [listed], SHAPE, "crop", "white")
+    np.testing.assert_array_equal(image[0], picture(0)[0])
 
 
 @pytest.mark.parametrize("name", ["x.tar", "x.parquet"])
@@ -295,9 +155,12 @@ def test_a_container_that_changes_while_it_is_ranked_gives_no_wrong_image(tmp_pa
 
     write([0, 1])
     listed = list(walk_members(tmp_path))
-    write(range(2, 200))
-    answers = list(decode_members(tmp_path, listed, SHAPE, "crop", "white"))
-    assert [answer.reason for answer in answers] == [containers.CHANGED] * 2
+    size = path.stat().st_size
+    for seeds in ([1, 0], range(2, 200)):
+        write(seeds)
+        assert (path.stat().st_size == size) == (len(seeds) == 2)
+        answers = list(decode_members(tmp_path, listed, SHAPE, "crop", "white"))
+        assert [answer.reason for answer in answers] == [members.CHANGED] * 2
     path.unlink()
     for answer in decode_members(tmp_path, listed, SHAPE, "crop", "white"):
         assert answer.reason.startswith("it cannot be read")

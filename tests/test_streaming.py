@@ -389,7 +389,7 @@ import numpy as np
 from weighmatch.semisup import TrainedRun
 from weighmatch import shards, streaming
 from weighmatch.data import listing
-from weighmatch.data.containers import Member
+from weighmatch.data.members import Member
 count = int(sys.argv[2])
 listing.walk_members = lambda root: (
     Member(f"folder/of/images/{k:08d}.png", "", 0, 0, 1, 1) for k in range(count)

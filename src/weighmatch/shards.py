@@ -29,9 +29,10 @@ from numpy.typing import NDArray
 
 from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
-from weighmatch.data.containers import Member, base_of, decode_members
+from weighmatch.data.containers import base_of, decode_members
 from weighmatch.data.files import UNREAD, Fit, RejectedFileError, Shape, is_of_the_moment
 from weighmatch.data.listing import PileList, write_list
+from weighmatch.data.members import Member
 from weighmatch.data.rank_config import Preparation
 from weighmatch.data.splits import Images
 from weighmatch.export import RUN, Portable

@@ -228,10 +228,10 @@ def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
         decode(tmp_path / "gone.png", SHAPE)
     picture(np.random.default_rng(0)).save(tmp_path / "a.png")
 
-    def refuse(self):
+    def refuse(*_):
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    monkeypatch.setattr("pathlib.Path.open", refuse)
     with pytest.raises(RejectedFileError, match=r"it cannot be read \(Permission denied\)"):
         decode(tmp_path / "a.png", SHAPE)
 

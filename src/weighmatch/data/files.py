@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ TOO_LARGE = f"it is larger than {MAX_BYTES >> 20} MiB"
 # The side of decoded images where nothing is asked for and the files are larger; and the files
 # that are looked at to find out.
 SIDE, LOOKED_AT = 32, 64
+# How compressed archives begin: those of gzip, bzip2, xz, zstd, zip and 7z.
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"7z\xbc\xaf\x27\x1c")
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -252,11 +254,25 @@ def read_file(
 
 def _read_bytes(path: Path) -> bytes:
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise RejectedFileError(TOO_LARGE)
-        return path.read_bytes()
+        with path.open("rb") as file:
+            _require_unpacked(file)
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                raise RejectedFileError(TOO_LARGE)
+            return file.read()
     except OSError as error:
         raise RejectedFileError(cannot_be_read(error)) from error
+
+
+def require_unpacked(path: Path) -> None:
+    """Raise a RejectedFileError if a file begins as a compressed archive does."""
+    with path.open("rb") as file:
+        _require_unpacked(file)
+
+
+def _require_unpacked(file: BinaryIO) -> None:
+    if file.read(max(map(len, PACKED))).startswith(PACKED):
+        raise RejectedFileError("it is a compressed archive, which is not read; unpack it")
+    file.seek(0)
 
 
 def cannot_be_read(error: Exception) -> str:

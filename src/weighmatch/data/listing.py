@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from weighmatch.checks import ToldError
-from weighmatch.data.containers import Member, walk_members
+from weighmatch.data.containers import walk_members
 from weighmatch.data.files import Rejected
+from weighmatch.data.members import Member
 
 # What a data base keeps in memory, in KiB.
 CACHE = 65_536
