@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from kedro.io import DatasetError
 from PIL import Image
 
@@ -24,6 +25,7 @@ from weighmatch.data import files
 from weighmatch.data.files import RejectedFileError
 from weighmatch.data.listing import NoImageError
 from weighmatch.data.rank_config import Preparation, RankConfig
+from weighmatch.engine_config import EngineConfig
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.io import FolderDataset
 from weighmatch.pipelines.rank.nodes import rank_images
@@ -427,3 +429,44 @@ def test_a_scorer_says_of_parts_what_it_says_of_all(run):
     whole, half = scorer(images), scorer(images[:10])
     for all_of_them, some in zip(whole, half, strict=True):
         assert some == pytest.approx(all_of_them[:10], abs=1e-6)
+
+
+def test_all_of_a_scorer_is_on_its_device(run):
+    """The device meta computes nothing, and refuses to be mixed with another one."""
+    images = np.zeros((2, 1, 8, 8), np.uint8)
+    with pytest.raises(NotImplementedError, match="Cannot copy out of meta tensor"):
+        Scorer(run, torch.device("meta"))(images)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_a_gpu_scores_as_the_cpu_does(run):
+    images = np.random.default_rng(2).integers(0, 256, (20, 1, 8, 8), dtype=np.uint8)
+    there, here = Scorer(run, torch.device("cuda"))(images), Scorer(run)(images)
+    for first, second in zip(there, here, strict=True):
+        assert first == pytest.approx(second, abs=1e-3)
+
+
+def test_a_worker_scores_on_the_gpu_that_it_was_given(run, folder, tmp_path, monkeypatch):
+    class Pool:
+        def run_in_pool(self, function, jobs, *_, **__):
+            for place, job in enumerate(jobs):
+                yield place, function(*job, lambda images: None)
+
+    monkeypatch.setattr(streaming, "make_engine", lambda config: Pool())
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpus = EngineConfig(engine="ray", num_gpus=0.5)
+    with pytest.raises(UnseenError, match=r"^rank.num_gpus asks for a GPU, and torch sees none"):
+        rank_folder(run, folder, tmp_path / "out", engine=gpus)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    devices = []
+
+    def make(run, device):
+        devices.append(device.type)
+        return Scorer(run)
+
+    monkeypatch.setattr(shards, "Scorer", make)
+    assert rank_folder(run, folder, tmp_path / "out", engine=gpus) == 30
+    assert rank_folder(run, folder, tmp_path / "out", engine=EngineConfig()) == 30
+    assert devices == ["cuda", "cpu"]
+    with pytest.raises(ValueError, match=r"rank.num_gpus has no effect with rank.engine local"):
+        RankConfig(num_gpus=1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from weighmatch.semisup.checkpoint import CPU, TrainedRun
+from weighmatch.semisup.checkpoint import CPU, TrainedRun, on_device
 from weighmatch.semisup.parts.backbones import Backbone
 
 log = logging.getLogger(__name__)
@@ -32,15 +32,21 @@ RUN, PT2, ONNX, CLASSES, CARD = (
 
 
 class Portable(nn.Module):
-    """A run as one module: uint8 images (n, C, H, W) -> probabilities (n, classes), scores (n,)."""
+    """A run as one module: uint8 images (n, C, H, W) -> probabilities (n, classes), scores (n,).
 
-    def __init__(self, run: TrainedRun) -> None:
+    Args:
+        run: the run.
+        device: where its networks are, and the images have to be.
+    """
+
+    def __init__(self, run: TrainedRun, device: torch.device = CPU) -> None:
         super().__init__()
-        self.classifier = run.classifier
+        self.classifier = on_device(run.classifier, device)
         # A run on stored features has no backbone of its own.
-        self.backbone = backbone_of(run) if run.config.training.frozen else None
-        weighting = run._load_weighting(run.classifier, CPU)
-        self.ranks = run._criterion(weighting, CPU)
+        backbone = backbone_of(run) if run.config.training.frozen else None
+        self.backbone = None if backbone is None else on_device(backbone, device)
+        weighting = run._load_weighting(self.classifier, device)
+        self.ranks = run._criterion(weighting, device)
         # An arm that ranks no new image scores each of them 1.
         self.tells_apart = run.config.row.weighs and run.config.row.inductive
         # The networks behind the criterion are registered, so that the graph has their parameters.

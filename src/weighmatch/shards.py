@@ -62,15 +62,20 @@ SCHEMA = pa.schema(
 
 
 class UnseenError(ToldError, OSError):
-    """A machine does not see a folder or a file that it needs; the message says what to do."""
+    """A machine does not see a folder, a file or a GPU that it needs; the message says which."""
 
 
 class Scorer:
-    """What a run says of images, batch by batch, each image apart from the others."""
+    """What a run says of images, batch by batch, each image apart from the others.
 
-    def __init__(self, run: TrainedRun) -> None:
-        self.run = run
-        self._model = Portable(run).eval()
+    Args:
+        run: the run.
+        device: where its networks compute.
+    """
+
+    def __init__(self, run: TrainedRun, device: torch.device = CPU) -> None:
+        self.run, self.device = run, device
+        self._model = Portable(run, device).eval()
         self._weighting = run._load_weighting(run.classifier, CPU)
 
     def __call__(
@@ -78,8 +83,11 @@ class Scorer:
     ) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         """Probabilities (n, classes), scores and weights of any scale (n,)."""
         with torch.no_grad():
-            found = [self._model(part) for part in torch.from_numpy(images).split(BATCH)]
-            probabilities, scores = (torch.cat(part).double() for part in zip(*found, strict=True))
+            parts = torch.from_numpy(images).split(BATCH)
+            found = [self._model(part.to(self.device)) for part in parts]
+            probabilities, scores = (
+                torch.cat(part).cpu().double() for part in zip(*found, strict=True)
+            )
             if self.run.ranker is None:
                 weights = self._weighting.sized(scores)
             else:
@@ -96,6 +104,7 @@ class Plan:
         fit: see `weighmatch.data.files.decode`.
         background: see there.
         size: images of a shard at most.
+        device: the type of device that scores; another one gives slightly other numbers.
         run: SHA-256 of the file of the run.
         code: identifies the code that scores.
     """
@@ -104,6 +113,7 @@ class Plan:
     fit: Fit
     background: str
     size: int
+    device: str
     run: str
     code: str
 
@@ -138,6 +148,7 @@ class Shards:
         run: the stored run.
         root: the folder of images, or one container; nothing in it is changed.
         preparation: how files become images.
+        device: the type of device that scores, "cpu" or "cuda".
 
     Attributes:
         listed: the list of the images.
@@ -150,7 +161,12 @@ class Shards:
     """
 
     def __init__(
-        self, folder: Path, run: TrainedRun, root: str | Path, preparation: Preparation
+        self,
+        folder: Path,
+        run: TrainedRun,
+        root: str | Path,
+        preparation: Preparation,
+        device: str = "cpu",
     ) -> None:
         base = base_of(root)
         self.folder = folder
@@ -162,6 +178,7 @@ class Shards:
             fit=preparation.fit,
             background=preparation.background,
             size=max(1, min(FILES_AT_ONCE, BYTES_AT_ONCE // math.prod(run.image_shape))),
+            device=device,
             run=hashlib.sha256(new_run.read_bytes()).hexdigest(),
             code=code_digest(__name__),
         )
@@ -269,7 +286,8 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
         progress: called with 1 for each image.
 
     Raises:
-        UnseenError: if this machine does not see the folder, or a file that was listed.
+        UnseenError: if this machine does not see the folder, a file that was listed, or a GPU that
+            the plan asks for.
     """
     plan = _read_plan(folder)
     if plan is None:
@@ -315,7 +333,12 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
 @lru_cache(maxsize=1)
 def _load(folder: Path, plan: Plan) -> Scorer:
     """What scores, read once by each process."""
-    return Scorer(TrainedRun.load(folder / RUN))
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise UnseenError(
+            f"rank.num_gpus asks for a GPU, and torch sees none on {socket.gethostname()}; leave "
+            "rank.num_gpus out, or install a torch with CUDA on every machine"
+        )
+    return Scorer(TrainedRun.load(folder / RUN), torch.device(plan.device))
 
 
 def _read_plan(folder: Path) -> Plan | None:

@@ -67,7 +67,7 @@ def rank_folder(
         temperature: that of the calibrated probabilities, if known.
         workers: processes that decode and score; "auto": one a core, or as many as a cluster has
             room for. The result does not depend on it.
-        engine: where that is done.
+        engine: where that is done. A worker that Ray gives a GPU, or a part of one, scores on it.
         work: a folder for what is done, which the caller removes when the ranking is in its place.
             None: one beside `folder` whose name ends in `.shards`, which is removed at the end.
 
@@ -77,10 +77,11 @@ def rank_folder(
     Raises:
         UnfitFolderError: if there is no such folder.
         NoImageError: if there is no image in it.
-        UnseenError: if a machine does not see the images or the working folder.
+        UnseenError: if a machine does not see the images, the working folder or a GPU.
     """
     place = work or folder.with_name(f"{folder.name}.shards")
-    shards = Shards(place, run, root, preparation)
+    device = "cuda" if engine.engine == "ray" and engine.num_gpus else "cpu"
+    shards = Shards(place, run, root, preparation, device)
     _score(shards, workers, engine)
     count = _merge(shards, run, root, folder, temperature)
     if work is None:

@@ -25,6 +25,11 @@ class RankConfig(EngineConfig):
 
     def __post_init__(self) -> None:
         self.check_engine("rank")
+        if self.num_gpus is not None and self.engine == "local":
+            raise ValueError(
+                "rank.num_gpus has no effect with rank.engine local; leave it out or set "
+                "rank.engine=ray"
+            )
         if not isinstance(self.images, str):
             raise ValueError(f"rank.images must be the path of a folder, got {self.images!r}")
         if self.workers != "auto":
