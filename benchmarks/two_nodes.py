@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scale import Cluster, simulate
+from benchmarks.simulation import Cluster, simulate
 from benchmarks.tables import conditions, markdown
 from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
@@ -139,7 +139,7 @@ def main() -> None:
     for name, death in (("no node dies", None), (f"a node dies after {DEATH:g} s", DEATH)):
         deaths = {} if death is None else {1: death}
         found = [simulate(work, cluster, seed, deaths).seconds for seed in range(SIMULATIONS)]
-        whole, times = measured(train, jobs, death)
+        whole, _ = measured(train, jobs, death)
         told = f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
         rows.append([name, told, f"{whole:.1f}", f"{whole / np.mean(found):.2f}"])
     header = ["what", "predicted, s", "measured, s", "ratio"]
