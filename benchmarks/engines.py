@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from benchmarks.tables import conditions, markdown
+from benchmarks.tables import markdown
 from benchmarks.timing import seconds_of
 from weighmatch.engine_config import ENGINES
 from weighmatch.semisup.checkpoint import TrainedRun
@@ -53,9 +53,7 @@ def main() -> None:
         rows.append([f"{turn + 1}", *(f"{one:.0f}" for one in seconds), ratio])
         print(rows[-1], file=sys.stderr, flush=True)
     print("\n".join(markdown(["turn", *(f"{name}, s" for name in ENGINES), "ratio"], rows)))
-    print(
-        f"\nThe classifiers are {'' if same else 'not '}the same to the bit, {len(found[0])} of them."
-    )
+    print(f"\nThe {len(found[0])} classifiers are {'' if same else 'not '}the same to the bit.")
 
 
 if __name__ == "__main__":
