@@ -2,17 +2,17 @@
 
 python -m benchmarks.scale
 
-Prints the tables of `docs/scale.md`: times of a pile of images on one GPU, eight, and a hundred
-machines; and how long many runs take where nodes fail, by a discrete-event simulation (simpy).
-Constants of this machine are measured; those of GPUs are published ones, as none was at hand.
+Prints the tables of `docs/scale.md`: times of one run and of a pile of images on one H100, eight,
+and a hundred machines; and how long many runs take where nodes fail, by a discrete-event simulation
+(simpy). Constants of a CPU are measured; those of GPUs are published ones, as none was at hand.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
-import simpy
 
+from benchmarks.simulation import Cluster, simulate
 from benchmarks.tables import markdown
 
 # Per core of the CPU that everything here was measured on: 100,000 JPEG files of 200 to 500 pixels
@@ -20,11 +20,28 @@ from benchmarks.tables import markdown
 FILES_PER_CORE, VIEWS_PER_CORE = 263.0, 190.0
 # Published: tf_efficientnet_lite0 at 224 pixels, mixed precision, on an RTX PRO 6000 (timm's table
 # of inference, PyTorch 2.9.1). At 96 pixels it has (224 / 96)² times fewer pixels to go through.
-VIEWS_PER_GPU = 11_600.0 * (224 / 96) ** 2
+# Assumed: memory is what its layers wait for, and an H100 has 3.35 TB/s where that card has 1.79.
+VIEWS_PER_H100 = 11_600.0 * (224 / 96) ** 2 * 3.35 / 1.79
+# Published: eight H100 train ResNet-50 at 224 pixels in 13.466 minutes (MLPerf Training v3.0, entry
+# 3.0-2053). Assumed: in 35 passes over the 1,281,167 images of ImageNet.
+GRADIENTS_PER_H100 = 35 * 1_281_167 / (13.466 * 60) / 8
+PARAMETERS = 25.6e6
+# Assumed: bytes a second between two GPUs, over a port of 400 Gbit/s each.
+NETWORK = 50e9
 # Bytes of the features of an image and a view, and of a row of a ranking.
 FEATURE_BYTES, ROW_BYTES = 2 * 1280, 120
-# Bytes a second of one disk or network file system, into which everything is gathered.
+# Assumed: bytes a second of one disk or network file system, into which everything is gathered.
 GATHERED_PER_SECOND = 1e9
+# What the machine of the command does alone, measured by `benchmarks.ranking`: files that it lists
+# and rows that it merges in a second, and shards of so many images that it hands out.
+LISTED_PER_SECOND, MERGED_PER_SECOND, SHARD = 57_000.0, 45_000.0, 1024
+SHARDS_PER_SECOND = 25.0
+# Measured by `benchmarks.two_nodes`: seconds until a worker's first task and of handing out a task,
+# and the standard deviation of the logarithm of a run's time.
+START, DISPATCH, SPREAD = 2.4, 0.04, 0.1
+# Ray's defaults: a machine that says nothing is lost after five checks, three seconds apart, of
+# which each waits for ten seconds.
+DETECT = 5 * 13.0
 
 
 @dataclass(frozen=True)
@@ -56,27 +73,32 @@ class Pile:
 
 
 def pile_seconds(pile: Pile, machine: Machine, count: int) -> dict[str, float]:
-    """Seconds of each part of the work on a pile, by `count` equal machines.
-
-    Decoding and features go on side by side where GPUs do the latter, and gathering beside both:
-    the longest part is the time of the whole. Without a GPU the cores do both in turn.
-    """
+    """Seconds of each part of the work on a pile, by `count` equal machines."""
     decoding = pile.images / (FILES_PER_CORE * machine.cores * count)
-    speed = VIEWS_PER_GPU * machine.gpus if machine.gpus else VIEWS_PER_CORE * machine.cores
+    speed = VIEWS_PER_H100 * machine.gpus if machine.gpus else VIEWS_PER_CORE * machine.cores
     features = pile.images * pile.views / (speed * count)
     size = pile.views * FEATURE_BYTES if pile.stored else ROW_BYTES
     return {
+        "listing": pile.images / LISTED_PER_SECOND,
         "decoding": decoding,
         "features": features,
+        "handing out": pile.images / SHARD / SHARDS_PER_SECOND,
         "gathering": pile.images * size / GATHERED_PER_SECOND,
+        "merging": 0.0 if pile.stored else pile.images / MERGED_PER_SECOND,
     }
 
 
 def whole_seconds(parts: Mapping[str, float], machine: Machine) -> float:
-    """The time of the whole work, from that of its parts."""
-    if machine.gpus:
-        return max(parts.values())
-    return max(parts["decoding"] + parts["features"], parts["gathering"])
+    """The time of the whole work, from that of its parts.
+
+    Files are listed first, and rows are merged last, both by one machine. Between the two, decoding
+    and features go on side by side where GPUs do the latter, and handing out and gathering beside
+    them: the longest of them counts. Without a GPU the cores do decoding and features in turn.
+    """
+    both = (parts["decoding"], parts["features"])
+    work = max(both) if machine.gpus else sum(both)
+    beside = max(work, parts["handing out"], parts["gathering"])
+    return parts["listing"] + beside + parts["merging"]
 
 
 @dataclass(frozen=True)
@@ -109,11 +131,11 @@ class Training:
         """What each part of the run costs, in gradients of the loss of one image.
 
         A gradient is three forward passes. Strong views need one, weak views and ranked images a
-        forward pass. A product with the Gauss-Newton matrix costs 1.2 gradients of its batch, and
+        forward pass. A product with the Gauss-Newton matrix costs 1.5 gradients of its batch, and
         influences by forward mode a gradient each. The arbiter does not depend on the pool.
         """
         step = self.batch * (1 + self.ratio + self.ratio / 3)
-        arbiter = self.outer + 1.2 * self.products * self.curvature + self.measured
+        arbiter = self.outer + 1.5 * self.products * self.curvature + self.measured
         return {
             "training": self.steps * step,
             "ranking": self.rounds * pool / 3,
@@ -122,154 +144,50 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """A cluster and what goes wrong in it; times are in seconds.
+class Together:
+    """One run of FixMatch by several H100 together, each with an equal share of every batch.
 
     Attributes:
-        nodes: number of nodes.
-        slots: tasks that a node does at a time.
-        start: from the start to a worker's first task.
-        dispatch: what the one scheduler needs to hand out a task.
-        detect: from a node's death until its tasks are handed out again.
-        spread: standard deviation of the logarithm of a task's slowness; stragglers are its tail.
-        checkpoint: work between two checkpoints; what came after the last one is lost with a node.
-        lifetime: mean time until a node fails; infinite: none does.
-        repair: from a node's death until another one takes its place.
+        gpus: how many there are.
+        batch: labelled images of each of them in a batch.
+        ratio: µ.
+        training: its rounds, measurements and products.
     """
 
-    nodes: int
-    slots: int
-    start: float = 0.0
-    dispatch: float = 0.0
-    detect: float = 0.0
-    spread: float = 0.0
-    checkpoint: float = np.inf
-    lifetime: float = np.inf
-    repair: float = np.inf
+    gpus: int
+    batch: int = 64
+    ratio: int = 7
+    training: Training = Training()
 
+    @property
+    def sum_seconds(self) -> float:
+        """Seconds in which gradients are added up, in a ring."""
+        return 8 * PARAMETERS * (self.gpus - 1) / self.gpus / NETWORK
 
-@dataclass
-class Outcome:
-    """What a simulation came to.
+    def pass_seconds(self, pool: float) -> dict[str, float]:
+        """Seconds of each part of a pass in which every image of the pool is seen once."""
+        steps = pool / (self.batch * self.ratio * self.gpus)
+        step = self.batch * (1 + self.ratio + self.ratio / 3) / GRADIENTS_PER_H100
+        return {"gradients": steps * step, "sums": steps * self.sum_seconds}
 
-    Attributes:
-        seconds: until the last task was done.
-        lost: seconds of work that were done twice.
-        busy: the share of the slots' time that was spent on work which counted.
-        deaths: how many nodes died.
-    """
+    def ranking_seconds(self, pool: float) -> float:
+        """Seconds of a forward pass over the pool, which is shared out."""
+        return pool / 3 / GRADIENTS_PER_H100 / self.gpus
 
-    seconds: float = 0.0
-    lost: float = 0.0
-    busy: float = 0.0
-    deaths: int = 0
-
-
-class _Simulation:
-    """One simulation; `simulate` says what it is given."""
-
-    def __init__(
-        self,
-        work: Sequence[float],
-        cluster: Cluster,
-        seed: int,
-        deaths: Mapping[int, float],
-    ) -> None:
-        self.cluster, self.rng = cluster, np.random.default_rng(seed)
-        self.env = simpy.Environment()
-        self.scheduler = simpy.Resource(self.env)
-        self.tasks = simpy.Store(self.env)
-        for seconds in work:
-            self.tasks.put(seconds * float(np.exp(cluster.spread * self.rng.standard_normal())))
-        self.open, self.done = len(work), self.env.event()
-        self.found = Outcome()
-        self.worked = 0.0
-        for node in range(cluster.nodes):
-            self.env.process(self._node(deaths.get(node)))
-
-    def _node(self, death: float | None) -> simpy.events.ProcessGenerator:
-        while True:
-            workers = [self.env.process(self._worker()) for _ in range(self.cluster.slots)]
-            if death is None:
-                if np.isinf(self.cluster.lifetime):
-                    return
-                death = float(self.rng.exponential(self.cluster.lifetime))
-            yield self.env.timeout(death)
-            self.found.deaths += 1
-            for worker in workers:
-                worker.interrupt()
-            if np.isinf(self.cluster.repair):
-                return
-            yield self.env.timeout(self.cluster.repair)
-            death = None
-
-    def _worker(self) -> simpy.events.ProcessGenerator:
-        left, began, request = None, None, None
-        try:
-            yield self.env.timeout(self.cluster.start)
-            while True:
-                request = self.tasks.get()
-                left = yield request
-                request = None
-                with self.scheduler.request() as turn:
-                    yield turn
-                    yield self.env.timeout(self.cluster.dispatch)
-                began = self.env.now
-                yield self.env.timeout(left)
-                self.worked += left
-                left, began = None, None
-                self.open -= 1
-                if self.open == 0:
-                    self.done.succeed()
-        except simpy.Interrupt:
-            if request is not None:
-                request.cancel()
-            if left is not None:
-                self.env.process(self._return(left, began))
-
-    def _return(self, left: float, began: float | None) -> simpy.events.ProcessGenerator:
-        """Hand a dead node's task out again, once somebody has seen that it is dead."""
-        spent = 0.0 if began is None else self.env.now - began
-        saved = (
-            0.0 if np.isinf(self.cluster.checkpoint) else spent - spent % self.cluster.checkpoint
-        )
-        self.found.lost += spent - saved
-        self.worked += saved
-        yield self.env.timeout(self.cluster.detect)
-        yield self.tasks.put(left - saved)
-
-    def run(self) -> Outcome:
-        self.env.run(until=self.done)
-        self.found.seconds = self.env.now
-        slots = self.cluster.nodes * self.cluster.slots
-        self.found.busy = self.worked / (slots * self.env.now)
-        return self.found
-
-
-def simulate(
-    work: Sequence[float],
-    cluster: Cluster,
-    seed: int = 0,
-    deaths: Mapping[int, float] | None = None,
-) -> Outcome:
-    """How long a cluster needs for tasks that are handed out one by one.
-
-    Args:
-        work: seconds of each task on a slot of usual speed, in the order of handing out.
-        cluster: the cluster.
-        seed: of stragglers and failures.
-        deaths: nodes that die, with the second of their death, beside those of `lifetime`.
-
-    Returns:
-        What it came to. Where all nodes die and none is repaired, simpy raises a RuntimeError.
-    """
-    return _Simulation(work, cluster, seed, deaths or {}).run()
+    def arbiter_seconds(self) -> dict[str, float]:
+        """Seconds of each part of the arbiter in a round: each product is added up by itself."""
+        parts, one = self.training.costs(0), self.training
+        gradients = parts["arbiter"] / one.rounds / GRADIENTS_PER_H100 / self.gpus
+        return {
+            "gradients": gradients,
+            "sums": one.measurements * (one.products + 1) * self.sum_seconds,
+        }
 
 
 MACHINES = {
     "two cores": (Machine(2), 1),
-    "one GPU, 16 cores": (Machine(16, 1), 1),
-    "one machine of 8 GPUs, 128 cores": (Machine(128, 8), 1),
+    "one H100, 16 cores": (Machine(16, 1), 1),
+    "8 H100, 128 cores": (Machine(128, 8), 1),
     "100 such machines": (Machine(128, 8), 100),
 }
 
@@ -279,7 +197,7 @@ def say(seconds: float) -> str:
     for size, name in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} s"
+    return f"{seconds:.1f} s" if seconds >= 0.1 else f"{1e3 * seconds:.1f} ms"
 
 
 def piles() -> list[list[str]]:
@@ -294,6 +212,22 @@ def piles() -> list[list[str]]:
                 row.append(f"{say(whole_seconds(parts, machine))}, {longest}")
             rows.append(row)
     return rows
+
+
+def trainings() -> list[list[str]]:
+    """Rows of how long the parts of one run take on one H100, eight, and 800."""
+    groups = [Together(gpus) for gpus in (1, 8, 800)]
+    rows = []
+    for pool in (1e6, 1e8, 1e9):
+        passes = [one.pass_seconds(pool) for one in groups]
+        rows.append([f"a pass over {pool:,.0f} images", *(say(sum(p.values())) for p in passes)])
+    shares = [f"{p['sums'] / sum(p.values()):.0%}" for p in passes]
+    rows.append(["of it, sums of gradients", *shares])
+    rows.append(["a ranking of 1,000,000,000", *(say(one.ranking_seconds(1e9)) for one in groups)])
+    arbiters = [one.arbiter_seconds() for one in groups]
+    rows.append(["the arbiter, in a round", *(say(sum(a.values())) for a in arbiters)])
+    shares = [f"{a['sums'] / sum(a.values()):.0%}" for a in arbiters]
+    return [*rows, ["of it, sums of products", *shares]]
 
 
 def costs() -> list[list[str]]:
@@ -313,15 +247,17 @@ def costs() -> list[list[str]]:
     return rows
 
 
+BASE = Cluster(8, 8, START, DISPATCH, DETECT, SPREAD, 60, repair=600)
+
+
 def failures() -> list[list[str]]:
     """Rows of how long 1,000 runs of an hour take on clusters whose nodes fail."""
     rows = []
     work = [3600.0] * 1000
-    base = Cluster(8, 8, 10, 0.005, 60, 0.1, 60, repair=600)
     for nodes in (8, 100):
         for lifetime in (np.inf, 86_400.0, 3600.0):
             for checkpoint in (60.0, np.inf):
-                cluster = replace(base, nodes=nodes, lifetime=lifetime, checkpoint=checkpoint)
+                cluster = replace(BASE, nodes=nodes, lifetime=lifetime, checkpoint=checkpoint)
                 found = [simulate(work, cluster, seed) for seed in range(5)]
                 seconds = float(np.mean([one.seconds for one in found]))
                 rows.append(
@@ -337,14 +273,35 @@ def failures() -> list[list[str]]:
     return rows
 
 
+def delays() -> list[list[str]]:
+    """Rows of what stragglers and the one scheduler cost, where no node fails.
+
+    The share that is lost is that of slots which wait. Tasks fill all slots ten times.
+    """
+    rows = []
+    for nodes in (1, 8, 100):
+        for task in (1.0, 60.0, 3600.0):
+            row = [f"{nodes} × 8", say(task)]
+            for dispatch, slowness in ((DISPATCH, 0.0), (0.0, SPREAD), (0.0, 1.0)):
+                cluster = Cluster(nodes, 8, dispatch=dispatch, spread=slowness)
+                found = [simulate([task] * (80 * nodes), cluster, seed).busy for seed in range(5)]
+                row.append(f"{100 * (1 - np.mean(found)):.0f} %")
+            rows.append(row)
+    return rows
+
+
 def main() -> None:
     """Print the tables."""
     header = ["run", "pool", "rankings / training", "arbiter / training"]
     print("\n".join(markdown(header, costs())), end="\n\n")
+    header = ["what", "one H100", "8", "800"]
+    print("\n".join(markdown(header, trainings())), end="\n\n")
     header = ["what", "images", *MACHINES]
     print("\n".join(markdown(header, piles())), end="\n\n")
     header = ["slots", "a node lives", "checkpoints every", "time", "useful", "done twice"]
-    print("\n".join(markdown(header, failures())))
+    print("\n".join(markdown(header, failures())), end="\n\n")
+    header = ["slots", "a task", "scheduler", "stragglers", "heavy stragglers"]
+    print("\n".join(markdown(header, delays())))
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 python -m benchmarks.two_nodes [--runs 12]
 
 Starts a cluster of Ray with two nodes of one CPU each on this machine, and trains short runs of
-FixMatch on digits as its tasks. Constants of the simulation are measured first, with other tasks:
-how long a worker needs to start, how long until a dead node is noticed, and how long a run takes.
-Then the runs are trained again, and one of the nodes dies. Prints what was predicted and measured.
+FixMatch on digits as its tasks. Constants of the simulation are measured first, with other tasks.
+Naps tell how long a worker needs to start, how long a task needs to be handed out, and how long it
+takes until a dead node is noticed. Runs of a half and of a quarter of the steps tell how long a run
+takes. Then the runs are trained, without and with the death of a node. Prints what was predicted
+and measured.
 """
 
 import argparse
@@ -19,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.scale import Cluster, simulate
+from benchmarks.simulation import Cluster, simulate
 from benchmarks.tables import conditions, markdown
 from weighmatch.data.config import DataConfig
 from weighmatch.data.source import get_source
@@ -32,6 +34,10 @@ from weighmatch.semisup.training.schedules import make_schedule
 STEPS = 800
 # Seconds after which a node dies, and seconds of the naps that its death is noticed by.
 DEATH, NAP = 12.0, 6.0
+# Naps whose handing out is timed, and their seconds.
+SHORT_NAPS, SHORT_NAP = 40, 0.1
+# Runs of each kind that are timed.
+TRIED = 4
 SIMULATIONS = 20
 
 
@@ -43,11 +49,13 @@ def nap(seconds: float, progress: Callable[[float], None]) -> tuple[float, float
     return began, time.time()
 
 
-def train(seed: int, data: TrainingSet, progress: Callable[[float], None]) -> tuple[float, float]:
+def train(
+    seed: int, steps: int, data: TrainingSet, progress: Callable[[float], None]
+) -> tuple[float, float]:
     """A task that trains a run from its start; when it began and ended."""
     began = time.time()
     training = TrainingConfig(device="cpu", snapshots=1)
-    config = RunConfig("fixmatch", seed, STEPS, data.classes, training)
+    config = RunConfig("fixmatch", seed, steps, data.classes, training)
     with TemporaryDirectory() as folder:
         make_schedule(config).fit(data, Path(folder))
     progress(1)
@@ -100,40 +108,47 @@ def main() -> None:
     splits = source.draw(source.load(config), config, 0)
     assert splits.pool is not None
     data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
-    jobs = [(seed, data) for seed in range(runs)]
-
     naps, times = measured(nap, [(NAP,)] * 2)
     start = float(np.median([first for first, _ in times]))
     dead, _ = measured(nap, [(NAP,)] * 2, death=start + NAP / 2)
     # Both nodes began their naps at `start`; the lost one was begun again on the other node, which
     # was free after its own nap.
     noticed = dead - max(start + NAP / 2, naps) - NAP
-    whole, times = measured(train, jobs)
-    lengths = np.array([end - first for first, end in times])
-    dispatch = (whole - start) * 2 / runs - float(lengths.mean())
+    _, times = measured(nap, [(SHORT_NAP,)] * SHORT_NAPS)
+    last = max(end for _, end in times) - min(first for first, _ in times)
+    dispatch = last * 2 / SHORT_NAPS - SHORT_NAP
+    seconds, slowness = {}, []
+    for steps in (STEPS // 4, STEPS // 2):
+        _, times = measured(train, [(seed, steps, data) for seed in range(TRIED)])
+        lengths = np.log([end - first for first, end in times])
+        seconds[steps] = float(np.exp(lengths.mean()))
+        slowness += (lengths - lengths.mean()).tolist()
+    # A run needs some time to begin with, and then each step takes as long as another.
+    predicted = seconds[STEPS // 4] + 3 * (seconds[STEPS // 2] - seconds[STEPS // 4])
     cluster = Cluster(
         2,
         1,
         start=start,
         dispatch=max(dispatch, 0.0),
         detect=max(noticed, 0.0),
-        spread=float(np.log(lengths).std(ddof=1)),
+        spread=float(np.sqrt(np.square(slowness).sum() / (len(slowness) - 2))),
     )
-    work = [float(np.exp(np.log(lengths).mean()))] * runs
+    work = [predicted] * runs
+    jobs = [(runs + seed, STEPS, data) for seed in range(runs)]
     rows = []
     for name, death in (("no node dies", None), (f"a node dies after {DEATH:g} s", DEATH)):
         deaths = {} if death is None else {1: death}
         found = [simulate(work, cluster, seed, deaths).seconds for seed in range(SIMULATIONS)]
-        # The second measurement of the runs: the constants are of the first.
-        seconds, _ = measured(train, jobs, death)
+        whole, _ = measured(train, jobs, death)
         told = f"{np.mean(found):.1f} ({min(found):.1f} to {max(found):.1f})"
-        rows.append([name, told, f"{seconds:.1f}", f"{seconds / np.mean(found):.2f}"])
+        rows.append([name, told, f"{whole:.1f}", f"{whole / np.mean(found):.2f}"])
     header = ["what", "predicted, s", "measured, s", "ratio"]
     print("\n".join(markdown(header, rows)), end="\n\n")
     print(
-        f"{runs} runs of {lengths.mean():.1f} s. A worker starts in {cluster.start:.1f} s, a task "
-        f"is handed out in {cluster.dispatch:.2f} s, and a death is noticed after "
-        f"{cluster.detect:.1f} s."
+        f"{runs} runs of {STEPS} steps, {predicted:.1f} s each by runs of {STEPS // 4} and "
+        f"{STEPS // 2} steps, which vary by a factor of {np.exp(cluster.spread):.2f}. A worker "
+        f"starts in {cluster.start:.1f} s, a task is handed out in {cluster.dispatch:.3f} s, and a "
+        f"death is noticed after {cluster.detect:.1f} s."
     )
     print(conditions(["torch", "ray", "simpy"]))
 

@@ -91,6 +91,17 @@ def test_all_pipelines_that_a_run_lacks_are_told_before_anything_runs(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_cluster_that_does_not_answer_is_told_before_anything_runs(
+    command, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    given = f"data_folder={tmp_path},runs.engine=ray"
+    names = "data_preparation,feature_extraction,training"
+    result = command("--pipelines", names, "--params", given)
+    assert_one_sentence(result, "no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("given", ["data.ratio", "=3", "data.seeds=[1"])
 def test_parameters_that_cannot_be_read_are_told(command, given):
     result = command("--params", given)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from tests.own_folder import LETTERS, SIDE, make_folder
-from weighmatch import Folder, fit
+from weighmatch import Folder, fit, own_images
 from weighmatch.evaluation.ranking import COLUMNS
 from weighmatch.semisup import TrainedRun
 
@@ -67,6 +67,20 @@ def test_a_finished_run_is_read_again(own, tmp_path, monkeypatch):
     second = fit(Folder(own.root), training=FEW, runs={"rounds": 2}, folder=tmp_path / "runs")
     assert (place / "run.pt").stat().st_mtime_ns == before
     pd.testing.assert_frame_equal(first.ranking, second.ranking)
+
+
+class StoppedError(Exception):
+    pass
+
+
+@pytest.mark.integration
+def test_a_run_is_trained_where_its_parameters_say(own, tmp_path, monkeypatch):
+    def stop(jobs, folder, workers, engine, processes):
+        raise StoppedError(engine.engine, processes)
+
+    monkeypatch.setattr(own_images, "finish_jobs", stop)
+    with pytest.raises(StoppedError, match=r"\('ray', 2\)"):
+        fit(Folder(own.root), training=FEW, runs={"engine": "ray", "processes": 2})
 
 
 SCRIPT = """

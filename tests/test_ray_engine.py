@@ -236,6 +236,55 @@ def test_skipped_jobs_are_not_begun(nodes):
     assert {place for place, _ in found} == {0, 2}
 
 
+RUNNERS = pytest.mark.parametrize("runner", ["run_all", "run_in_pool"])
+
+
+@RUNNERS
+def test_a_machine_with_other_versions_is_told_of(runner, nodes, monkeypatch):
+    monkeypatch.setattr(ray_cluster, "versions", lambda: {"WeighMatch": "9.9", "torch": "9.9"})
+    with pytest.raises(WorkerError, match=r"has WeighMatch .*, and that of the command has 9.9; "):
+        list(getattr(ray_engine, runner)(square, [(1,)], title="squares", total=1))
+
+
+def cannot_begin(*_):
+    raise ImportError("No module named 'weighmatch'")
+
+
+def test_a_machine_that_cannot_begin_is_one_sentence(nodes, monkeypatch):
+    monkeypatch.setattr(ray_engine, "_work", cannot_begin)
+    with pytest.raises(
+        WorkerError, match=r"cannot run WeighMatch \(.*No module named 'weighmatch'"
+    ):
+        list(ray_engine.run_all(square, [(1,)], title="squares", total=1))
+
+
+def report_and_wait(mark, progress):
+    progress(1)
+    time.sleep(1.1)
+    progress(1)
+    return wait_for(mark.exists, 60)
+
+
+@RUNNERS
+def test_the_bar_moves_while_a_job_is_under_way(runner, nodes, tmp_path, monkeypatch):
+    move, mark = ray_engine._Progress._move, tmp_path / "mark"
+
+    def see(progress, position, units):
+        mark.touch()
+        move(progress, position, units)
+
+    monkeypatch.setattr(ray_engine._Progress, "_move", see)
+    found = getattr(ray_engine, runner)(report_and_wait, [(mark,)], title="waits", total=2)
+    assert dict(found) == {0: True}
+
+
+def test_a_pool_is_given_its_jobs_in_waves(nodes, monkeypatch):
+    monkeypatch.setattr(ray_engine, "WAVE", 2)
+    jobs = [(number,) for number in range(3)]
+    found = ray_engine.run_in_pool(square, jobs, title="squares", total=3)
+    assert {place: answer[0] for place, answer in found} == {0: 0, 1: 1, 2: 4}
+
+
 # --- ranking -------------------------------------------------------------------------------------
 
 
@@ -322,6 +371,21 @@ def test_an_address_without_a_cluster_is_one_sentence():
     environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path("src"))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert done.stdout.startswith(b"no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
+
+
+def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch):
+    import ray
+
+    def refuse(*_, **__):
+        raise ConnectionError("Could not find any running Ray instance.\nStart one.")
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(
+        WorkerError, match=r"cluster auto \(Could not find any .* instance.\); start"
+    ):
+        ray_cluster.connect()
 
 
 INTERRUPTED = """

@@ -170,7 +170,7 @@ def fit(
         data: the folder of images.
         arm: the name of the arm to train.
         training: parameters of the group `training`; the others are those of the folder's recipe.
-        runs: `schedule` and `rounds` of the group `runs`.
+        runs: parameters of the group `runs`, such as `rounds` or `engine`.
         folder: gets checkpoints. A run that lies there finished is read, and one that was
             interrupted goes on. None: in the user's cache folder.
 
@@ -199,7 +199,7 @@ def fit(
             FeatureStore.extract(features, sets, {}, settings, config.workers)
         sets = with_features(sets, features)
     (job,) = plan_jobs(config.arms, sets, settings, config)
-    finish_jobs([job], place, workers=1, processes=config.processes)
+    finish_jobs([job], place, workers=1, engine=config, processes=config.processes)
     trained = read_job(job, place)
     pool = describe_pool(trained, job.data)
     files = data.files

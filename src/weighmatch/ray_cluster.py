@@ -7,10 +7,13 @@ import atexit
 import logging
 import os
 import socket
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import weighmatch
 from weighmatch.workers import WorkerError, default_workers
 
 # Bytes of the object store of a cluster that is started here; what is more goes to disk.
@@ -75,7 +78,15 @@ def _connect() -> Any:
         "_system_config": UNASKED,
     }
     quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
-    ray.init(address, **quiet, **(own if address == "local" else {}))
+    try:
+        ray.init(address, **quiet, **(own if address == "local" else {}))
+    except (ConnectionError, RuntimeError) as error:
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise WorkerError(
+            f"Ray does not connect to the cluster {address} ({words[0]}); "
+            "start one with `ray start --head`, with the same versions on every machine, or unset "
+            "RAY_ADDRESS, so that one is started on this machine"
+        ) from error
     # Sooner than Ray's own end, which waits for its words to be printed.
     atexit.register(ray.shutdown)
     return ray
@@ -126,3 +137,18 @@ def count_workers(num_cpus: float = 1, num_gpus: float = 0) -> int:
             "ask for less, or add a machine, and start again: what is finished is kept"
         )
     return found
+
+
+def versions() -> dict[str, str]:
+    """The versions of the software here, on which results depend."""
+    return {"WeighMatch": weighmatch.__version__, "torch": version("torch")}
+
+
+def require_versions(wanted: Mapping[str, str]) -> None:
+    """Raise a WorkerError unless this machine has these versions of the software."""
+    for name, here in versions().items():
+        if here != wanted[name]:
+            raise WorkerError(
+                f"the machine {socket.gethostname()} has {name} {here}, and that of the command "
+                f"has {wanted[name]}; install the same version on every machine"
+            )

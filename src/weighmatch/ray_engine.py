@@ -7,12 +7,13 @@ thread, so that its answer is the one that a process of one machine gives, to th
 import io
 import logging
 import pickle
+import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -28,8 +29,8 @@ log = local.log
 T = TypeVar("T")
 # Bytes from which an array goes into the object store, once for all jobs that have it.
 LARGE = 2**16
-# Parts that the jobs of a pool are given to it in, at most.
-BLOCKS = 10_000
+# Jobs that a pool of actors is given together; each is a block of Ray Data.
+WAVE = 10_000
 # Seconds between two reports of a task's progress, between two looks at them, and those that
 # cancelled tasks have to end.
 REPORT_INTERVAL, LOOK_INTERVAL, CANCEL_WAIT = 1.0, 1.0, 10
@@ -60,21 +61,15 @@ def run_all(
         The position of a job and its answer, in the order in which they are done.
 
     Raises:
-        WorkerError: if a task is killed more than `MAX_RESTARTS` times or gets no memory, or if no
-            machine has room for one.
+        WorkerError: if a task is killed more than `MAX_RESTARTS` times or gets no memory, if no
+            machine has room for one, or if a machine has another version of the software.
         Exception: what a job raised; the other tasks have been cancelled by then.
     """
     if not jobs:
         return
     ray = cluster.connect()
-    with local.progress_bar(title, total, done) as bar:
-        progress = _Progress(bar)
-        try:
-            yield from _run_tasks(
-                ray, function, jobs, workers, progress, skips, (num_cpus, num_gpus)
-            )
-        finally:
-            progress.close()
+    with local.progress_bar(title, total, done) as bar, _Progress(bar) as progress:
+        yield from _run_tasks(ray, function, jobs, workers, progress, skips, (num_cpus, num_gpus))
 
 
 def _run_tasks(
@@ -87,7 +82,7 @@ def _run_tasks(
     demand: tuple[float, float],
 ) -> Iterator[tuple[int, T]]:
     task = ray.remote(_work).options(num_cpus=demand[0], num_gpus=demand[1], max_retries=0)
-    store, title = _Store(ray), progress.title
+    store, title, versions = _Store(ray), progress.title, cluster.versions()
     waiting, kills = deque(range(len(jobs))), Counter[int]()
     running: dict[Any, int] = {}
     try:
@@ -98,14 +93,15 @@ def _run_tasks(
                 position = waiting.popleft()
                 if not skips(position):
                     packed, arrays = store.pack((function, jobs[position]))
-                    running[task.remote(packed, progress.key(position), *arrays)] = position
+                    key = progress.key(position)
+                    running[task.remote(packed, key, versions, *arrays)] = position
             finished, _ = ray.wait(list(running), timeout=LOOK_INTERVAL) if running else ([], [])
-            progress.show()
             for reference in finished:
                 position = running.pop(reference)
                 try:
                     kind, value, units = pickle.loads(ray.get(reference))
                 except ray.exceptions.RayError as lost:
+                    _raise_unable(ray, lost)
                     progress.set(position, 0)
                     waiting.appendleft(position)
                     if isinstance(lost, ray.exceptions.NodeDiedError):
@@ -144,34 +140,52 @@ def run_in_pool(
     """
     if not jobs:
         return
-    cluster.connect()
-    import ray.data as data
+    ray = cluster.connect()
+    from ray import data
 
     count = cluster.count_workers(num_cpus, num_gpus)
     count = min(count if workers == "auto" else min(workers, count), len(jobs))
     data.DataContext.get_current().enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    rows = [{"position": n, "job": pickle.dumps((function, job))} for n, job in enumerate(jobs)]
-    with local.progress_bar(title, total, done) as bar:
-        progress = _Progress(bar)
-        found = data.from_items(rows, override_num_blocks=min(len(rows), BLOCKS)).map_batches(
-            _Actor,
-            fn_constructor_args=(progress.name,),
-            batch_size=1,
-            compute=data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-        )
-        try:
-            for row in found.iter_rows():
-                position, (kind, value, units) = int(row["position"]), pickle.loads(row["answer"])
-                progress.show()
-                progress.set(position, units)
-                if kind == "failed":
-                    local.raise_failed(value, progress.title, count)
-                yield position, value
-        finally:
-            progress.close()
+    with local.progress_bar(title, total, done) as bar, _Progress(bar) as progress:
+        for first in range(0, len(jobs), WAVE):
+            rows = [
+                {"position": first + k, "job": pickle.dumps((function, job))}
+                for k, job in enumerate(jobs[first : first + WAVE])
+            ]
+            found = data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+                _Actor,
+                fn_constructor_args=(progress.name, cluster.versions()),
+                batch_size=1,
+                compute=data.ActorPoolStrategy(min_size=1, max_size=count, initial_size=count),
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+            )
+            try:
+                for batch in found.iter_batches(batch_size=1, prefetch_batches=0):
+                    (position,), (answer,) = batch["position"].tolist(), batch["answer"].tolist()
+                    kind, value, units = pickle.loads(answer)
+                    progress.set(position, units)
+                    if kind == "failed":
+                        local.raise_failed(value, progress.title, count)
+                    yield position, value
+            except ray.exceptions.RayError as error:
+                _raise_unable(ray, error)
+                raise WorkerError(
+                    f"{progress.title}: Ray cannot go on ({type(error).__name__}); look at its "
+                    "machines and start again, what is finished is kept"
+                ) from error
+
+
+def _raise_unable(ray: Any, error: Exception) -> None:
+    """Raise a WorkerError if Ray says that a machine cannot even begin with a job."""
+    unable = (ray.exceptions.RayTaskError, ray.exceptions.RuntimeEnvSetupError)
+    if isinstance(error, unable):
+        words = str(error).strip().splitlines() or [type(error).__name__]
+        raise WorkerError(
+            f"a machine of the cluster cannot run WeighMatch ({words[-1]}); install the same "
+            "versions of WeighMatch, Python and torch on every machine"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -209,10 +223,11 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
     return engines[config.engine]
 
 
-def _work(packed: bytes, key: str, *arrays: NDArray[Any]) -> bytes:
+def _work(packed: bytes, key: str, versions: Mapping[str, str], *arrays: NDArray[Any]) -> bytes:
     """Do a job; a pickle of "answer" or "failed", what came of it, and the units done."""
     report = _Report(key)
     try:
+        cluster.require_versions(versions)
         function, job = _Unpickler(io.BytesIO(packed), arrays).load()
         with local.one_thread():
             answer = function(*job, report.add)
@@ -224,14 +239,12 @@ def _work(packed: bytes, key: str, *arrays: NDArray[Any]) -> bytes:
 class _Actor:
     """What Ray Data calls with one job at a time."""
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, versions: Mapping[str, str]) -> None:
+        self.name, self.versions = name, versions
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         (position,), (packed,) = batch["position"].tolist(), batch["job"].tolist()
-        key = f"{self.name}-begun/{position}"
-        ends = int(_notes()._internal_kv_get(key) or 0)
-        _notes()._internal_kv_put(key, str(ends + 1))
+        ends = self._begin(position)
         # Ray Data itself would begin a job again for ever that ends its actor.
         if ends > MAX_RESTARTS:
             error = WorkerError(
@@ -239,7 +252,19 @@ class _Actor:
                 "out; free memory or set fewer workers and start again, what is finished is kept"
             )
             return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0))]}
-        return {"position": [position], "answer": [_work(packed, f"{self.name}/{position}")]}
+        answer = _work(packed, f"{self.name}/{position}", self.versions)
+        return {"position": [position], "answer": [answer]}
+
+    def _begin(self, position: int) -> int:
+        """Note that a job begins; how often it has ended an actor on a machine that is there."""
+        ray = cluster.connect()
+        key = f"{self.name}-begun/{position}"
+        earlier = (_notes()._internal_kv_get(key) or b"").decode().split()
+        here = ray.get_runtime_context().get_node_id()
+        _notes()._internal_kv_put(key, " ".join([*earlier, here]))
+        # A job whose machine is lost has done nothing wrong.
+        there = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if earlier else ()
+        return sum(node in there for node in earlier)
 
 
 def _notes() -> Any:
@@ -267,40 +292,46 @@ class _Report:
 
 
 class _Progress:
-    """The bar of all jobs, which reads what they note."""
+    """The bar of all jobs. A thread brings it up to date with what they note."""
 
     def __init__(self, bar: Any) -> None:
         self.name = f"weighmatch-{uuid4().hex}"
         self.title = bar.desc.strip(": ")
         self._bar = bar
         self._units: dict[int, float] = {}
-        self._looked = time.monotonic()
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
+        _notes()._internal_kv_del(self.name, del_by_prefix=True)
 
     def key(self, position: int) -> str:
         """Where a job notes how far it is."""
         return f"{self.name}/{position}"
 
-    def show(self) -> None:
-        """Bring the bar up to date with the jobs that are under way, now and then."""
-        if time.monotonic() - self._looked < LOOK_INTERVAL:
-            return
-        for key in _notes()._internal_kv_list(f"{self.name}/"):
-            note = _notes()._internal_kv_get(key)
-            if note is not None:
-                self._move(int(key.rpartition(b"/")[2]), float(note))
-        self._looked = time.monotonic()
-
     def set(self, position: int, units: float) -> None:
         """Say how far a job is that has ended, or that begins again: 0."""
-        _notes()._internal_kv_del(self.key(position))
-        self._move(position, units)
+        with self._lock:
+            _notes()._internal_kv_del(self.key(position))
+            self._move(position, units)
+
+    def _follow(self) -> None:
+        while not self._ended.wait(LOOK_INTERVAL):
+            with self._lock:
+                for key in _notes()._internal_kv_list(f"{self.name}/"):
+                    note = _notes()._internal_kv_get(key)
+                    if note is not None:
+                        self._move(int(key.rpartition(b"/")[2]), float(note))
 
     def _move(self, position: int, units: float) -> None:
         self._bar.update(units - self._units.get(position, 0))
         self._units[position] = units
-
-    def close(self) -> None:
-        _notes()._internal_kv_del(self.name, del_by_prefix=True)
 
 
 class _Store:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from benchmarks.scale import (
-    Cluster,
     Machine,
     Pile,
+    Together,
     Training,
     pile_seconds,
     say,
-    simulate,
     whole_seconds,
 )
+from benchmarks.simulation import Cluster, simulate
 
 QUIET = Cluster(nodes=2, slots=2, start=5.0)
 
@@ -57,14 +57,25 @@ def test_failures_of_a_lifetime_are_those_of_the_seed():
     assert first.seconds > simulate([20.0] * 12, replace(frail, lifetime=np.inf), 0).seconds
 
 
-def test_the_longest_part_is_the_time_of_a_pile():
+def test_machines_share_what_is_not_done_by_one_of_them():
     gpu, cores = Machine(16, 1), Machine(16)
-    for machine, whole in ((gpu, max), (cores, lambda parts: max(sum(parts[:2]), parts[2]))):
-        parts = pile_seconds(Pile(1e6, 2, stored=True), machine, 3)
-        assert whole_seconds(parts, machine) == whole(list(parts.values()))
-    one, three = (pile_seconds(Pile(1e6), gpu, count) for count in (1, 3))
-    assert one["decoding"] == pytest.approx(3 * three["decoding"])
-    assert one["gathering"] == three["gathering"]
+    one, many = (pile_seconds(Pile(1e6), gpu, count) for count in (1, 3000))
+    assert one["decoding"] == pytest.approx(3000 * many["decoding"])
+    assert one["merging"] == many["merging"]
+    between = whole_seconds(one, gpu) - one["listing"] - one["merging"]
+    assert between == one["decoding"] > one["features"]
+    between = whole_seconds(many, gpu) - many["listing"] - many["merging"]
+    assert between == pytest.approx(many["handing out"])
+    slow = pile_seconds(Pile(1e6, 2, stored=True), cores, 1)
+    assert whole_seconds(slow, cores) - slow["listing"] == slow["decoding"] + slow["features"]
+
+
+def test_only_the_gradients_of_a_run_are_divided_by_its_gpus():
+    one, eight, many = (Together(gpus) for gpus in (1, 8, 800))
+    assert one.pass_seconds(1e8)["sums"] == one.sum_seconds == 0
+    assert one.pass_seconds(1e8)["gradients"] == 8 * eight.pass_seconds(1e8)["gradients"]
+    assert eight.arbiter_seconds()["sums"] < many.arbiter_seconds()["sums"]
+    assert one.ranking_seconds(1e8) == pytest.approx(800 * many.ranking_seconds(1e8))
 
 
 def test_only_rankings_grow_with_the_pool():
@@ -75,4 +86,10 @@ def test_only_rankings_grow_with_the_pool():
 
 
 def test_times_are_said_in_units_that_people_use():
-    assert [say(x) for x in (1.0, 200.0, 8000.0, 1e6)] == ["1.0 s", "3.3 min", "2.2 h", "11.6 days"]
+    assert [say(x) for x in (0.01, 1.0, 200.0, 8000.0, 1e6)] == [
+        "10.0 ms",
+        "1.0 s",
+        "3.3 min",
+        "2.2 h",
+        "11.6 days",
+    ]
