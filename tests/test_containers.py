@@ -13,20 +13,16 @@ import pytest
 from PIL import Image
 
 from tests.containers import SHAPE, found_in, picture, write_structs, write_tar
+from tests.ranked import train_run
 from weighmatch import shards
 from weighmatch.data import files, members, parquet_files
 from weighmatch.data.containers import base_of, decode_members, walk_members
 from weighmatch.data.members import Member
 from weighmatch.data.rank_config import Preparation
-from weighmatch.semisup import make_schedule
 from weighmatch.shards import Shards, score_shard
 from weighmatch.streaming import rank_folder
 
-
-@pytest.fixture
-def run(training_set, run_config, tmp_path):
-    config = run_config(steps=40, schedule="rounds", rounds=2)
-    return make_schedule(config).fit(training_set, tmp_path / "run")
+run = pytest.fixture(train_run)
 
 
 @pytest.fixture

@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
+from tests.ray_nodes import Reaper, die_now_and_then, have_both, start_nodes
 from tests.semisup.helpers import arrays_of, same
 from tests.test_workers import (
     die_at_first,
@@ -22,97 +21,21 @@ from tests.test_workers import (
     square,
     wait_for,
 )
-from weighmatch import extras, ray_cluster, ray_engine, shards, streaming
+from weighmatch import extras, ray_cluster, ray_engine
 from weighmatch.data.rank_config import RankConfig
 from weighmatch.engine_config import EngineConfig
-from weighmatch.semisup import RunConfig, make_schedule
 from weighmatch.semisup.config import RunsConfig
 from weighmatch.semisup.training import jobs as training_jobs
 from weighmatch.semisup.training.jobs import finish_jobs, kept_steps, plan_jobs, read_job
 from weighmatch.semisup.training.loop import Run
-from weighmatch.shards import score_shard
-from weighmatch.streaming import rank_folder
 from weighmatch.workers import WorkerError
 
 pytestmark = pytest.mark.integration
 
+started = pytest.fixture(scope="module")(start_nodes)
+nodes = pytest.fixture(have_both)
+
 RAY = EngineConfig(engine="ray")
-STORE = 100 * 2**20
-
-
-class Nodes:
-    """A head with one CPU, to which the driver is connected, and another node with one CPU."""
-
-    def __init__(self):
-        os.environ.update(ray_cluster.ENVIRONMENT)
-        from ray.cluster_utils import Cluster
-
-        node = {"num_cpus": 1, "object_store_memory": STORE, "include_dashboard": False}
-        self.cluster = Cluster(initialize_head=True, head_node_args=node)
-        self.other = self.cluster.add_node(**node)
-
-    def remove_other(self):
-        self.cluster.remove_node(self.other, allow_graceful=False)
-
-
-@pytest.fixture(scope="module")
-def started():
-    nodes = Nodes()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_ADDRESS", nodes.cluster.address)
-        yield nodes
-    import ray
-
-    ray.shutdown()
-    nodes.cluster.shutdown()
-
-
-@pytest.fixture
-def nodes(started):
-    """Two nodes; the one that an earlier test removed is there again."""
-    if started.other is None:
-        started.other = started.cluster.add_node(num_cpus=1, object_store_memory=STORE)
-        assert wait_for(lambda: ray_cluster.count_workers() == 2)
-    return started
-
-
-# --- what dies -----------------------------------------------------------------------------------
-
-
-def die_now_and_then(marks):
-    """On the head: end this process once. On the other node: then wait until the node is gone."""
-    import ray
-
-    runtime = ray.get_runtime_context()
-    if runtime.get_node_id() == (marks / "head").read_text():
-        if not (marks / "killed").exists():
-            (marks / "killed").touch()
-            os.kill(os.getpid(), signal.SIGKILL)
-    elif not (marks / "removed").exists():
-        assert wait_for((marks / "killed").exists, 300)
-        (marks / "waits").touch()
-        time.sleep(600)
-
-
-class Reaper(threading.Thread):
-    """Removes the other node as soon as something on it waits for that."""
-
-    def __init__(self, nodes, marks):
-        super().__init__(daemon=True)
-        self.nodes, self.marks = nodes, marks
-        marks.mkdir()
-        (marks / "head").write_text(nodes.cluster.head_node.node_id)
-        self.start()
-
-    def run(self):
-        if wait_for((self.marks / "waits").exists, 300):
-            self.nodes.remove_other()
-            self.nodes.other = None
-            (self.marks / "removed").touch()
-
-    def assert_both_died(self):
-        self.join(60)
-        assert {path.name for path in self.marks.iterdir()} >= {"killed", "waits", "removed"}
 
 
 # --- many runs -----------------------------------------------------------------------------------
@@ -283,44 +206,6 @@ def test_a_pool_is_given_its_jobs_in_waves(nodes, monkeypatch):
     jobs = [(number,) for number in range(3)]
     found = ray_engine.run_in_pool(square, jobs, title="squares", total=3)
     assert {place: answer[0] for place, answer in found} == {0: 0, 1: 1, 2: 4}
-
-
-# --- ranking -------------------------------------------------------------------------------------
-
-
-def score_and_die(folder, number, progress):
-    if number >= 2:
-        die_now_and_then(folder.parent / "marks")
-    return score_shard(folder, number, progress)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("count", [200, 20_000])
-def test_a_ranking_is_that_of_one_machine_though_a_worker_and_a_node_die(
-    count, nodes, training_set, run_config, tmp_path, monkeypatch
-):
-    config: RunConfig = run_config(steps=10)
-    run = make_schedule(config).fit(training_set, tmp_path / "run")
-    root = tmp_path / "images"
-    rng = np.random.default_rng(0)
-    for number in range(count):
-        place = root / f"{number % 7}" / f"{number}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(place)
-    (root / "notes.txt").write_text("no image")
-    monkeypatch.setattr(shards, "FILES_AT_ONCE", count // 20)
-    reaper = Reaper(nodes, tmp_path / "marks")
-    monkeypatch.setattr(streaming, "score_shard", score_and_die)
-    assert rank_folder(run, root, tmp_path / "ray", engine=RAY) == count
-    reaper.assert_both_died()
-    monkeypatch.setattr(streaming, "score_shard", score_shard)
-    assert rank_folder(run, root, tmp_path / "local", workers=1) == count
-    for name in ("ranking.csv", "ranking.parquet", "rejected_files.csv", "gallery.html"):
-        there, here = ((tmp_path / engine / name).read_bytes() for engine in ("ray", "local"))
-        assert there == here, name
-    paths = [line.partition(",")[0] for line in (tmp_path / "ray/ranking.csv").open()][1:]
-    assert sorted(paths) == sorted(f"{k % 7}/{k}.png" for k in range(count))
-    assert not (tmp_path / "ray.shards").exists()
 
 
 @pytest.mark.slow
