@@ -60,6 +60,17 @@ def test_a_new_file_leaves_the_other_shards_as_they_are(run, folder, tmp_path, m
     assert place.exists()
 
 
+def test_a_shard_of_an_earlier_list_is_not_taken(run, folder, tmp_path):
+    """A machine may see the working folder as it was a moment ago."""
+    place = tmp_path / "work"
+    Shards(place, run, folder, Preparation())
+    shard = score_shard(place, 0, lambda files: None)
+    (folder / "0" / "0.png").unlink()
+    found = Shards(place, run, folder, Preparation())
+    with pytest.raises(UnseenError, match=r"sees an earlier state of .*/work; start"):
+        found.add(shard)
+
+
 def test_a_file_that_was_removed_is_rejected(run, folder, tmp_path, monkeypatch):
     monkeypatch.setattr(shards, "MOMENT", 0)
     place = tmp_path / "work"

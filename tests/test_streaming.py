@@ -208,6 +208,18 @@ def test_a_ranking_is_lost_neither_before_nor_after_it_takes_its_place(
     assert (tmp_path / "rank" / "shards" / "manifest.jsonl").exists()
 
 
+def test_no_folder_is_replaced_that_no_ranking_wrote(run, folder, tmp_path):
+    out = tmp_path / "out"
+    for own in (out / "shards", tmp_path / "out.shards"):
+        own.mkdir(parents=True)
+        (own / "part-00000000.parquet").touch()
+        with pytest.raises(ToldError, match=rf"{own} holds files that no ranking wrote"):
+            rank_folder(run, folder, out, workers=1)
+        (own / "part-00000000.parquet").unlink()
+    for _ in range(2):
+        assert rank_folder(run, folder, out, workers=1) == 30
+
+
 def test_the_gallery_does_without_a_picture_that_is_gone(
     run, folder, tmp_path, monkeypatch, caplog
 ):

@@ -30,7 +30,14 @@ from numpy.typing import NDArray
 from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
 from weighmatch.data.containers import base_of, decode_members
-from weighmatch.data.files import UNREAD, Fit, RejectedFileError, Shape, is_of_the_moment
+from weighmatch.data.files import (
+    UNREAD,
+    Fit,
+    RejectedFileError,
+    Shape,
+    UnfitFolderError,
+    is_of_the_moment,
+)
 from weighmatch.data.listing import PileList, write_list
 from weighmatch.data.members import Member
 from weighmatch.data.rank_config import Preparation
@@ -41,8 +48,8 @@ from weighmatch.semisup.weightings.base import confidence_weights
 
 log = logging.getLogger(__name__)
 
-# Images of a shard, and their bytes, at most.
-FILES_AT_ONCE, BYTES_AT_ONCE = 1024, 2**26
+# Images of a shard, and their bytes, at most. They have less than half of it on average.
+FILES_AT_ONCE, BYTES_AT_ONCE = 2048, 2**26
 # Seconds after which a file that could not be read is read once more.
 MOMENT = 1.0
 REMOVED = "it was removed while the folder was ranked"
@@ -156,7 +163,8 @@ class Shards:
         kept: what is done, by number.
 
     Raises:
-        UnfitFolderError: if there is no `root`; nothing is replaced then.
+        UnfitFolderError: if there is no `root`, or if `folder` holds what no ranking wrote; nothing
+            is replaced then.
         NoImageError: if nothing in `root` may be an image; nothing is replaced then.
     """
 
@@ -169,6 +177,7 @@ class Shards:
         device: str = "cpu",
     ) -> None:
         base = base_of(root)
+        require_own(folder, (PLAN, f"{RUN}.new"))
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         new_run, new_list = (folder / f"{name}.new" for name in (RUN, FILES))
@@ -184,9 +193,7 @@ class Shards:
         )
         write_list(new_list, root, plan.size)
         if _read_plan(folder) != plan:
-            for path in folder.iterdir():
-                if path not in (new_run, new_list):
-                    path.unlink()
+            (folder / MANIFEST).unlink(missing_ok=True)
             (folder / PLAN).write_text(json.dumps(asdict(plan)), "utf-8")
         os.replace(new_run, folder / RUN)
         os.replace(new_list, folder / FILES)
@@ -207,10 +214,15 @@ class Shards:
         """Write a shard that is done into the manifest.
 
         Raises:
-            UnseenError: if its file is not here.
+            UnseenError: if its file is not here, or if it is one of an earlier list.
         """
         if not (self.folder / shard.file).exists():
             raise _unseen(self.folder)
+        if shard.listed != self.listed.part(shard.number).listed:
+            raise UnseenError(
+                f"a machine of the cluster sees an earlier state of {self.folder}; start the same "
+                "command again in a minute, which keeps the shards that are done"
+            )
         with (self.folder / MANIFEST).open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(shard)) + "\n")
         self.kept[shard.number] = shard
@@ -237,7 +249,7 @@ class Shards:
         """Put the files of all shards, and a manifest in the order of their numbers, into a folder.
 
         Args:
-            folder: is replaced. Nothing is taken from the working folder.
+            folder: is replaced (`require_own`). Nothing is taken from the working folder.
         """
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -267,6 +279,20 @@ class Shards:
         if not path.exists():
             return False
         return hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+
+
+def require_own(folder: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
+    """Raise an UnfitFolderError if a folder that will be replaced holds what no ranking wrote.
+
+    Args:
+        folder: may be missing.
+        marks: names of files, one of which a ranking has written into it.
+    """
+    if folder.exists() and any(folder.iterdir()) and not any((folder / m).exists() for m in marks):
+        raise UnfitFolderError(
+            f"{folder} holds files that no ranking wrote; move it away, or let the ranking be "
+            "written elsewhere"
+        )
 
 
 def _link(source: Path, target: Path) -> None:

@@ -31,7 +31,7 @@ from weighmatch.evaluation.gallery_page import (
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.shards import Shards, score_shard
+from weighmatch.shards import Shards, require_own, score_shard
 
 log = logging.getLogger(__name__)
 
@@ -75,10 +75,12 @@ def rank_folder(
         How many images were ranked.
 
     Raises:
-        UnfitFolderError: if there is no such folder.
+        UnfitFolderError: if there is no such folder, or if a folder that would be replaced holds
+            what no ranking wrote.
         NoImageError: if there is no image in it.
         UnseenError: if a machine does not see the images, the working folder or a GPU.
     """
+    require_own(folder / SHARDS)
     place = work or folder.with_name(f"{folder.name}.shards")
     device = "cuda" if engine.engine == "ray" and engine.num_gpus else "cpu"
     shards = Shards(place, run, root, preparation, device)

@@ -48,7 +48,7 @@ GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
 class UnfitFolderError(ToldError, ValueError):
-    """A folder does not exist or cannot be listed; the message names it."""
+    """A folder does not exist or cannot be used; the message names it."""
 
 
 class RejectedFileError(ValueError):
