@@ -12,11 +12,12 @@ from PIL import Image
 
 from tests.ranked import draw_folder, same_ranking, score_all, train_run
 from weighmatch import shards, streaming
-from weighmatch.data import files
+from weighmatch.data import containers, files
+from weighmatch.data.containers import UnseenError
 from weighmatch.data.files import RejectedFileError
 from weighmatch.data.rank_config import Preparation, RankConfig
 from weighmatch.engine_config import EngineConfig
-from weighmatch.shards import Scorer, Shards, UnseenError, score_shard
+from weighmatch.shards import Scorer, Shards, score_shard
 from weighmatch.streaming import rank_folder
 
 run = pytest.fixture(train_run)
@@ -72,7 +73,7 @@ def test_a_shard_of_an_earlier_list_is_not_taken(run, folder, tmp_path):
 
 
 def test_a_file_that_was_removed_is_rejected(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOMENT", 0)
+    monkeypatch.setattr(containers, "MOMENT", 0)
     place = tmp_path / "work"
     found = Shards(place, run, folder, Preparation())
     (folder / "0" / "0.png").unlink()
@@ -81,12 +82,12 @@ def test_a_file_that_was_removed_is_rejected(run, folder, tmp_path, monkeypatch)
         found.add(score_shard(place, number, lambda files: None))
         tables.append(found.read(number).to_pandas())
     reasons = pd.concat(tables).set_index("path")["reason"]
-    assert reasons["0/0.png"] == shards.REMOVED
+    assert reasons["0/0.png"] == containers.REMOVED
     assert reasons.notna().sum() == 3  # notes.txt and empty.png
 
 
 def test_a_machine_that_does_not_see_the_images_is_told(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOMENT", 0)
+    monkeypatch.setattr(containers, "MOMENT", 0)
     place = tmp_path / "work"
     found = Shards(place, run, folder, Preparation())
     away = folder.rename(tmp_path / "away")
@@ -102,7 +103,7 @@ def test_a_machine_that_does_not_see_the_images_is_told(run, folder, tmp_path, m
 
 
 def test_a_file_that_cannot_be_read_for_a_moment_is_read_again(run, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOMENT", 0)
+    monkeypatch.setattr(containers, "MOMENT", 0)
     place = tmp_path / "work"
     Shards(place, run, folder, Preparation())
     read, failures = Path.read_bytes, [errno.ESTALE]

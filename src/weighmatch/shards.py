@@ -13,7 +13,6 @@ import math
 import os
 import shutil
 import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -27,19 +26,10 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from weighmatch.checks import ToldError
 from weighmatch.code import code_digest
-from weighmatch.data.containers import base_of, decode_members
-from weighmatch.data.files import (
-    UNREAD,
-    Fit,
-    RejectedFileError,
-    Shape,
-    UnfitFolderError,
-    is_of_the_moment,
-)
+from weighmatch.data.containers import UnseenError, base_of, decode_members, decode_surely
+from weighmatch.data.files import Fit, RejectedFileError, Shape, UnfitFolderError
 from weighmatch.data.listing import PileList, write_list
-from weighmatch.data.members import Member
 from weighmatch.data.rank_config import Preparation
 from weighmatch.data.splits import Images
 from weighmatch.export import RUN, Portable
@@ -50,9 +40,6 @@ log = logging.getLogger(__name__)
 
 # Images of a shard, and their bytes, at most. They have less than half of it on average.
 FILES_AT_ONCE, BYTES_AT_ONCE = 2048, 2**26
-# Seconds after which a file that could not be read is read once more.
-MOMENT = 1.0
-REMOVED = "it was removed while the folder was ranked"
 PLAN, FILES, MANIFEST = "plan.json", "files.sqlite", "manifest.jsonl"
 SCHEMA = pa.schema(
     [
@@ -66,10 +53,6 @@ SCHEMA = pa.schema(
         ("probabilities", pa.binary()),
     ]
 )
-
-
-class UnseenError(ToldError, OSError):
-    """A machine does not see a folder, a file or a GPU that it needs; the message says which."""
 
 
 class Scorer:
@@ -322,7 +305,8 @@ def score_shard(folder: Path, number: int, progress: Callable[[int], None]) -> S
     pile = PileList(folder / FILES)
     part = pile.part(number)
     members = pile.members(part)
-    answers = _read_images(plan, members, scorer.run.image_shape, progress)
+    how = (scorer.run.image_shape, plan.fit, plan.background)
+    answers = decode_surely(plan.root, members, *how, progress)
     images, places, paths, rejected = [], [], [], []
     for place, (member, found) in enumerate(zip(members, answers, strict=True)):
         if isinstance(found, RejectedFileError):
@@ -378,67 +362,3 @@ def _unseen(folder: Path) -> UnseenError:
         f"a machine of the cluster does not see {folder}; put data_folder and the images on a "
         "folder that all machines share, under the same path"
     )
-
-
-# --- images that cannot be read ------------------------------------------------------------------
-
-
-def _read_images(
-    plan: Plan, members: Sequence[Member], shape: Shape, progress: Callable[[int], None]
-) -> list[Images | RejectedFileError]:
-    """For each member its image, or why it cannot be used on any machine."""
-
-    def decode(some: Sequence[Member]) -> Iterator[Images | RejectedFileError]:
-        return decode_members(plan.root, some, shape, plan.fit, plan.background)
-
-    found = []
-    for answer in decode(members):
-        found.append(answer)
-        progress(1)
-    # What was gone when it was listed (a size of -1) is no matter of this machine.
-    doubtful = [
-        place
-        for place, (member, answer) in enumerate(zip(members, found, strict=True))
-        if isinstance(answer, RejectedFileError)
-        and is_of_the_moment(answer.reason)
-        and member.size >= 0
-    ]
-    if doubtful:
-        time.sleep(MOMENT)
-        again = decode([members[place] for place in doubtful])
-        for place, answer in zip(doubtful, again, strict=True):
-            found[place] = _settle(Path(plan.root, members[place].file), answer)
-    return found
-
-
-def _settle(file: Path, answer: Images | RejectedFileError) -> Images | RejectedFileError:
-    """The answer, if it holds on any machine.
-
-    Raises:
-        UnseenError: if this machine alone may be unable to read the file.
-    """
-    if not isinstance(answer, RejectedFileError) or not answer.reason.startswith(UNREAD):
-        return answer
-    if _is_removed(file):
-        return RejectedFileError(REMOVED)
-    why = answer.reason.removeprefix(UNREAD).strip()
-    raise UnseenError(
-        f"the machine {socket.gethostname()} cannot read {file} {why}; give all machines the "
-        "images under the same path, or remove the file, and start the same command again, which "
-        "keeps the shards that are done"
-    )
-
-
-def _is_removed(file: Path) -> bool:
-    """Whether a file is gone from a folder that this machine sees.
-
-    Where a share is not mounted, the folder is not there or is empty.
-    """
-    try:
-        os.stat(file)
-    except FileNotFoundError:
-        with suppress(OSError):
-            return any(os.scandir(file.parent))
-    except OSError:
-        pass
-    return False

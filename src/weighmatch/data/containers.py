@@ -6,10 +6,14 @@ place there. Names of members are labels; no file is ever opened by them.
 
 import errno
 import os
-from collections.abc import Iterator, Sequence
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from itertools import groupby
 from pathlib import Path, PurePosixPath
 
+from weighmatch.checks import ToldError
 from weighmatch.data.files import (
     UNREAD,
     Fit,
@@ -17,6 +21,7 @@ from weighmatch.data.files import (
     RejectedFileError,
     Shape,
     decode,
+    is_of_the_moment,
     require_folder,
     require_unpacked,
     walk_images,
@@ -25,6 +30,14 @@ from weighmatch.data.members import DAMAGED, Content, Kind, Member, complete, lo
 from weighmatch.data.parquet_files import PARQUET
 from weighmatch.data.splits import Images
 from weighmatch.data.tar_files import TAR
+
+# Seconds after which a file that could not be read is read once more.
+MOMENT = 1.0
+REMOVED = "it was removed while the folder was ranked"
+
+
+class UnseenError(ToldError, OSError):
+    """A machine does not see a folder, a file or a GPU that it needs; the message says which."""
 
 
 def base_of(root: str | Path) -> Path:
@@ -95,6 +108,83 @@ def decode_members(
                 except RejectedFileError as error:
                     found = error
             yield found
+
+
+def decode_surely(
+    root: str | Path,
+    members: Sequence[Member],
+    shape: Shape,
+    fit: Fit,
+    background: str,
+    progress: Callable[[int], None],
+) -> list[Images | RejectedFileError]:
+    """`decode_members`, with another try where a file could not be read for a moment.
+
+    What is wrong with an image is thus what any machine would find.
+
+    Args:
+        root: see `decode_members`, as are the next four.
+        members: see there.
+        shape: see there.
+        fit: see there.
+        background: see there.
+        progress: called with 1 for each image.
+
+    Raises:
+        UnseenError: if this machine alone may be unable to read a file.
+    """
+    found = []
+    for answer in decode_members(root, members, shape, fit, background):
+        found.append(answer)
+        progress(1)
+    # What was gone when it was listed (a size of -1) is no matter of this machine.
+    doubtful = [
+        place
+        for place, (member, answer) in enumerate(zip(members, found, strict=True))
+        if isinstance(answer, RejectedFileError)
+        and is_of_the_moment(answer.reason)
+        and member.size >= 0
+    ]
+    if doubtful:
+        time.sleep(MOMENT)
+        again = [members[place] for place in doubtful]
+        answers = decode_members(root, again, shape, fit, background)
+        for place, answer in zip(doubtful, answers, strict=True):
+            found[place] = _settle(Path(root, members[place].file), answer)
+    return found
+
+
+def _settle(file: Path, answer: Images | RejectedFileError) -> Images | RejectedFileError:
+    """The answer, if it holds on any machine.
+
+    Raises:
+        UnseenError: if this machine alone may be unable to read the file.
+    """
+    if not isinstance(answer, RejectedFileError) or not answer.reason.startswith(UNREAD):
+        return answer
+    if _is_removed(file):
+        return RejectedFileError(REMOVED)
+    why = answer.reason.removeprefix(UNREAD).strip()
+    raise UnseenError(
+        f"the machine {socket.gethostname()} cannot read {file} {why}; give all machines the "
+        "images under the same path, or remove the file, and start the same command again, which "
+        "keeps the shards that are done"
+    )
+
+
+def _is_removed(file: Path) -> bool:
+    """Whether a file is gone from a folder that this machine sees.
+
+    Where a share is not mounted, the folder is not there or is empty.
+    """
+    try:
+        os.stat(file)
+    except FileNotFoundError:
+        with suppress(OSError):
+            return any(os.scandir(file.parent))
+    except OSError:
+        pass
+    return False
 
 
 def _walk_file(place: Path, file: Member) -> Iterator[Member | Rejected]:
