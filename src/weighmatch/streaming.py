@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from weighmatch.data.listing import FAST, require_some
+from weighmatch.data.listing import make_base, require_some
 from weighmatch.data.rank_config import Preparation
 from weighmatch.engine_config import EngineConfig
 from weighmatch.evaluation.gallery_page import (
@@ -116,11 +116,9 @@ def _merge(
 ) -> int:
     """Rank what is in the shards; how many images."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = shards.folder / BASE
-    path.unlink(missing_ok=True)
-    with closing(sqlite3.connect(path, isolation_level=None)) as base:
+    with closing(make_base(shards.folder / BASE)) as base:
         base.executescript(
-            f"{FAST} CREATE TABLE images (image INTEGER, path TEXT, score REAL, weight REAL,"
+            "CREATE TABLE images (image INTEGER, path TEXT, score REAL, weight REAL,"
             " class INTEGER, confidence REAL, probabilities BLOB);"
             "CREATE TABLE rejected (path TEXT, reason TEXT);"
         )

@@ -19,8 +19,6 @@ from weighmatch.data.members import Member
 
 # What a data base keeps in memory, in KiB.
 CACHE = 65_536
-# What is written can be made again: no journal is needed.
-FAST = f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
 SAME_NAME = "a later member of the archive has the same name"
 COLUMNS = ", ".join(field.name for field in fields(Member))
 
@@ -93,6 +91,20 @@ class PileList:
             return base.execute(query, given).fetchall()
 
 
+def make_base(path: Path) -> sqlite3.Connection:
+    """A new data base, which sorts in the folder that it lies in."""
+    path.unlink(missing_ok=True)
+    base = sqlite3.connect(path, isolation_level=None)
+    folder = str(path.parent.absolute()).replace("'", "''")
+    # What is written can be made again: no journal is needed. The system's folder for temporary
+    # files is often small.
+    base.executescript(
+        f"PRAGMA journal_mode=OFF; PRAGMA synchronous=OFF; PRAGMA cache_size=-{CACHE};"
+        f"PRAGMA temp_store_directory='{folder}';"
+    )
+    return base
+
+
 def write_list(path: Path, root: str | Path, size: int) -> None:
     """List the images of a pile in a data base, in the order of their files.
 
@@ -107,10 +119,9 @@ def write_list(path: Path, root: str | Path, size: int) -> None:
         NoImageError: if there is none.
         UnfitFolderError: if there is no such pile.
     """
-    path.unlink(missing_ok=True)
-    with closing(sqlite3.connect(path, isolation_level=None)) as base:
+    with closing(make_base(path)) as base:
         base.executescript(
-            f"{FAST} CREATE TABLE found ({COLUMNS});"
+            f"CREATE TABLE found ({COLUMNS});"
             "CREATE TABLE rejected (path TEXT, reason TEXT);"
             "CREATE TABLE twice (place INTEGER PRIMARY KEY);"
             "CREATE TABLE parts (first INTEGER, count INTEGER, listed TEXT);"
