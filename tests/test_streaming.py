@@ -85,6 +85,21 @@ def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):
     assert page.count("data:image/png;base64,") > 30
 
 
+def test_the_page_has_lists_of_the_classes_with_most_images(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "MAX_CLASSES", 1)
+    monkeypatch.setattr(streaming, "OVERALL", 4)
+    rank_folder(run, folder, tmp_path / "out", workers=1)
+    table = pd.read_csv(tmp_path / "out" / "ranking.csv", dtype={"predicted_class": str})
+    counts = table["predicted_class"].value_counts()
+    assert len(counts) > 1
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert re.findall(r"(\w+): trusted most", page) == [counts.index[0]]
+    # The lists of a class are those of the whole ranking.
+    of_it = table[table["predicted_class"] == counts.index[0]]["path"]
+    for path in [*of_it.head(12), *of_it.iloc[12:].tail(12)]:
+        assert path in page
+
+
 class KilledError(BaseException):
     pass
 
