@@ -160,7 +160,7 @@ class Shards:
         device: str = "cpu",
     ) -> None:
         base = base_of(root)
-        require_own(folder, (PLAN, f"{RUN}.new"))
+        require_own(folder, (PLAN, RUN))
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         new_run, new_list = (folder / f"{name}.new" for name in (RUN, FILES))
@@ -264,14 +264,15 @@ class Shards:
         return hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
 
 
-def require_own(folder: Path, marks: Sequence[str] = (MANIFEST,)) -> None:
+def require_own(folder: Path, marks: tuple[str, ...] = (MANIFEST,)) -> None:
     """Raise an UnfitFolderError if a folder that will be replaced holds what no ranking wrote.
 
     Args:
         folder: may be missing.
-        marks: names of files, one of which a ranking has written into it.
+        marks: how names of files begin, one of which a ranking has written into it.
     """
-    if folder.exists() and any(folder.iterdir()) and not any((folder / m).exists() for m in marks):
+    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    if names and not any(name.startswith(marks) for name in names):
         raise UnfitFolderError(
             f"{folder} holds files that no ranking wrote; move it away, or let the ranking be "
             "written elsewhere"
@@ -352,7 +353,8 @@ def _load(folder: Path, plan: Plan) -> Scorer:
 
 
 def _read_plan(folder: Path) -> Plan | None:
-    with suppress(OSError, ValueError, TypeError):
+    # What another error hides may be the plan of shards that are done.
+    with suppress(FileNotFoundError, ValueError, TypeError):
         return Plan(**json.loads((folder / PLAN).read_text("utf-8")))
     return None
 

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from tests.data.folders import add_traps, make_folder, picture, state
+from weighmatch.data import files
 from weighmatch.data.decoding import decode_many
 from weighmatch.data.files import (
     Decoded,
@@ -221,6 +222,14 @@ def test_a_program_is_not_run(tmp_path):
     (tmp_path / "a.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\nshowpage\n")
     with pytest.raises(RejectedFileError, match="it is a text file"):
         decode(tmp_path / "a.eps", SHAPE)
+
+
+def test_a_compressed_archive_is_told_by_its_first_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 10)
+    for start in files.PACKED:
+        (tmp_path / "a.tar.gz").write_bytes(start + bytes(20))
+        with pytest.raises(RejectedFileError, match=r"a compressed archive, .*; unpack it"):
+            decode(tmp_path / "a.tar.gz", SHAPE)
 
 
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch):
