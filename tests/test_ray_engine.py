@@ -258,6 +258,45 @@ def test_an_address_without_a_cluster_is_one_sentence():
     assert done.stdout.startswith(b"no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
 
 
+GUARDED = """
+import sys
+from weighmatch.ray_cluster import ENVIRONMENT
+import os; os.environ.update(ENVIRONMENT)
+from ray.cluster_utils import Cluster
+head = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args=head)
+print(cluster.address, flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+FOUND = """
+import sys
+from pathlib import Path
+from tests.test_workers import square
+from weighmatch import ray_cluster, ray_engine
+ray_cluster.LATEST = Path(sys.argv[1])
+print(dict(ray_engine.run_all(square, [(3,)], title="squares", total=3))[0][0])
+"""
+
+
+def test_a_cluster_that_asks_for_a_token_gets_it(tmp_path):
+    place = tmp_path / ray_cluster.TOKEN
+    place.parent.mkdir()
+    place.write_text("0" * 64)
+    home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "src:."}
+    home.pop("RAY_ADDRESS", None)
+    guarded, command = {**home, "RAY_AUTH_MODE": "token"}, [sys.executable, "-c", GUARDED]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=guarded, **pipes) as cluster:
+        address = next(line for line in cluster.stdout if ":" in line).strip()
+        (tmp_path / "address").write_text(address)
+        command = [sys.executable, "-c", FOUND, tmp_path / "address"]
+        done = subprocess.run(command, env=home, capture_output=True)
+        cluster.stdin.close()
+    assert done.stdout.strip() == b"9", done.stderr.decode()
+
+
 def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch):
     import ray
 
@@ -267,9 +306,7 @@ def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", refuse)
-    with pytest.raises(
-        WorkerError, match=r"cluster auto \(Could not find any .* instance.\); start"
-    ):
+    with pytest.raises(WorkerError, match=r"cluster auto \(Could not find any .* instance.\); set"):
         ray_cluster.connect()
 
 

@@ -20,6 +20,9 @@ from weighmatch.workers import WorkerError, default_workers
 STORE = 2**30
 # Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
 LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
+# Where Ray keeps its token, in the home folder, as soon as it has started a cluster: clusters that
+# are begun by `ray start` from then on ask for it.
+TOKEN = Path(".ray", "auth_token")
 # Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
 # reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
 ENVIRONMENT = {
@@ -64,13 +67,16 @@ def begin_to_connect() -> None:
 def _connect() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    address = _find_address()
+    # What Ray itself does where it finds the address. Where one is given, the user has to say it.
+    if not os.environ.get("RAY_ADDRESS") and Path.home().joinpath(TOKEN).exists():
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return ray
     # Workers that end are told of here; Ray has no switch for its own words about them.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
-    address = _find_address()
     own: Any = {
         "num_cpus": default_workers(),
         "object_store_memory": STORE,
@@ -83,9 +89,9 @@ def _connect() -> Any:
     except (ConnectionError, RuntimeError) as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise WorkerError(
-            f"Ray does not connect to the cluster {address} ({words[0]}); "
-            "start one with `ray start --head`, with the same versions on every machine, or unset "
-            "RAY_ADDRESS, so that one is started on this machine"
+            f"Ray does not connect to the cluster {address} ({words[0]}); set RAY_AUTH_MODE=token "
+            "if it asks for a token, install the same versions on every machine, or unset "
+            "RAY_ADDRESS and call `ray stop`, so that one is started on this machine"
         ) from error
     # Sooner than Ray's own end, which waits for its words to be printed.
     atexit.register(ray.shutdown)
