@@ -283,14 +283,14 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from weighmatch.semisup import TrainedRun
-from weighmatch import shards, streaming
-from weighmatch.data import listing
+from weighmatch import streaming
+from weighmatch.data import containers, listing
 from weighmatch.data.members import Member
 count = int(sys.argv[2])
 listing.walk_members = lambda root: (
     Member(f"folder/of/images/{k:08d}.png", "", 0, 0, 1, 1) for k in range(count)
 )
-shards.decode_members = lambda root, members, shape, *rest: (
+containers.decode_members = lambda root, members, shape, *rest: (
     np.random.default_rng(k).integers(0, 256, shape, dtype=np.uint8) for k in range(len(members))
 )
 streaming._page = lambda *rest: ""
