@@ -28,11 +28,12 @@ from weighmatch.semisup.parts.group import (
     TooFewError,
 )
 from weighmatch.semisup.parts.losses import mean_one
-from weighmatch.semisup.parts.state_file import read_state
+from weighmatch.semisup.parts.networks import Standardise
+from weighmatch.semisup.parts.state_file import leaves, read_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import StoredViews
-from weighmatch.semisup.training import jobs
+from weighmatch.semisup.training import jobs, ranking
 from weighmatch.semisup.training.batches import Batches
 from weighmatch.semisup.training.deadline import Deadline
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
@@ -40,6 +41,7 @@ from weighmatch.semisup.training.loop import CHECKPOINT, Run
 from weighmatch.semisup.training.numerics import precision
 from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.schedules import make_schedule
+from weighmatch.semisup.weightings.inlier import InlierFilter
 
 TOLERANCE = 1e-6
 
@@ -187,10 +189,76 @@ def test_processes_with_different_numbers_end():
         call_in_two(disagree)
 
 
-def call_in_two(function):
+def call_in_two(function, *arguments):
     with together(2, "cpu") as team:
-        team.also(function)
-        function(team.group)
+        team.also(function, *arguments)
+        function(*arguments, team.group)
+
+
+def fit_with_noise(jobs, folder, group):
+    """Fit in processes of which each comes to other numbers where it computes whole by itself."""
+    noise = torch.Generator().manual_seed(group.rank)
+
+    def noisy(function):
+        def changed(*arguments):
+            found = function(*arguments)
+            return found + group.rank * torch.randn(found.shape, generator=noise)
+
+        return changed
+
+    def noisy_fit(self, *arguments, **named):
+        fit(self, *arguments, **named)
+        self.location.add_(group.rank)
+
+    def noisy_update(self, classifier):
+        log = update(self, classifier)
+        for part in leaves(self.state_dict()):
+            if isinstance(part, torch.Tensor):
+                part.add_(group.rank)
+        return log
+
+    fit, update = Standardise.fit, InlierFilter.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "_augmented_features", noisy(ranking._augmented_features))
+        patch.setattr(ranking, "otsu_cut", lambda scores: float(group.rank))
+        patch.setattr(Standardise, "fit", noisy_fit)
+        patch.setattr(InlierFilter, "update", noisy_update)
+        for job in jobs:
+            run = make_schedule(replace(job.config, group=group)).fit(job.data, folder / job.name)
+            state = run.to_state()
+            group.require_same(lambda state=state: [state["pool"], state["classifier"]])
+
+
+@pytest.mark.integration
+def test_what_each_process_fits_by_itself_is_that_of_the_first(training_set, run_config, tmp_path):
+    rounds = {"schedule": "rounds", "rounds": 2}
+    configs = {
+        "rounds": run_config(steps=40, **rounds),
+        "stages": run_config("energy", steps=20, schedule="two_stages"),
+        "inlier": run_config("inlier", steps=20),
+    }
+    planned = [Job(name, "seed_0", config, training_set, 1.0) for name, config in configs.items()]
+    call_in_two(fit_with_noise, [*planned, on_features(run_config)[0]], tmp_path)
+
+
+def train_other_pools(job, folder, group):
+    data = job.data.select(np.arange(job.data.pool_size) > group.rank)
+    Run(replace(job.config, group=group), data, folder)
+
+
+def lose_a_pseudo_label(job, folder, group):
+    run = Run(replace(job.config, group=group), job.data, folder)
+    run.train_steps(10)
+    run.pool_labels = torch.full((job.data.pool_size,), group.rank)
+    run.save()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("function", [train_other_pools, lose_a_pseudo_label])
+def test_processes_that_hold_something_else_end(function, training_set, run_config, tmp_path):
+    job = Job("apart", "seed_0", run_config(steps=20), training_set, 1.0)
+    with pytest.raises(DisagreementError):
+        call_in_two(function, job, tmp_path)
 
 
 @pytest.mark.integration

@@ -7,6 +7,7 @@ their number but for the order of sums.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.checks import ToldError
-from weighmatch.semisup.parts.state_file import content_digest
+from weighmatch.semisup.parts.state_file import content_digest, leaves
 from weighmatch.semisup.parts.streams import Rows
 
 T = TypeVar("T")
@@ -80,6 +81,12 @@ class Group:
         """What `function` gives in the first process, in all of them; the others do not call it."""
         return function()
 
+    def unify(self, content: Any) -> None:
+        """Give the tensors of nested containers the values that they have in the first process.
+
+        What every process fits by itself may differ in the last bits.
+        """
+
     def require_same(self, content: Callable[[], Any]) -> None:
         """Require that nested containers of tensors and numbers are the same in all processes."""
 
@@ -119,10 +126,7 @@ class Processes(Group):
         return len(range(self.rank, count, self.size))
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        _spread(self.sum(_flat(tensors)), tensors)
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -158,6 +162,16 @@ class Processes(Group):
         found: T = carried[0]
         return found
 
+    def unify(self, content: Any) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for leaf in leaves(content):
+            if isinstance(leaf, Tensor):
+                kinds.setdefault((leaf.dtype, leaf.device), []).append(leaf)
+        for tensors in kinds.values():
+            flat = _flat(tensors)
+            self._together(partial(dist.broadcast, flat, 0))
+            _spread(flat, tensors)
+
     def require_same(self, content: Callable[[], Any]) -> None:
         """Require that nested containers of tensors and numbers are the same in all processes.
 
@@ -187,3 +201,15 @@ class Processes(Group):
                 f"for {self._minutes:g} minutes; see what it wrote last and start the same "
                 "command again, and training goes on from its last checkpoint"
             ) from error
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The numbers of tensors of one type, (n,)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write numbers (n,) into tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))
