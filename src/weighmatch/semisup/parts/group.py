@@ -6,8 +6,9 @@ all of them. So all processes hold the same parameters at every step, and a run 
 their number but for the order of sums.
 """
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -130,7 +131,8 @@ class Processes(Group):
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._together(lambda: dist.all_reduce(total))
+        with self._together():
+            dist.all_reduce(total)
         return total
 
     def mean(self, values: Tensor) -> Tensor:
@@ -147,7 +149,8 @@ class Processes(Group):
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own.detach()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._together(lambda: dist.all_gather(parts, padded))
+        with self._together():
+            dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def divide(self, function: Callable[[Items], Tensor], items: Items) -> Tensor:
@@ -156,11 +159,14 @@ class Processes(Group):
         return self.gather(function(items[self.rank :: self.size]))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        carried: list[Any] = [function() if self.first else None]
+        found: Any = function() if self.first else None
+        carried: list[Any] = [pickle.dumps(found) if self.first else None]
         cpu = torch.device("cpu")
-        self._together(lambda: dist.broadcast_object_list(carried, device=cpu))
-        found: T = carried[0]
-        return found
+        with self._together():
+            dist.broadcast_object_list(carried, device=cpu)
+        # Outside: what cannot be read here says nothing of the other processes.
+        known: T = found if self.first else pickle.loads(carried[0])
+        return known
 
     def unify(self, content: Any) -> None:
         kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
@@ -169,7 +175,8 @@ class Processes(Group):
                 kinds.setdefault((leaf.dtype, leaf.device), []).append(leaf)
         for tensors in kinds.values():
             flat = _flat(tensors)
-            self._together(partial(dist.broadcast, flat, 0))
+            with self._together():
+                dist.broadcast(flat, 0)
             _spread(flat, tensors)
 
     def require_same(self, content: Callable[[], Any]) -> None:
@@ -187,20 +194,33 @@ class Processes(Group):
                 "again: training goes on from its last checkpoint"
             )
 
-    def _together(self, operation: Callable[[], object]) -> None:
-        """Do what needs all processes.
+    def _together(self) -> AbstractContextManager[None]:
+        return needs_all(self.size, self._minutes)
 
-        Raises:
-            GroupError: if one of them has ended or does not answer.
-        """
-        try:
-            operation()
-        except RuntimeError as error:
-            raise GroupError(
-                f"one of the {self.size} processes of this training has ended, or did not answer "
-                f"for {self._minutes:g} minutes; see what it wrote last and start the same "
-                "command again, and training goes on from its last checkpoint"
-            ) from error
+
+@contextmanager
+def needs_all(size: int, minutes: float) -> Iterator[None]:
+    """What is done here needs all processes of a group.
+
+    Args:
+        size: how many they are.
+        minutes: how long a process waits for another.
+
+    Raises:
+        GroupError: if one of them has ended or does not answer.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, ToldError):
+            raise
+        raise GroupError(
+            f"one of the {size} processes of this training has ended, or did not answer for "
+            f"{minutes:g} minutes; see what it wrote last and start the same command again, and "
+            "training goes on from its last checkpoint"
+        ) from error
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
