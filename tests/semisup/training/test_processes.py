@@ -37,6 +37,7 @@ from weighmatch.semisup.parts.views import StoredViews
 from weighmatch.semisup.training import jobs, ranking
 from weighmatch.semisup.training.batches import Batches
 from weighmatch.semisup.training.deadline import Deadline
+from weighmatch.semisup.training.dividing import LAUNCHED, require_together
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
 from weighmatch.semisup.training.loop import CHECKPOINT, Run
 from weighmatch.semisup.training.numerics import precision
@@ -329,7 +330,7 @@ def test_a_batch_that_is_too_small_to_divide_is_refused():
         Member(0, 3).rows(2)
 
 
-def test_several_processes_keep_no_time_limit_and_those_of_torchrun_no_cluster(
+def test_what_several_processes_cannot_train_is_refused_before(
     training_set, run_config, tmp_path, monkeypatch
 ):
     team = Team()
@@ -338,6 +339,15 @@ def test_several_processes_keep_no_time_limit_and_those_of_torchrun_no_cluster(
     job = doubled("late", run_config(), training_set)
     with pytest.raises(ToldError, match=r"leave out runs\.time_limit, or start one"):
         finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
+    small = replace(job, config=run_config(influence={"curvature_batch": 1}))
+    with pytest.raises(ToldError, match=r"influence\.curvature_batch 1 cannot .* over 2 p"):
+        finish_jobs([small], tmp_path, 1, processes=2)
+    require_together(2, small.config.training, [("fixmatch", "online")], limited=False)
+    monkeypatch.setenv(LAUNCHED, "x")
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(ToldError, match=r"training\.batch_size 6 cannot be divided over 9"):
+        finish_jobs([job], tmp_path, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ToldError, match=r"torchrun .* leave out runs\.engine"):
         finish_jobs([job], tmp_path, 1, engine=EngineConfig(engine="ray"), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):

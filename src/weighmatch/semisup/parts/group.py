@@ -115,8 +115,8 @@ class Processes(Group):
         if count < self.size:
             raise TooFewError(
                 f"a batch of {count} images cannot be divided over {self.size} processes; set "
-                "runs.processes to no more than that, or raise the sizes of batches in training, "
-                "training.influence and training.weighting"
+                "runs.processes to no more than that, or raise the sizes of batches in training "
+                "and training.influence"
             )
         if times == 1:
             return Rows(count, slice(self.rank, None, self.size))

@@ -25,6 +25,7 @@ from torch.distributed import FileStore, PrefixStore  # type: ignore[attr-define
 from torch.distributed.rendezvous import rendezvous
 
 from weighmatch.semisup.parts.group import ALONE, Group, GroupError, Processes, needs_all
+from weighmatch.semisup.training.dividing import LAUNCHED
 from weighmatch.semisup.training.place import INTERVAL, MINUTES, Place
 from weighmatch.workers import leave_with
 
@@ -32,8 +33,6 @@ from weighmatch.workers import leave_with
 GRACE = 1.0
 # The code of a process that ends because another one is lost.
 LOST = 75
-# What torchrun sets in its processes, and nothing else does.
-LAUNCHED = "TORCHELASTIC_RUN_ID"
 
 
 class Team:
@@ -316,7 +315,7 @@ def _tell_when_ended(place: Place) -> None:
         if _claim(place):
             _write(place.explained(error))
         else:
-            time.sleep(GRACE)  # this very process may be about to tell
+            time.sleep(5 * GRACE)  # this very process may be about to tell
         os._exit(1)
 
     threading.Thread(target=listen, args=(theirs,), daemon=True).start()
