@@ -1,5 +1,6 @@
 """What is told when a process of a training is lost or fails, and by which process."""
 
+import importlib
 import logging
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ from torch.distributed import HashStore
 from tests.project import ROOT
 from weighmatch.checks import ToldError
 from weighmatch.semisup.parts.group import GroupError
+from weighmatch.semisup.training.jobs import Job, _fit, kept_steps
 from weighmatch.semisup.training.place import GLOO, NCCL, Place, choose_backend
 from weighmatch.semisup.training.processes import Team, launched, together
 
@@ -228,3 +230,37 @@ def test_a_process_without_a_gpu_is_told_by_all(monkeypatch):
     for rank in range(2):
         with pytest.raises(ToldError, match=r"process 1 of the 2 .* sees no GPU, and others"):
             Place(store, rank, 2).join("cuda")
+
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_and_die(job, folder, module, name, group):
+    """Fit, and be killed in the second process where it calls a function."""
+    if group.rank:
+        where = importlib.import_module(f"weighmatch.semisup.{module}")
+        owner, _, attribute = name.rpartition(".")
+        setattr(getattr(where, owner) if owner else where, attribute, die)
+    _fit(job, folder, group)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("training.loop", "fit_to_data"),
+        ("training.ranking", "fit_head"),
+        ("weightings.meter", "InfluenceMeter.measure_at"),
+    ],
+)
+def test_a_run_goes_on_wherever_a_process_was_killed(
+    module, name, training_set, run_config, tmp_path
+):
+    config = run_config(steps=20, schedule="rounds", rounds=2)
+    job = Job("killed", "seed_0", config, training_set, 1.0)
+    with pytest.raises(GroupError, match="SIGKILL"):
+        call(fit_and_die, job, tmp_path, module, name)
+    assert kept_steps(job, tmp_path) == (0 if name == "fit_to_data" else 10)
+    call(_fit, job, tmp_path)
+    assert kept_steps(job, tmp_path) == 20

@@ -2,20 +2,14 @@
 
 import multiprocessing
 import os
-import re
 import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.project import ROOT
 from tests.semisup.helpers import fit_until_killed
 from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
@@ -40,7 +34,7 @@ from weighmatch.semisup.training.deadline import Deadline
 from weighmatch.semisup.training.dividing import LAUNCHED, require_together
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
 from weighmatch.semisup.training.loop import CHECKPOINT, Run
-from weighmatch.semisup.training.numerics import precision
+from weighmatch.semisup.training.numerics import algorithms, precision
 from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.schedules import make_schedule
 from weighmatch.semisup.weightings.inlier import InlierFilter
@@ -98,21 +92,24 @@ def doubled(name, config, data):
     return Job(name, "seed_0", replace(config, training=training), data, 1.0)
 
 
-def assert_two_are_one(planned, tmp_path, more=lambda team: None):
-    """Assert that two processes end where one does, in each job; what a folder holds counts."""
+def assert_all_are_one(planned, tmp_path, more=lambda team: None, *, processes=2, device="cpu"):
+    """Assert that several processes end where one does, in each job; what a folder holds counts."""
     for job in planned:
         _fit(job, tmp_path / "one", ALONE)
-    with together(2, "cpu") as team:
+    with together(processes, device) as team:
         for job in planned:
-            team.also(_fit, job, tmp_path / "two")
-            _fit(job, tmp_path / "two", team.group)
+            team.also(_fit, job, tmp_path / "all")
+            _fit(job, tmp_path / "all", team.group)
         more(team)
     for job in planned:
-        for name in ("run.pt", CHECKPOINT):
-            expected, found = (
-                read_state(job.folder(tmp_path / which) / name) for which in ("one", "two")
-            )
-            assert_close(expected, found, job.name)
+        assert_equal_files(job, tmp_path / "one", tmp_path / "all")
+
+
+def assert_equal_files(job, one, other):
+    """Assert that a job has ended at the same numbers in both folders."""
+    for name in ("run.pt", CHECKPOINT):
+        expected, found = (read_state(job.folder(folder) / name) for folder in (one, other))
+        assert_close(expected, found, job.name)
 
 
 @pytest.mark.integration
@@ -121,16 +118,16 @@ def test_two_processes_train_what_one_does(training_set, run_config, tmp_path):
     rounds = doubled("rounds", run_config(steps=50, schedule="rounds", rounds=2), training_set)
     # What one process has begun two go on with.
     resumed = doubled("resumed", run_config(steps=120), training_set)
-    folder = resumed.folder(tmp_path / "two")
+    folder = resumed.folder(tmp_path / "all")
     fit_until_killed(make_schedule(resumed.config), training_set, folder, 100)
-    assert kept_steps(resumed, tmp_path / "two") == 100
+    assert kept_steps(resumed, tmp_path / "all") == 100
     found = {}
 
     def measure(team):
         team.also(hypergradient, learned, tmp_path / "b")
         found.update(hypergradient(learned, tmp_path / "b", team.group))
 
-    assert_two_are_one([learned, rounds, resumed], tmp_path, measure)
+    assert_all_are_one([learned, rounds, resumed], tmp_path, measure)
     expected = hypergradient(learned, tmp_path / "a")
     assert all(bool(tensor.any()) for tensor in expected["hypergradient"])
     assert_close(expected, found)
@@ -149,7 +146,41 @@ def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tm
         },
     }
     planned = [doubled(name, config, training_set) for name, config in configs.items()]
-    assert_two_are_one([*planned, *on_features(run_config)], tmp_path)
+    assert_all_are_one([*planned, *on_features(run_config)], tmp_path)
+
+
+@pytest.mark.slow
+def test_three_processes_train_what_one_does(training_set, run_config, tmp_path):
+    # No size of a batch is a multiple of three.
+    sizes = {"influence": {"outer_batch": 13, "batch": 11}, "batch_size": 7}
+    online = run_config(steps=20, distribution_alignment=True, **sizes)
+    rounds = run_config(steps=20, schedule="rounds", rounds=2, **sizes)
+    planned = [doubled("online", online, training_set), doubled("rounds", rounds, training_set)]
+    assert_all_are_one(planned, tmp_path, processes=3)
+
+
+@pytest.mark.slow
+def test_fewer_processes_go_on_where_more_were_stopped(training_set, run_config, tmp_path):
+    job = doubled("resumed", run_config(steps=230), training_set)
+    _fit(job, tmp_path / "one", ALONE)
+    for processes, last in ((3, 100), (2, 200)):
+        with together(processes, "cpu") as team:
+            schedule = make_schedule(replace(job.config, group=team.group))
+            team.also(_fit, job, tmp_path / "all")
+            fit_until_killed(schedule, training_set, job.folder(tmp_path / "all"), last)
+        assert kept_steps(job, tmp_path / "all") == last
+    _fit(job, tmp_path / "all", ALONE)
+    assert_equal_files(job, tmp_path / "one", tmp_path / "all")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_two_processes_with_a_gpu_train_what_one_does(training_set, run_config, tmp_path):
+    """Where there is one GPU they share it."""
+    online = run_config(steps=50, device="cuda")
+    rounds = run_config(steps=50, schedule="rounds", rounds=2, device="cuda")
+    planned = [doubled("online", online, training_set), doubled("rounds", rounds, training_set)]
+    assert_all_are_one(planned, tmp_path, device="cuda")
 
 
 def on_features(run_config):
@@ -243,6 +274,25 @@ def test_what_each_process_fits_by_itself_is_that_of_the_first(training_set, run
     call_in_two(fit_with_noise, [*planned, on_features(run_config)[0]], tmp_path)
 
 
+def test_several_processes_use_repeatable_algorithms_where_there_are_any():
+    def settings():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+
+    before = settings()
+    with algorithms(False, Member(0, 2)):
+        assert settings() == (True, True, False)
+        with algorithms(True, Member(0, 2)):
+            assert settings() == (True, False, False)
+        assert settings() == (True, True, False)
+    assert settings() == before
+    with algorithms(False):
+        assert settings()[::2] == (False, True)
+
+
 def train_other_pools(job, folder, group):
     data = job.data.select(np.arange(job.data.pool_size) > group.rank)
     Run(replace(job.config, group=group), data, folder)
@@ -280,10 +330,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(training_set, run_con
     assert set(multiprocessing.active_children()) <= before
     assert kept_steps(job, tmp_path / "two") == 100
     finish_jobs([job], tmp_path / "two", 1)
-    expected, found = (
-        read_state(job.folder(tmp_path / name) / "run.pt") for name in ("whole", "two")
-    )
-    assert_close(expected, found)
+    assert_equal_files(job, tmp_path / "whole", tmp_path / "two")
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -352,72 +399,3 @@ def test_what_several_processes_cannot_train_is_refused_before(
         finish_jobs([job], tmp_path, 1, engine=EngineConfig(engine="ray"), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)
-
-
-def start(tmp_path, *command, **params):
-    """Start a short training of the whole project in double precision, `command` before it."""
-    settings = {
-        "data_folder": tmp_path,
-        "training.precision": "float64",
-        "runs.arms": "[fixmatch,learned]",
-        "data.seeds": "[0]",
-        **params,
-    }
-    given = ",".join(f"{name}={value}" for name, value in settings.items())
-    options = ["--env", "test", "--params", given]
-    options += ["--pipelines", "data_preparation,feature_extraction,training"]
-    return subprocess.Popen(
-        [sys.executable, *command, "-m", "weighmatch", *options],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-@pytest.mark.slow
-def test_torchrun_ends_where_one_process_does(tmp_path):
-    for name, command in (("one", []), ("two", TORCHRUN)):
-        process = start(tmp_path / name, *command)
-        _, written = process.communicate()
-        assert process.returncode == 0, written
-    found = sorted((tmp_path / "one").rglob("run.pt"))
-    assert len(found) == 2
-    for path in found:
-        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
-        assert_close(read_state(path), read_state(other), path.parent.name)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[], TORCHRUN])
-def test_a_command_ends_with_one_sentence_when_a_process_is_killed(launcher, tmp_path):
-    count = {} if launcher else {"runs.processes": 2}
-    process = start(tmp_path, *launcher, **{**count, "training.steps": 20_000})
-    while not list(tmp_path.rglob(CHECKPOINT)):
-        assert process.poll() is None
-        time.sleep(0.2)
-    sign = "RANK=1" if launcher else "spawn_main"
-    (child,) = [pid for pid in children_of(process.pid) if sign in words_of(pid)]
-    os.kill(child, signal.SIGKILL)
-    _, written = process.communicate(timeout=60)
-    assert process.returncode == 1
-    told = [line for line in written.splitlines() if line.startswith("Error: ")]
-    assert len(told) == 1, written
-    assert "goes on from its last checkpoint" in told[0]
-    if not launcher:  # torchrun adds a report of its own
-        assert "Traceback" not in written
-        assert "one of the 2 processes of this training was ended by SIGKILL" in told[0]
-
-
-def children_of(pid):
-    """The processes that a process has started, on Linux."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def words_of(pid):
-    """The command and the environment of a process, on Linux."""
-    both = (Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ"))
-    return [word for part in both for word in re.split(r"[\0 (]", part.decode())]

@@ -235,11 +235,6 @@ class RunConfig:
         return get_arm(self.arm)
 
     @property
-    def repeatable(self) -> bool:
-        """Whether algorithms are repeatable: several processes have to come to the same bits."""
-        return self.training.deterministic or self.group.size > 1
-
-    @property
     def first_steps(self) -> int:
         """Steps of the first of two stages; 0 in other schedules."""
         if self.schedule != "two_stages":
