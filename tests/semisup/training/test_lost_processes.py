@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -160,26 +161,26 @@ def test_a_process_that_would_wait_for_a_lost_one_ends(function):
     assert written.startswith("Error: one of the 2 processes of this training was ended by SIGKILL")
 
 
-def work_under_torchrun(attempts):
-    """A stand-in for the command, in which process `victim` is killed in the first attempts."""
+def work_under_torchrun(calls):
+    """A stand-in for the command: each attempt makes a call of its own in all processes, twice."""
     attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    victim = attempts[attempt]  # -1: none
+    name, *arguments = calls[attempt]
     try:
         with launched() as leads:
             if leads:
-                call(exchange_and_die, victim)
+                call(globals()[name], *arguments)
                 # The other one looks for the next order, and must find none of an attempt before.
                 time.sleep(1)
-                call(exchange_and_die, victim)
+                call(globals()[name], *arguments)
                 print("done in attempt", attempt)
     except GroupError as error:
         sys.exit(f"Error: {error}")
 
 
-def torchrun(tmp_path, attempts, *options):
+def torchrun(tmp_path, calls, *options):
     """Start two processes of `torchrun`."""
     script = tmp_path / "script.py"
-    script.write_text(f"from {HERE} import work_under_torchrun\nwork_under_torchrun({attempts})\n")
+    script.write_text(f"from {HERE} import work_under_torchrun\nwork_under_torchrun({calls})\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
     return subprocess.run(
         [*command, str(script)],
@@ -193,19 +194,26 @@ def torchrun(tmp_path, attempts, *options):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_tells_once_that_a_process_was_lost(victim, tmp_path):
-    done = torchrun(tmp_path, [victim], "--standalone")
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (("exchange_and_die", 0), "one of the 2 processes|torchrun has ended the 2 processes"),
+        (("exchange_and_die", 1), "one of the 2 processes|torchrun has ended the 2 processes"),
+        (("fail", pickle.dumps(ERRORS[0])), "w.pt is missing; copy it"),
+    ],
+)
+def test_under_torchrun_one_process_tells(made, told, tmp_path):
+    done = torchrun(tmp_path, [made], "--standalone")
     assert done.returncode == 1
-    told = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
-    assert len(told) == 1, done.stderr
-    assert "start the same command again, and training goes on from its last ch" in told[0]
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("Error: ")]
+    assert re.match(f"Error: ({told})", sentence)
 
 
 @pytest.mark.integration
 def test_a_restart_by_torchrun_knows_nothing_of_the_attempt_before(tmp_path):
-    options = ["--max-restarts", "1", "--rdzv-backend", "static", "--rdzv-endpoint"]
-    done = torchrun(tmp_path, [1, -1], *options, f"127.0.0.1:{free_port()}", "--nnodes", "1")
+    options = ["--max-restarts", "1", "--rdzv-backend", "static", "--nnodes", "1"]
+    options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    done = torchrun(tmp_path, [("exchange_and_die", 1), ("exchange", 5)], *options)
     assert done.returncode == 0, done.stderr
     assert "done in attempt 1" in done.stdout
 

@@ -23,6 +23,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 
 from weighmatch.checks import ToldError
 from weighmatch.semisup.parts.group import ALONE, Group, GroupError, Processes, needs_all
+from weighmatch.semisup.training.dividing import LAUNCHED
 
 # How long a process waits for another one before it gives up.
 MINUTES = 10.0
@@ -86,8 +87,8 @@ class Place:
         warnings.simplefilter("ignore")
         try:
             self._do_as_told()
-        except GroupError:
-            raise
+        except GroupError as error:
+            raise self.explained(error) from error
         except Exception as error:
             sentence = self._sentence_of(error)
             with suppress(RuntimeError):  # the store may be gone
@@ -125,7 +126,11 @@ class Place:
         )
 
     def explained(self, error: GroupError) -> GroupError:
-        """What another process has failed of, where it could say so; else `error`."""
+        """What a process has failed of, where it could say so; else the words of `error`."""
+        return self.failure() or GroupError(*error.args)
+
+    def failure(self) -> GroupError | None:
+        """What a process has failed of, where it could say so."""
         with suppress(RuntimeError):  # the store may be gone
             for rank in range(self.size):
                 if self.store.check([f"failed {rank}"]):
@@ -133,7 +138,7 @@ class Place:
                     told = GroupError(sentence)
                     told.add_note(f"There:\n{where}")
                     return told
-        return error
+        return None
 
 
 def _nothing() -> tuple[Callable[..., object], tuple[object, ...]]:
@@ -146,7 +151,8 @@ def own_gpu(rank: int) -> str:
     count = torch.cuda.device_count()
     if not count:
         return platform.node()
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % count)
+    place = int(os.environ["LOCAL_RANK"]) if LAUNCHED in os.environ else rank
+    torch.cuda.set_device(place % count)
     return f"{platform.node()} {torch.cuda.get_device_properties().uuid}"
 
 

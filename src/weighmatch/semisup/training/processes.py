@@ -69,8 +69,9 @@ class Team:
         self._say("end")
 
     def explained(self, error: GroupError) -> GroupError:
-        """What another process has failed of, where it could say so; else `error`."""
-        return error if self._place is None else self._place.explained(error)
+        """What a process has failed of, where it could say so; else the words of `error`."""
+        assert self._place is not None
+        return self._place.explained(error)
 
     def _say(self, order: str) -> None:
         if self._place is not None:
@@ -144,7 +145,11 @@ def _with_children(processes: int, device: str) -> Iterator[Team]:
             for child in children:
                 child.join(5)
         except GroupError as error:
-            raise _explained(error, place, children) from error
+            told = _explained(error, place, children)
+            # While it is watched, as it may take forever by nccl.
+            _dismiss(children)
+            _leave()
+            raise told from error
         finally:
             over.set()
             _dismiss(children)
@@ -177,8 +182,8 @@ def _watch(children: Sequence[BaseProcess], place: Place, over: threading.Event)
 
 def _explained(error: GroupError, place: Place, children: Sequence[BaseProcess]) -> GroupError:
     """The error, or one that says what a child has failed of or how it ended."""
-    told = place.explained(error)
-    if told is not error:
+    told = place.failure()
+    if told is not None:
         return told
     for child in children:
         child.join(1)
@@ -186,7 +191,7 @@ def _explained(error: GroupError, place: Place, children: Sequence[BaseProcess])
     codes = [child.exitcode for child in children]
     causes = [code for code in codes if code and code not in (LOST, -signal.SIGABRT)]
     if not causes:
-        return error
+        return GroupError(*error.args)
     code = -signal.SIGKILL if -signal.SIGKILL in causes else causes[0]
     how = "has failed, see what it wrote"
     if code < 0:
@@ -254,25 +259,20 @@ def launched() -> Iterator[bool]:
     place = _own_place()
     # It has a store of its own: another thread may wait in that of `place`.
     _tell_when_ended(_own_place())
-    if place.rank:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a child
-        try:
+    team = Team(place)
+    try:
+        if place.rank:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a child
             place.serve()
-        except GroupError as error:
-            if _claim(place):
-                _write(place.explained(error))
-            os._exit(LOST)
-        yield False
-    else:
-        team = Team(place)
-        _teams.append(team)
-        try:
-            yield True
-        except BaseException as error:
-            if not _claim(place):
-                raise SystemExit(1) from error
-            raise
-        finally:
+        else:
+            _teams.append(team)
+        yield place.rank == 0
+    except BaseException as error:
+        if not _claim(place):
+            raise SystemExit(LOST) from error
+        raise
+    finally:
+        if place.rank == 0:
             with suppress(GroupError):
                 team.end()
     _leave()
@@ -308,9 +308,9 @@ def _tell_when_ended(place: Place) -> None:
         while signal.SIGTERM not in ours.recv(16):
             pass
         error = GroupError(
-            f"torchrun has ended the {place.size} processes of this training, most likely because "
-            "one of them was lost; start the same command again, and training goes on from its "
-            "last checkpoint"
+            f"torchrun has ended the {place.size} processes of this training, because one of them "
+            "was lost or because it was stopped itself; start the same command again, and training "
+            "goes on from its last checkpoint"
         )
         if _claim(place):
             _write(place.explained(error))
