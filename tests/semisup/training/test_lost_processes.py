@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,8 +22,9 @@ from torch.distributed import HashStore
 from tests.project import ROOT
 from weighmatch.checks import ToldError
 from weighmatch.semisup.parts.group import GroupError
+from weighmatch.semisup.training.dividing import LAUNCHED
 from weighmatch.semisup.training.jobs import Job, _fit, kept_steps
-from weighmatch.semisup.training.place import GLOO, NCCL, Place, choose_backend
+from weighmatch.semisup.training.place import GLOO, NCCL, Place, choose_backend, own_gpu
 from weighmatch.semisup.training.processes import Team, launched, together
 
 HERE = "tests.semisup.training.test_lost_processes"
@@ -272,3 +274,17 @@ def test_a_run_goes_on_wherever_a_process_was_killed(
     assert kept_steps(job, tmp_path) == (0 if name == "fit_to_data" else 10)
     call(_fit, job, tmp_path)
     assert kept_steps(job, tmp_path) == 20
+
+
+def test_a_process_takes_the_gpu_of_its_place(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: SimpleNamespace(uuid="u"))
+    assert own_gpu(3).endswith(" u")
+    # Elsewhere than under torchrun the variable is somebody else's.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    own_gpu(1)
+    monkeypatch.setenv(LAUNCHED, "x")
+    own_gpu(1)
+    assert taken == [1, 1, 0]
