@@ -145,8 +145,9 @@ def _with_children(processes: int, device: str) -> Iterator[Team]:
             for child in children:
                 child.join(5)
         except GroupError as error:
+            if not _by_nccl():  # which may take forever even to leave, and stays watched
+                over.set()
             told = _explained(error, place, children)
-            # While it is watched, as it may take forever by nccl.
             _dismiss(children)
             _leave()
             raise told from error
@@ -169,7 +170,7 @@ def _watch(children: Sequence[BaseProcess], place: Place, over: threading.Event)
     would wait for minutes.
     """
     wait([child.sentinel for child in children])
-    if over.wait(GRACE) or (dist.is_initialized() and "nccl" not in dist.get_backend_config()):
+    if over.wait(GRACE) or (dist.is_initialized() and not _by_nccl()):
         return
     error = GroupError(
         f"one of the {place.size} processes of this training has ended; start the same command "
@@ -233,6 +234,10 @@ def _leave() -> None:
     if dist.is_initialized():
         with suppress(RuntimeError):  # another process is gone
             dist.destroy_process_group()
+
+
+def _by_nccl() -> bool:
+    return dist.is_initialized() and "nccl" in dist.get_backend_config()
 
 
 def _write(error: GroupError) -> None:
