@@ -21,7 +21,7 @@ from weighmatch.pipeline_registry import register_pipelines
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.semisup.training.deadline import CLOCK
-from weighmatch.semisup.training.dividing import count_processes, require_together
+from weighmatch.semisup.training.dividing import count_processes, require_divisible
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.meta_config import MetaLearningConfig
 
@@ -166,7 +166,7 @@ def _check_runs(given: Given, asked: Asked) -> None:
     trained = [(a, s) for a in runs.arms for s in get_arm(a).schedules_among(runs.schedule)]
     schedules = {schedule for _, schedule in trained}
     count = count_processes(runs.processes)
-    require_together(count, training, trained, limited=runs.time_limit is not None)
+    require_divisible(count, training, trained, limited=runs.time_limit is not None)
     if "rounds" not in schedules and "rounds" in given.get("runs", {}):
         raise ValueError(
             "runs.rounds has no effect without an arm that is trained in rounds; leave it out, or "

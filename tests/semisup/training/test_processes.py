@@ -31,7 +31,7 @@ from weighmatch.semisup.parts.views import StoredViews
 from weighmatch.semisup.training import jobs, ranking
 from weighmatch.semisup.training.batches import Batches
 from weighmatch.semisup.training.deadline import Deadline
-from weighmatch.semisup.training.dividing import LAUNCHED, require_together
+from weighmatch.semisup.training.dividing import LAUNCHED, require_divisible
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
 from weighmatch.semisup.training.loop import CHECKPOINT, Run
 from weighmatch.semisup.training.numerics import algorithms, precision
@@ -389,7 +389,7 @@ def test_what_several_processes_cannot_train_is_refused_before(
     small = replace(job, config=run_config(influence={"curvature_batch": 1}))
     with pytest.raises(ToldError, match=r"influence\.curvature_batch 1 cannot .* over 2 p"):
         finish_jobs([small], tmp_path, 1, processes=2)
-    require_together(2, small.config.training, [("fixmatch", "online")], limited=False)
+    require_divisible(2, small.config.training, [("fixmatch", "online")], limited=False)
     monkeypatch.setenv(LAUNCHED, "x")
     monkeypatch.setenv("WORLD_SIZE", "9")
     with pytest.raises(ToldError, match=r"training\.batch_size 6 cannot be divided over 9"):

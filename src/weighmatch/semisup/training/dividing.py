@@ -20,7 +20,7 @@ def count_processes(asked: int) -> int:
     return int(os.environ["WORLD_SIZE"]) if LAUNCHED in os.environ else asked
 
 
-def require_together(
+def require_divisible(
     processes: int,
     training: TrainingConfig,
     runs: Iterable[tuple[str, Schedule]],

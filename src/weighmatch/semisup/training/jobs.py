@@ -25,7 +25,7 @@ from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
-from weighmatch.semisup.training.dividing import count_processes, require_together
+from weighmatch.semisup.training.dividing import count_processes, require_divisible
 from weighmatch.semisup.training.loop import CHECKPOINT
 from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.ray_train import make_runner
@@ -199,7 +199,7 @@ def finish_jobs(
     else:
         runs = [(job.config.arm, job.config.schedule) for job in jobs]
         count = count_processes(processes)
-        require_together(count, jobs[0].config.training, runs, limited=deadline is not None)
+        require_divisible(count, jobs[0].config.training, runs, limited=deadline is not None)
     runner = make_runner(engine, device, processes)
     with together(1 if runner.far else processes, device) as team:
         count = max(processes, team.group.size)
