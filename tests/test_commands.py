@@ -61,6 +61,8 @@ def assert_one_sentence(result, message):
             "needs data.labels_per_class of at least 2",
         ),
         ("training.steps=3", "runs.rounds 4 are more rounds than there are steps (3); lower them"),
+        ("runs.processes=9", "training.batch_size 8 cannot be divided over 9 processes; raise it"),
+        ("runs.processes=2,runs.time_limit=9m", "2 processes train together without a time limit"),
         ("run_folder=/dev/null/x", "cannot be written"),
         ("data_folder=/dev/null/x", "choose another with --params data_folder="),
         # What has no effect is not asked for.

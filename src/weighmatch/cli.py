@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from weighmatch.checks import ToldError
 from weighmatch.hooks import GROUPS
 from weighmatch.mistakes import require_known, require_project
+from weighmatch.semisup.training.dividing import LAUNCHED
 
 # What the operating system says that no change of this program cures.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
@@ -61,7 +62,7 @@ def _run(*, show_traceback: bool, **options: Any) -> Any:
 
 def _under_torchrun() -> AbstractContextManager[bool]:
     """Whether this process runs the pipelines: of those that torchrun starts the first one does."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
+    if LAUNCHED not in os.environ:
         return nullcontext(True)
     from weighmatch.semisup.training.processes import launched
 

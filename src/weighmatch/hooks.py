@@ -21,6 +21,7 @@ from weighmatch.pipeline_registry import register_pipelines
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
 from weighmatch.semisup.training.deadline import CLOCK
+from weighmatch.semisup.training.dividing import count_processes, require_divisible
 from weighmatch.studies.config import StudyConfig
 from weighmatch.studies.meta_config import MetaLearningConfig
 
@@ -162,7 +163,10 @@ def _check_runs(given: Given, asked: Asked) -> None:
             "training.features has no effect, as no backbone is frozen; leave it out, or set "
             "training.network=efficientnet_lite0 and training.weights=packaged"
         )
-    schedules = {s for arm in runs.arms for s in get_arm(arm).schedules_among(runs.schedule)}
+    trained = [(a, s) for a in runs.arms for s in get_arm(a).schedules_among(runs.schedule)]
+    schedules = {schedule for _, schedule in trained}
+    count = count_processes(runs.processes)
+    require_divisible(count, training, trained, limited=runs.time_limit is not None)
     if "rounds" not in schedules and "rounds" in given.get("runs", {}):
         raise ValueError(
             "runs.rounds has no effect without an arm that is trained in rounds; leave it out, or "

@@ -3,18 +3,13 @@
 import multiprocessing
 import os
 import signal
-import subprocess
-import sys
-import time
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.project import ROOT
 from tests.semisup.helpers import fit_until_killed
 from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
@@ -28,18 +23,21 @@ from weighmatch.semisup.parts.group import (
     TooFewError,
 )
 from weighmatch.semisup.parts.losses import mean_one
-from weighmatch.semisup.parts.state_file import read_state
+from weighmatch.semisup.parts.networks import Standardise
+from weighmatch.semisup.parts.state_file import leaves, read_state
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import StoredViews
-from weighmatch.semisup.training import jobs
+from weighmatch.semisup.training import jobs, ranking
 from weighmatch.semisup.training.batches import Batches
 from weighmatch.semisup.training.deadline import Deadline
+from weighmatch.semisup.training.dividing import LAUNCHED, require_divisible
 from weighmatch.semisup.training.jobs import Job, _fit, finish_jobs, kept_steps
 from weighmatch.semisup.training.loop import CHECKPOINT, Run
-from weighmatch.semisup.training.numerics import precision
+from weighmatch.semisup.training.numerics import algorithms, precision
 from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.schedules import make_schedule
+from weighmatch.semisup.weightings.inlier import InlierFilter
 
 TOLERANCE = 1e-6
 
@@ -94,21 +92,24 @@ def doubled(name, config, data):
     return Job(name, "seed_0", replace(config, training=training), data, 1.0)
 
 
-def assert_two_are_one(planned, tmp_path, more=lambda team: None):
-    """Assert that two processes end where one does, in each job; what a folder holds counts."""
+def assert_all_are_one(planned, tmp_path, more=lambda team: None, *, processes=2, device="cpu"):
+    """Assert that several processes end where one does, in each job; what a folder holds counts."""
     for job in planned:
         _fit(job, tmp_path / "one", ALONE)
-    with together(2, "cpu") as team:
+    with together(processes, device) as team:
         for job in planned:
-            team.also(_fit, job, tmp_path / "two")
-            _fit(job, tmp_path / "two", team.group)
+            team.also(_fit, job, tmp_path / "all")
+            _fit(job, tmp_path / "all", team.group)
         more(team)
     for job in planned:
-        for name in ("run.pt", CHECKPOINT):
-            expected, found = (
-                read_state(job.folder(tmp_path / which) / name) for which in ("one", "two")
-            )
-            assert_close(expected, found, job.name)
+        assert_equal_files(job, tmp_path / "one", tmp_path / "all")
+
+
+def assert_equal_files(job, one, other):
+    """Assert that a job has ended at the same numbers in both folders."""
+    for name in ("run.pt", CHECKPOINT):
+        expected, found = (read_state(job.folder(folder) / name) for folder in (one, other))
+        assert_close(expected, found, job.name)
 
 
 @pytest.mark.integration
@@ -117,16 +118,16 @@ def test_two_processes_train_what_one_does(training_set, run_config, tmp_path):
     rounds = doubled("rounds", run_config(steps=50, schedule="rounds", rounds=2), training_set)
     # What one process has begun two go on with.
     resumed = doubled("resumed", run_config(steps=120), training_set)
-    folder = resumed.folder(tmp_path / "two")
+    folder = resumed.folder(tmp_path / "all")
     fit_until_killed(make_schedule(resumed.config), training_set, folder, 100)
-    assert kept_steps(resumed, tmp_path / "two") == 100
+    assert kept_steps(resumed, tmp_path / "all") == 100
     found = {}
 
     def measure(team):
         team.also(hypergradient, learned, tmp_path / "b")
         found.update(hypergradient(learned, tmp_path / "b", team.group))
 
-    assert_two_are_one([learned, rounds, resumed], tmp_path, measure)
+    assert_all_are_one([learned, rounds, resumed], tmp_path, measure)
     expected = hypergradient(learned, tmp_path / "a")
     assert all(bool(tensor.any()) for tensor in expected["hypergradient"])
     assert_close(expected, found)
@@ -145,7 +146,41 @@ def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tm
         },
     }
     planned = [doubled(name, config, training_set) for name, config in configs.items()]
-    assert_two_are_one([*planned, *on_features(run_config)], tmp_path)
+    assert_all_are_one([*planned, *on_features(run_config)], tmp_path)
+
+
+@pytest.mark.slow
+def test_three_processes_train_what_one_does(training_set, run_config, tmp_path):
+    # No size of a batch is a multiple of three.
+    sizes = {"influence": {"outer_batch": 13, "batch": 11}, "batch_size": 7}
+    online = run_config(steps=20, distribution_alignment=True, **sizes)
+    rounds = run_config(steps=20, schedule="rounds", rounds=2, **sizes)
+    planned = [doubled("online", online, training_set), doubled("rounds", rounds, training_set)]
+    assert_all_are_one(planned, tmp_path, processes=3)
+
+
+@pytest.mark.slow
+def test_fewer_processes_go_on_where_more_were_stopped(training_set, run_config, tmp_path):
+    job = doubled("resumed", run_config(steps=230), training_set)
+    _fit(job, tmp_path / "one", ALONE)
+    for processes, last in ((3, 100), (2, 200)):
+        with together(processes, "cpu") as team:
+            schedule = make_schedule(replace(job.config, group=team.group))
+            team.also(_fit, job, tmp_path / "all")
+            fit_until_killed(schedule, training_set, job.folder(tmp_path / "all"), last)
+        assert kept_steps(job, tmp_path / "all") == last
+    _fit(job, tmp_path / "all", ALONE)
+    assert_equal_files(job, tmp_path / "one", tmp_path / "all")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+def test_two_processes_with_a_gpu_train_what_one_does(training_set, run_config, tmp_path):
+    """Where there is one GPU they share it."""
+    online = run_config(steps=50, device="cuda")
+    rounds = run_config(steps=50, schedule="rounds", rounds=2, device="cuda")
+    planned = [doubled("online", online, training_set), doubled("rounds", rounds, training_set)]
+    assert_all_are_one(planned, tmp_path, device="cuda")
 
 
 def on_features(run_config):
@@ -187,10 +222,95 @@ def test_processes_with_different_numbers_end():
         call_in_two(disagree)
 
 
-def call_in_two(function):
+def call_in_two(function, *arguments):
     with together(2, "cpu") as team:
-        team.also(function)
-        function(team.group)
+        team.also(function, *arguments)
+        function(*arguments, team.group)
+
+
+def fit_with_noise(jobs, folder, group):
+    """Fit in processes of which each comes to other numbers where it computes whole by itself."""
+    noise = torch.Generator().manual_seed(group.rank)
+
+    def noisy(function):
+        def changed(*arguments):
+            found = function(*arguments)
+            return found + group.rank * torch.randn(found.shape, generator=noise)
+
+        return changed
+
+    def noisy_fit(self, *arguments, **named):
+        fit(self, *arguments, **named)
+        self.location.add_(group.rank)
+
+    def noisy_update(self, classifier):
+        log = update(self, classifier)
+        for part in leaves(self.state_dict()):
+            if isinstance(part, torch.Tensor):
+                part.add_(group.rank)
+        return log
+
+    fit, update = Standardise.fit, InlierFilter.update
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ranking, "_augmented_features", noisy(ranking._augmented_features))
+        patch.setattr(ranking, "otsu_cut", lambda scores: float(group.rank))
+        patch.setattr(Standardise, "fit", noisy_fit)
+        patch.setattr(InlierFilter, "update", noisy_update)
+        for job in jobs:
+            run = make_schedule(replace(job.config, group=group)).fit(job.data, folder / job.name)
+            state = run.to_state()
+            group.require_same(lambda state=state: [state["pool"], state["classifier"]])
+
+
+@pytest.mark.integration
+def test_what_each_process_fits_by_itself_is_that_of_the_first(training_set, run_config, tmp_path):
+    rounds = {"schedule": "rounds", "rounds": 2}
+    configs = {
+        "rounds": run_config(steps=40, **rounds),
+        "stages": run_config("energy", steps=20, schedule="two_stages"),
+        "inlier": run_config("inlier", steps=20),
+    }
+    planned = [Job(name, "seed_0", config, training_set, 1.0) for name, config in configs.items()]
+    call_in_two(fit_with_noise, [*planned, on_features(run_config)[0]], tmp_path)
+
+
+def test_several_processes_use_repeatable_algorithms_where_there_are_any():
+    def settings():
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+        )
+
+    before = settings()
+    with algorithms(False, Member(0, 2)):
+        assert settings() == (True, True, False)
+        with algorithms(True, Member(0, 2)):
+            assert settings() == (True, False, False)
+        assert settings() == (True, True, False)
+    assert settings() == before
+    with algorithms(False):
+        assert settings()[::2] == (False, True)
+
+
+def train_other_pools(job, folder, group):
+    data = job.data.select(np.arange(job.data.pool_size) > group.rank)
+    Run(replace(job.config, group=group), data, folder)
+
+
+def lose_a_pseudo_label(job, folder, group):
+    run = Run(replace(job.config, group=group), job.data, folder)
+    run.train_steps(10)
+    run.pool_labels = torch.full((job.data.pool_size,), group.rank)
+    run.save()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("function", [train_other_pools, lose_a_pseudo_label])
+def test_processes_that_hold_something_else_end(function, training_set, run_config, tmp_path):
+    job = Job("apart", "seed_0", run_config(steps=20), training_set, 1.0)
+    with pytest.raises(DisagreementError):
+        call_in_two(function, job, tmp_path)
 
 
 @pytest.mark.integration
@@ -210,10 +330,7 @@ def test_a_killed_process_ends_all_and_one_process_goes_on(training_set, run_con
     assert set(multiprocessing.active_children()) <= before
     assert kept_steps(job, tmp_path / "two") == 100
     finish_jobs([job], tmp_path / "two", 1)
-    expected, found = (
-        read_state(job.folder(tmp_path / name) / "run.pt") for name in ("whole", "two")
-    )
-    assert_close(expected, found)
+    assert_equal_files(job, tmp_path / "whole", tmp_path / "two")
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -260,7 +377,7 @@ def test_a_batch_that_is_too_small_to_divide_is_refused():
         Member(0, 3).rows(2)
 
 
-def test_several_processes_keep_no_time_limit_and_those_of_torchrun_no_cluster(
+def test_what_several_processes_cannot_train_is_refused_before(
     training_set, run_config, tmp_path, monkeypatch
 ):
     team = Team()
@@ -269,66 +386,16 @@ def test_several_processes_keep_no_time_limit_and_those_of_torchrun_no_cluster(
     job = doubled("late", run_config(), training_set)
     with pytest.raises(ToldError, match=r"leave out runs\.time_limit, or start one"):
         finish_jobs([job], tmp_path, 1, deadline=Deadline(1.0, 1.0), processes=2)
+    small = replace(job, config=run_config(influence={"curvature_batch": 1}))
+    with pytest.raises(ToldError, match=r"influence\.curvature_batch 1 cannot .* over 2 p"):
+        finish_jobs([small], tmp_path, 1, processes=2)
+    require_divisible(2, small.config.training, [("fixmatch", "online")], limited=False)
+    monkeypatch.setenv(LAUNCHED, "x")
+    monkeypatch.setenv("WORLD_SIZE", "9")
+    with pytest.raises(ToldError, match=r"training\.batch_size 6 cannot be divided over 9"):
+        finish_jobs([job], tmp_path, 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ToldError, match=r"torchrun .* leave out runs\.engine"):
         finish_jobs([job], tmp_path, 1, engine=EngineConfig(engine="ray"), processes=2)
     with pytest.raises(ValueError, match=r"runs\.processes must be an integer of at least 1"):
         RunsConfig(processes=0)
-
-
-def start(tmp_path, *command, **params):
-    """Start a short training of the whole project in double precision, `command` before it."""
-    settings = {
-        "data_folder": tmp_path,
-        "training.precision": "float64",
-        "runs.arms": "[fixmatch,learned]",
-        "data.seeds": "[0]",
-        **params,
-    }
-    given = ",".join(f"{name}={value}" for name, value in settings.items())
-    options = ["--env", "test", "--params", given]
-    options += ["--pipelines", "data_preparation,feature_extraction,training"]
-    return subprocess.Popen(
-        [sys.executable, *command, "-m", "weighmatch", *options],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-@pytest.mark.slow
-def test_torchrun_ends_where_one_process_does(tmp_path):
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    for name, command in (("one", []), ("two", launcher)):
-        process = start(tmp_path / name, *command)
-        _, written = process.communicate()
-        assert process.returncode == 0, written
-    found = sorted((tmp_path / "one").rglob("run.pt"))
-    assert len(found) == 2
-    for path in found:
-        other = tmp_path / "two" / path.relative_to(tmp_path / "one")
-        assert_close(read_state(path), read_state(other), path.parent.name)
-
-
-@pytest.mark.slow
-def test_a_command_ends_with_one_sentence_when_a_process_is_killed(tmp_path):
-    process = start(tmp_path, **{"runs.processes": 2, "training.steps": 20_000})
-    while not list(tmp_path.rglob(CHECKPOINT)):
-        assert process.poll() is None
-        time.sleep(0.2)
-    (child,) = [p for p in children_of(process.pid) if "spawn_main" in command_of(p)]
-    os.kill(child, signal.SIGKILL)
-    _, written = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Traceback" not in written
-    told = "Error: one of the 2 processes of this training was ended by SIGKILL"
-    assert next(line for line in written.splitlines() if line.startswith("Error")).startswith(told)
-
-
-def children_of(pid):
-    """The processes that a process has started, on Linux."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def command_of(pid):
-    return Path(f"/proc/{pid}/cmdline").read_text()

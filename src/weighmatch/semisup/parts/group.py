@@ -6,7 +6,9 @@ all of them. So all processes hold the same parameters at every step, and a run 
 their number but for the order of sums.
 """
 
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from weighmatch.checks import ToldError
-from weighmatch.semisup.parts.state_file import content_digest
+from weighmatch.semisup.parts.state_file import content_digest, leaves
 from weighmatch.semisup.parts.streams import Rows
 
 T = TypeVar("T")
@@ -80,6 +82,12 @@ class Group:
         """What `function` gives in the first process, in all of them; the others do not call it."""
         return function()
 
+    def unify(self, content: Any) -> None:
+        """Give the tensors of nested containers the values that they have in the first process.
+
+        What every process fits by itself may differ in the last bits.
+        """
+
     def require_same(self, content: Callable[[], Any]) -> None:
         """Require that nested containers of tensors and numbers are the same in all processes."""
 
@@ -107,8 +115,8 @@ class Processes(Group):
         if count < self.size:
             raise TooFewError(
                 f"a batch of {count} images cannot be divided over {self.size} processes; set "
-                "runs.processes to no more than that, or raise the sizes of batches in training, "
-                "training.influence and training.weighting"
+                "runs.processes to no more than that, or raise the sizes of batches in training "
+                "and training.influence"
             )
         if times == 1:
             return Rows(count, slice(self.rank, None, self.size))
@@ -119,14 +127,12 @@ class Processes(Group):
         return len(range(self.rank, count, self.size))
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
-        flat = self.sum(torch.cat([tensor.reshape(-1) for tensor in tensors]))
-        parts = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, part in zip(tensors, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))
+        _spread(self.sum(_flat(tensors)), tensors)
 
     def sum(self, tensor: Tensor) -> Tensor:
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        self._together(lambda: dist.all_reduce(total))
+        with self._together():
+            dist.all_reduce(total)
         return total
 
     def mean(self, values: Tensor) -> Tensor:
@@ -143,7 +149,8 @@ class Processes(Group):
         padded = own.new_zeros(most, *own.shape[1:])
         padded[: len(own)] = own.detach()
         parts = [torch.empty_like(padded) for _ in range(self.size)]
-        self._together(lambda: dist.all_gather(parts, padded))
+        with self._together():
+            dist.all_gather(parts, padded)
         return torch.stack(parts, dim=1).flatten(0, 1)[:total]
 
     def divide(self, function: Callable[[Items], Tensor], items: Items) -> Tensor:
@@ -152,11 +159,25 @@ class Processes(Group):
         return self.gather(function(items[self.rank :: self.size]))
 
     def from_first(self, function: Callable[[], T]) -> T:
-        carried: list[Any] = [function() if self.first else None]
+        found: Any = function() if self.first else None
+        carried: list[Any] = [pickle.dumps(found) if self.first else None]
         cpu = torch.device("cpu")
-        self._together(lambda: dist.broadcast_object_list(carried, device=cpu))
-        found: T = carried[0]
-        return found
+        with self._together():
+            dist.broadcast_object_list(carried, device=cpu)
+        # Outside: what cannot be read here says nothing of the other processes.
+        known: T = found if self.first else pickle.loads(carried[0])
+        return known
+
+    def unify(self, content: Any) -> None:
+        kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for leaf in leaves(content):
+            if isinstance(leaf, Tensor):
+                kinds.setdefault((leaf.dtype, leaf.device), []).append(leaf)
+        for tensors in kinds.values():
+            flat = _flat(tensors)
+            with self._together():
+                dist.broadcast(flat, 0)
+            _spread(flat, tensors)
 
     def require_same(self, content: Callable[[], Any]) -> None:
         """Require that nested containers of tensors and numbers are the same in all processes.
@@ -173,17 +194,42 @@ class Processes(Group):
                 "again: training goes on from its last checkpoint"
             )
 
-    def _together(self, operation: Callable[[], object]) -> None:
-        """Do what needs all processes.
+    def _together(self) -> AbstractContextManager[None]:
+        return needs_all(self.size, self._minutes)
 
-        Raises:
-            GroupError: if one of them has ended or does not answer.
-        """
-        try:
-            operation()
-        except RuntimeError as error:
-            raise GroupError(
-                f"one of the {self.size} processes of this training has ended, or did not answer "
-                f"for {self._minutes:g} minutes; see what it wrote last and start the same "
-                "command again, and training goes on from its last checkpoint"
-            ) from error
+
+@contextmanager
+def needs_all(size: int, minutes: float) -> Iterator[None]:
+    """What is done here needs all processes of a group.
+
+    Args:
+        size: how many they are.
+        minutes: how long a process waits for another.
+
+    Raises:
+        GroupError: if one of them has ended or does not answer.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        if isinstance(error, ToldError):
+            raise
+        raise GroupError(
+            f"one of the {size} processes of this training has ended, or did not answer for "
+            f"{minutes:g} minutes; see what it wrote last and start the same command again, and "
+            "training goes on from its last checkpoint"
+        ) from error
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """The numbers of tensors of one type, (n,)."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+
+
+def _spread(flat: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Write numbers (n,) into tensors."""
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    for tensor, part in zip(tensors, parts, strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,17 @@ def read_if_whole(path: Path, otherwise: str) -> State | None:
     except DamagedFileError:
         log.warning("%s is damaged or was not written by this program; %s", path, otherwise)
         return None
+
+
+def leaves(content: Any) -> Iterator[Any]:
+    """What nested dictionaries, lists and tuples hold in the end, in order."""
+    if isinstance(content, dict):
+        content = list(content.values())
+    if isinstance(content, list | tuple):
+        for item in content:
+            yield from leaves(item)
+    else:
+        yield content
 
 
 def _separate(value: Any) -> Any:

@@ -115,3 +115,12 @@ class Batches:
         indices = chosen.to(self.pool.device, non_blocking=True).split(unlabelled)
         columns = zip(together, labels, weak_batches, indices, strict=True)
         return [Batch(*parts) for parts in columns]
+
+
+def first_half_of_each_class(labels: Tensor) -> Tensor:
+    """True for the first ⌈half⌉ of the images of each class, (n,)."""
+    kept = torch.zeros_like(labels, dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero().squeeze(1)
+        kept[members[: (len(members) + 1) // 2]] = True
+    return kept

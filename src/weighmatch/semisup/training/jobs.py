@@ -25,6 +25,7 @@ from weighmatch.semisup.parts.state_file import DamagedFileError, read_state
 from weighmatch.semisup.training.compute import Sizes, matched_steps, relative_cost
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, fingerprint, pick_device
 from weighmatch.semisup.training.deadline import CLOCK, Deadline, TimeUpError
+from weighmatch.semisup.training.dividing import count_processes, require_divisible
 from weighmatch.semisup.training.loop import CHECKPOINT
 from weighmatch.semisup.training.processes import Team, together
 from weighmatch.semisup.training.ray_train import make_runner
@@ -185,24 +186,23 @@ def finish_jobs(
         The jobs that are finished, in the order of `jobs`.
 
     Raises:
-        ToldError: if several processes have a deadline, or those of torchrun have a cluster.
+        ToldError: if several processes have a deadline or a batch that is too small for them, or
+            those of torchrun have a cluster.
         KeyboardInterrupt: with a note that says which runs are finished and where others go on.
     """
     if not jobs:
         return []
     _hash_pools(jobs)
     device = pick_device(jobs[0].config.training.device).type
-    left = any(kept_steps(job, folder) < job.steps for job in jobs)
-    if not left:
+    if all(kept_steps(job, folder) == job.steps for job in jobs):
         processes = 1
+    else:
+        runs = [(job.config.arm, job.config.schedule) for job in jobs]
+        count = count_processes(processes)
+        require_divisible(count, jobs[0].config.training, runs, limited=deadline is not None)
     runner = make_runner(engine, device, processes)
     with together(1 if runner.far else processes, device) as team:
         count = max(processes, team.group.size)
-        if count > 1 and deadline is not None:
-            raise ToldError(
-                f"{count} processes train together without a time limit; leave out "
-                "runs.time_limit, or start one process"
-            )
         if team.group.size > 1 and runner.far:
             raise ToldError(
                 "the processes of torchrun train together themselves; leave out runs.engine, or "

@@ -30,7 +30,7 @@ from weighmatch.semisup.parts.state_file import State, read_if_whole, write_stat
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.parts.views import make_views
-from weighmatch.semisup.training.batches import Batch, Batches
+from weighmatch.semisup.training.batches import Batch, Batches, first_half_of_each_class
 from weighmatch.semisup.training.config import (
     RunConfig,
     TrainingSet,
@@ -72,6 +72,7 @@ class Run:
         self.config, self.training, self.data = config, config.training, data
         self.directory, self.group = directory, config.group
         self.fingerprint = fingerprint(config, data, start)
+        self.group.require_same(lambda: self.fingerprint)
         self.device = pick_device(self.training.device)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -82,7 +83,7 @@ class Run:
         weighting = Weighting.kind(config.row.weighting)
         held_out = self.training.weighting.outer_labels == "held_out"
         if weighting.lowers_outer_loss and held_out:
-            kept = _first_half_of_each_class(labels)
+            kept = first_half_of_each_class(labels)
             if bool(kept.all()):
                 raise ValueError(
                     "training.weighting.outer_labels: held_out needs data.labels_per_class of at "
@@ -137,6 +138,7 @@ class Run:
         self.classifier = self.classifier.to(self.device)
         if start is None:
             fit_to_data(self.classifier, pool)
+            self.group.unify(self.classifier.state_dict())
         else:
             self.classifier.load_state_dict(start)
         self.classifier = self.classifier.to(memory_format=self.batches.layout)
@@ -372,16 +374,22 @@ class Run:
         return {
             "fingerprint": self.fingerprint,
             **{name: getattr(self, name) for name in _NUMBERS},
+            **self._held(),
+            "log": self.log.lines,
+        }
+
+    def _held(self) -> State:
+        """What every process holds, the same bits in each of them."""
+        return {
             **{name: getattr(self, name).state_dict() for name in _PARTS},
             "alignment": None if self.alignment is None else self.alignment.state_dict(),
             "snapshots": self.snapshots,
             "pool_labels": self.pool_labels,
-            "log": self.log.lines,
         }
 
     def save(self) -> None:
         """Write the checkpoint, in the first process; it does not depend on their number."""
-        self.group.require_same(lambda: [getattr(self, name).state_dict() for name in _PARTS])
+        self.group.require_same(self._held)
         self.saved = self.step
         if self.group.first:
             write_state(self.directory / CHECKPOINT, self._state())
@@ -438,12 +446,3 @@ def decay_groups(classifier: Classifier, weight_decay: float) -> list[State]:
         {"params": members, "weight_decay": weight_decay if kernels else 0.0, "rate": rate}
         for (rate, kernels), members in groups.items()
     ]
-
-
-def _first_half_of_each_class(labels: Tensor) -> Tensor:
-    """True for the first ⌈half⌉ of the images of each class, (n,)."""
-    kept = torch.zeros_like(labels, dtype=torch.bool)
-    for label in labels.unique():
-        members = (labels == label).nonzero().squeeze(1)
-        kept[members[: (len(members) + 1) // 2]] = True
-    return kept

@@ -38,7 +38,7 @@ def train_online(
     Returns:
         The run at that step.
     """
-    with algorithms(config.training.deterministic):
+    with algorithms(config.training.deterministic, config.group):
         run = Run(config, data, folder, start, until, earlier)
         progress(run.step)
         last = config.steps if until is None else until

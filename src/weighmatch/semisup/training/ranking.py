@@ -85,13 +85,19 @@ def rank_pool(
         seed: of what is drawn to measure influences.
 
     Returns:
-        The ranking, and what is known after it.
+        The ranking, and what is known after it; those of the first process, in all of them.
 
     Raises:
         FloatingPointError: if a score is not finite.
     """
-    if config.row.judge != "otsu":
-        return _rank_by_head(run, known, data, config, seed)
+    rank = _rank_by_criterion if config.row.judge == "otsu" else _rank_by_head
+    found = rank(run, known, data, config, seed)
+    return config.group.from_first(lambda: found)
+
+
+def _rank_by_criterion(
+    run: TrainedRun, known: Known, data: TrainingSet, config: RunConfig, seed: int
+) -> tuple[Ranking, Known]:
     kind = Weighting.kind(config.row.weighting)
     found = run.score_unchecked(data.plain_pool, pick_device(config.training.device))
     scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
@@ -213,7 +219,9 @@ def fit_head(
         _features(classifier, labelled, views_of),
         _in_batches(classifier, pool, views_of.plain),
     )
-    return seen, fit_to_features(seen, data.has_features, config)
+    head = fit_to_features(seen, data.has_features, config)
+    config.group.unify(head.state_dict())
+    return seen, head
 
 
 def _distinct(data: TrainingSet) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from weighmatch import ray_cluster, ray_engine
 from weighmatch.engine_config import EngineConfig
 from weighmatch.ray_engine import Engine, make_engine
 from weighmatch.semisup.parts.group import GroupError
-from weighmatch.semisup.training.processes import MINUTES
+from weighmatch.semisup.training.place import MINUTES
 from weighmatch.workers import WorkerError, one_thread, portable
 
 T = TypeVar("T")

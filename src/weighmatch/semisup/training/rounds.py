@@ -191,7 +191,7 @@ def _rank(
         )
         return Ranking.from_state(state["ranking"]), known, state["seconds"]
     started = time.perf_counter()
-    with algorithms(config.training.deterministic):
+    with algorithms(config.training.deterministic, config.group):
         known = Known(so_far.kept, so_far.measured, so_far.slopes)
         # FixMatch trained it; the arm's own weighting, as it starts, says what ranks its outputs.
         ranked = replace(trained, config=replace(trained.config, arm=config.arm), weighting={})

@@ -61,6 +61,7 @@ class Fit:
             ValueError: if a label is none of the classes.
         """
         self.config.check_data(data)
+        self.config.group.require_same(lambda: fingerprint(self.config, data))
         finished = self.read(data, folder)
         if finished is not None:
             progress(self.config.first_steps + self.config.steps)

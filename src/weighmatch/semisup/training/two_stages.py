@@ -72,7 +72,7 @@ def _rank(first: TrainedRun, data: TrainingSet, config: RunConfig, folder: Path)
     state = config.group.from_first(lambda: read_if_whole(path, "the pool is ranked again"))
     if state is not None and state["fingerprint"] == run:
         return Ranking.from_state(state["ranking"])
-    with algorithms(config.training.deterministic):
+    with algorithms(config.training.deterministic, config.group):
         known = Known(torch.ones(data.pool_size, dtype=torch.bool), first.pool.measured)
         ranking, _ = rank_pool(first, known, data, config, config.seed)
     if config.group.first:

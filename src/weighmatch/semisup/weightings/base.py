@@ -10,7 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from weighmatch.semisup.config import TrainingConfig
 from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.losses import PseudoLabels, mean_one
 from weighmatch.semisup.parts.networks import Classifier
-from weighmatch.semisup.parts.state_file import State
+from weighmatch.semisup.parts.state_file import State, leaves
 from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams
 from weighmatch.semisup.parts.views import Views
@@ -158,6 +158,7 @@ class Weighting(ABC):
         before = copy.deepcopy(self.state_dict())
         try:
             log = self.update(classifier)
+            self.context.group.unify(self.state_dict())
             if is_finite(self.state_dict()):
                 return log
         except FloatingPointError:
@@ -189,19 +190,10 @@ class Weighting(ABC):
 
 def is_finite(state: State) -> bool:
     """Whether all tensors of nested containers are finite, and no number is NaN."""
-    tensors: list[Tensor] = []
-    waiting: list[Any] = [state]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            if value.is_floating_point() and value.numel():
-                tensors.append(value)
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
-        elif isinstance(value, float) and math.isnan(value):  # a cut may be infinite
-            return False
+    values = list(leaves(state))
+    if any(isinstance(v, float) and math.isnan(v) for v in values):  # a cut may be infinite
+        return False
+    tensors = [v for v in values if isinstance(v, Tensor) and v.is_floating_point() and v.numel()]
     # One number a device tells of all tensors there, so that it is waited for once.
     devices = {tensor.device for tensor in tensors}
     return all(
