@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -271,29 +272,28 @@ cluster.shutdown()
 """
 
 FOUND = """
-import sys
-from pathlib import Path
 from tests.test_workers import square
-from weighmatch import ray_cluster, ray_engine
-ray_cluster.LATEST = Path(sys.argv[1])
+from weighmatch import ray_engine
 print(dict(ray_engine.run_all(square, [(3,)], title="squares", total=3))[0][0])
 """
 
 
 def test_a_cluster_that_asks_for_a_token_gets_it(tmp_path):
-    place = tmp_path / ray_cluster.TOKEN
+    place = tmp_path / ".ray" / "auth_token"
     place.parent.mkdir()
     place.write_text("0" * 64)
-    home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "src:."}
-    home.pop("RAY_ADDRESS", None)
-    guarded, command = {**home, "RAY_AUTH_MODE": "token"}, [sys.executable, "-c", GUARDED]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, env=guarded, **pipes) as cluster:
-        address = next(line for line in cluster.stdout if ":" in line).strip()
-        (tmp_path / "address").write_text(address)
-        command = [sys.executable, "-c", FOUND, tmp_path / "address"]
-        done = subprocess.run(command, env=home, capture_output=True)
-        cluster.stdin.close()
+    # The paths of sockets must not be long.
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
+        home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "src:.", "RAY_TMPDIR": folder}
+        home.pop("RAY_ADDRESS", None)
+        guarded, command = {**home, "RAY_AUTH_MODE": "token"}, [sys.executable, "-c", GUARDED]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        with subprocess.Popen(command, env=guarded, **pipes) as cluster:
+            address = next(line for line in cluster.stdout if ":" in line).strip()
+            Path(folder, ray_cluster.LATEST).write_text(address)
+            command = [sys.executable, "-c", FOUND]
+            done = subprocess.run(command, env=home, capture_output=True)
+            cluster.stdin.close()
     assert done.stdout.strip() == b"9", done.stderr.decode()
 
 

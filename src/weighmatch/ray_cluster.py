@@ -18,11 +18,9 @@ from weighmatch.workers import WorkerError, default_workers
 
 # Bytes of the object store of a cluster that is started here; what is more goes to disk.
 STORE = 2**30
-# Where `ray start` leaves the address of its cluster, and seconds in which that has to answer.
-LATEST, CONNECT_WAIT = Path("/tmp/ray/ray_current_cluster"), 10
-# Where Ray keeps its token, in the home folder, as soon as it has started a cluster: clusters that
-# are begun by `ray start` from then on ask for it.
-TOKEN = Path(".ray", "auth_token")
+# Where Ray leaves the address of its latest cluster, in a folder that one of these may name, and
+# seconds in which that has to answer.
+LATEST, FOLDERS, CONNECT_WAIT = Path("ray", "ray_current_cluster"), ("RAY_TMPDIR", "TMPDIR"), 10
 # Read by Ray when it is imported: workers keep the environment that the driver has, nothing is
 # reported to anybody, a task without a GPU sees none, and none has a lower priority than others.
 ENVIRONMENT = {
@@ -67,16 +65,13 @@ def begin_to_connect() -> None:
 def _connect() -> Any:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    address = _find_address()
-    # What Ray itself does where it finds the address. Where one is given, the user has to say it.
-    if not os.environ.get("RAY_ADDRESS") and Path.home().joinpath(TOKEN).exists():
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
     if ray.is_initialized():
         return ray
     # Workers that end are told of here; Ray has no switch for its own words about them.
     ray._private.worker.print_to_stdstream = lambda *_, **__: None
+    address = _find_address()
     own: Any = {
         "num_cpus": default_workers(),
         "object_store_memory": STORE,
@@ -109,8 +104,11 @@ def _find_address() -> str:
             f"no cluster of Ray answers at RAY_ADDRESS {given}; start one with `ray start --head`, "
             "or unset RAY_ADDRESS, so that one is started on this machine"
         )
-    left = LATEST.read_text("utf-8").strip() if LATEST.exists() else ""
-    return given or (left if left and _answers(left) else "local")
+    folder = next((os.environ[name] for name in FOLDERS if name in os.environ), "/tmp")
+    latest = Path(folder, LATEST)
+    left = latest.read_text("utf-8").strip() if latest.exists() else ""
+    # Ray finds the same address, and sends its token if the cluster may ask for it.
+    return given or ("auto" if left and _answers(left) else "local")
 
 
 def _answers(address: str) -> bool:
