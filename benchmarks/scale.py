@@ -32,13 +32,12 @@ NETWORK = 50e9
 FEATURE_BYTES, ROW_BYTES = 2 * 1280, 120
 # Assumed: bytes a second of one disk or network file system, into which everything is gathered.
 GATHERED_PER_SECOND = 1e9
-# What the machine of the command does alone, measured by `benchmarks.ranking`: files that it lists
-# and rows that it merges in a second, and shards of so many images that it hands out.
-LISTED_PER_SECOND, MERGED_PER_SECOND, SHARD = 57_000.0, 45_000.0, 1024
-SHARDS_PER_SECOND = 25.0
-# Measured by `benchmarks.two_nodes`: seconds until a worker's first task and of handing out a task,
-# and the standard deviation of the logarithm of a run's time.
-START, DISPATCH, SPREAD = 2.4, 0.04, 0.1
+# What the machine of the command does alone, measured by `benchmarks.ranking`: files that it lists,
+# rows that it merges and tasks that it hands out in a second. A shard has about so many images.
+LISTED_PER_SECOND, MERGED_PER_SECOND, TASKS_PER_SECOND, SHARD = 29_000.0, 74_000.0, 104.0, 900
+# Measured by `benchmarks.two_nodes`: seconds until a worker's first task, and the standard
+# deviation of the logarithm of a run's time.
+START, SPREAD = 4.4, 0.04
 # Ray's defaults: a machine that says nothing is lost after five checks, three seconds apart, of
 # which each waits for ten seconds.
 DETECT = 5 * 13.0
@@ -82,7 +81,7 @@ def pile_seconds(pile: Pile, machine: Machine, count: int) -> dict[str, float]:
         "listing": pile.images / LISTED_PER_SECOND,
         "decoding": decoding,
         "features": features,
-        "handing out": pile.images / SHARD / SHARDS_PER_SECOND,
+        "handing out": pile.images / SHARD / TASKS_PER_SECOND,
         "gathering": pile.images * size / GATHERED_PER_SECOND,
         "merging": 0.0 if pile.stored else pile.images / MERGED_PER_SECOND,
     }
@@ -247,7 +246,7 @@ def costs() -> list[list[str]]:
     return rows
 
 
-BASE = Cluster(8, 8, START, DISPATCH, DETECT, SPREAD, 60, repair=600)
+BASE = Cluster(8, 8, START, 1 / TASKS_PER_SECOND, DETECT, SPREAD, 60, repair=600)
 
 
 def failures() -> list[list[str]]:
@@ -282,7 +281,7 @@ def delays() -> list[list[str]]:
     for nodes in (1, 8, 100):
         for task in (1.0, 60.0, 3600.0):
             row = [f"{nodes} × 8", say(task)]
-            for dispatch, slowness in ((DISPATCH, 0.0), (0.0, SPREAD), (0.0, 1.0)):
+            for dispatch, slowness in ((1 / TASKS_PER_SECOND, 0.0), (0.0, SPREAD), (0.0, 1.0)):
                 cluster = Cluster(nodes, 8, dispatch=dispatch, spread=slowness)
                 found = [simulate([task] * (80 * nodes), cluster, seed).busy for seed in range(5)]
                 row.append(f"{100 * (1 - np.mean(found)):.0f} %")

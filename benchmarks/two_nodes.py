@@ -15,6 +15,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -37,37 +38,50 @@ DEATH, NAP = 12.0, 6.0
 # Naps whose handing out is timed, and their seconds.
 SHORT_NAPS, SHORT_NAP = 40, 0.1
 # Runs of each kind that are timed.
-TRIED = 4
+TRIED = 8
 SIMULATIONS = 20
 
 
-def nap(seconds: float, progress: Callable[[float], None]) -> tuple[float, float]:
-    """A task that only waits; when it began and ended, in seconds of the machine's clock."""
+@dataclass(frozen=True)
+class Done:
+    """A task that is done.
+
+    Attributes:
+        began: when, in seconds.
+        ended: when, in seconds.
+        worker: the process that did it.
+    """
+
+    began: float
+    ended: float
+    worker: int = field(default_factory=os.getpid)
+
+
+def nap(seconds: float, progress: Callable[[float], None]) -> Done:
+    """A task that only waits."""
     began = time.time()
     time.sleep(seconds)
     progress(1)
-    return began, time.time()
+    return Done(began, time.time())
 
 
-def train(
-    seed: int, steps: int, data: TrainingSet, progress: Callable[[float], None]
-) -> tuple[float, float]:
-    """A task that trains a run from its start; when it began and ended."""
+def train(seed: int, steps: int, data: TrainingSet, progress: Callable[[float], None]) -> Done:
+    """A task that trains a run from its start."""
     began = time.time()
     training = TrainingConfig(device="cpu", snapshots=1)
     config = RunConfig("fixmatch", seed, steps, data.classes, training)
     with TemporaryDirectory() as folder:
         make_schedule(config).fit(data, Path(folder))
     progress(1)
-    return began, time.time()
+    return Done(began, time.time())
 
 
 def measured(
-    function: Callable[..., tuple[float, float]],
+    function: Callable[..., Done],
     jobs: Sequence[tuple[Any, ...]],
     death: float | None = None,
-) -> tuple[float, list[tuple[float, float]]]:
-    """Seconds until all tasks are done on two nodes, and when each of them began and ended.
+) -> tuple[float, list[Done]]:
+    """Seconds until all tasks are done on two nodes, and the tasks by the time of their beginning.
 
     Args:
         function: the task.
@@ -88,13 +102,13 @@ def measured(
         timer = threading.Timer(death, cluster.remove_node, (other,))
         timer.start()
     answers = run_all(function, jobs, title="tasks", total=len(jobs))
-    times = [(start - began, end - began) for _, (start, end) in answers]
+    tasks = [Done(one.began - began, one.ended - began, one.worker) for _, one in answers]
     seconds = time.time() - began
     if timer is not None:
         timer.join()
     ray.shutdown()
     cluster.shutdown()
-    return seconds, times
+    return seconds, sorted(tasks, key=lambda one: one.began)
 
 
 def main() -> None:
@@ -108,21 +122,25 @@ def main() -> None:
     splits = source.draw(source.load(config), config, 0)
     assert splits.pool is not None
     data = TrainingSet(splits.labelled_images, splits.labels, splits.pool.images)
-    naps, times = measured(nap, [(NAP,)] * 2)
-    start = float(np.median([first for first, _ in times]))
+    naps, tasks = measured(nap, [(NAP,)] * 2)
+    start = float(np.median([one.began for one in tasks]))
     dead, _ = measured(nap, [(NAP,)] * 2, death=start + NAP / 2)
     # Both nodes began their naps at `start`; the lost one was begun again on the other node, which
     # was free after its own nap.
     noticed = dead - max(start + NAP / 2, naps) - NAP
-    _, times = measured(nap, [(SHORT_NAP,)] * SHORT_NAPS)
-    last = max(end for _, end in times) - min(first for first, _ in times)
+    _, tasks = measured(nap, [(SHORT_NAP,)] * SHORT_NAPS)
+    last = max(one.ended for one in tasks) - tasks[0].began
     dispatch = last * 2 / SHORT_NAPS - SHORT_NAP
-    seconds, slowness = {}, []
+    seconds, slowness, cold = {}, [], []
     for steps in (STEPS // 4, STEPS // 2):
-        _, times = measured(train, [(seed, steps, data) for seed in range(TRIED)])
-        lengths = np.log([end - first for first, end in times])
+        _, tasks = measured(train, [(seed, steps, data) for seed in range(TRIED)])
+        # The first run of a worker waits until all is imported.
+        first = {one.worker: one for one in reversed(tasks)}.values()
+        lengths = np.log([one.ended - one.began for one in tasks if one not in first])
         seconds[steps] = float(np.exp(lengths.mean()))
         slowness += (lengths - lengths.mean()).tolist()
+        cold += [one.ended - one.began - seconds[steps] for one in first]
+    start += float(np.mean(cold))
     # A run needs some time to begin with, and then each step takes as long as another.
     predicted = seconds[STEPS // 4] + 3 * (seconds[STEPS // 2] - seconds[STEPS // 4])
     cluster = Cluster(
@@ -147,8 +165,8 @@ def main() -> None:
     print(
         f"{runs} runs of {STEPS} steps, {predicted:.1f} s each by runs of {STEPS // 4} and "
         f"{STEPS // 2} steps, which vary by a factor of {np.exp(cluster.spread):.2f}. A worker "
-        f"starts in {cluster.start:.1f} s, a task is handed out in {cluster.dispatch:.3f} s, and a "
-        f"death is noticed after {cluster.detect:.1f} s."
+        f"starts and imports in {cluster.start:.1f} s, a task is handed out in "
+        f"{cluster.dispatch:.3f} s, and a death is noticed after {cluster.detect:.1f} s."
     )
     print(conditions(["torch", "ray", "simpy"]))
 
