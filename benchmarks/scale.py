@@ -193,6 +193,8 @@ MACHINES = {
 
 def say(seconds: float) -> str:
     """A time as people say it."""
+    if not seconds:
+        return "0 s"
     for size, name in ((86_400.0, "days"), (3600.0, "h"), (60.0, "min")):
         if seconds >= 2 * size:
             return f"{seconds / size:.1f} {name}"
@@ -220,12 +222,12 @@ def trainings() -> list[list[str]]:
     for pool in (1e6, 1e8, 1e9):
         passes = [one.pass_seconds(pool) for one in groups]
         rows.append([f"a pass over {pool:,.0f} images", *(say(sum(p.values())) for p in passes)])
-    shares = [f"{p['sums'] / sum(p.values()):.0%}" for p in passes]
+    shares = [f"{100 * p['sums'] / sum(p.values()):.0f} %" for p in passes]
     rows.append(["of it, sums of gradients", *shares])
     rows.append(["a ranking of 1,000,000,000", *(say(one.ranking_seconds(1e9)) for one in groups)])
     arbiters = [one.arbiter_seconds() for one in groups]
     rows.append(["the arbiter, in a round", *(say(sum(a.values())) for a in arbiters)])
-    shares = [f"{a['sums'] / sum(a.values()):.0%}" for a in arbiters]
+    shares = [f"{100 * a['sums'] / sum(a.values()):.0f} %" for a in arbiters]
     return [*rows, ["of it, sums of products", *shares]]
 
 

@@ -63,11 +63,13 @@ def test_machines_share_what_is_not_done_by_one_of_them():
     assert one["decoding"] == pytest.approx(3000 * many["decoding"])
     assert one["merging"] == many["merging"]
     between = whole_seconds(one, gpu) - one["listing"] - one["merging"]
-    assert between == one["decoding"] > one["features"]
+    assert between == pytest.approx(one["decoding"])
+    assert one["decoding"] > one["features"]
     between = whole_seconds(many, gpu) - many["listing"] - many["merging"]
     assert between == pytest.approx(many["handing out"])
     slow = pile_seconds(Pile(1e6, 2, stored=True), cores, 1)
-    assert whole_seconds(slow, cores) - slow["listing"] == slow["decoding"] + slow["features"]
+    between = whole_seconds(slow, cores) - slow["listing"]
+    assert between == pytest.approx(slow["decoding"] + slow["features"])
 
 
 def test_only_the_gradients_of_a_run_are_divided_by_its_gpus():
@@ -86,6 +88,7 @@ def test_only_rankings_grow_with_the_pool():
 
 
 def test_times_are_said_in_units_that_people_use():
+    assert say(0.0) == "0 s"
     assert [say(x) for x in (0.01, 1.0, 200.0, 8000.0, 1e6)] == [
         "10.0 ms",
         "1.0 s",
