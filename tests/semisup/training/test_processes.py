@@ -271,7 +271,10 @@ def test_what_each_process_fits_by_itself_is_that_of_the_first(training_set, run
         "inlier": run_config("inlier", steps=20),
     }
     planned = [Job(name, "seed_0", config, training_set, 1.0) for name, config in configs.items()]
-    call_in_two(fit_with_noise, [*planned, on_features(run_config)[0]], tmp_path)
+    planned.append(on_features(run_config)[0])
+    call_in_two(fit_with_noise, planned, tmp_path)
+    # Both of them found the same at the end of each run.
+    assert all((tmp_path / job.name / "run.pt").exists() for job in planned)
 
 
 def test_several_processes_use_repeatable_algorithms_where_there_are_any():
