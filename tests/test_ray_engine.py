@@ -202,6 +202,7 @@ def test_the_bar_moves_while_a_job_is_under_way(runner, nodes, tmp_path, monkeyp
     assert dict(found) == {0: True}
 
 
+@pytest.mark.slow
 def test_a_pool_is_given_its_jobs_in_waves(nodes, monkeypatch):
     monkeypatch.setattr(ray_engine, "WAVE", 2)
     jobs = [(number,) for number in range(3)]

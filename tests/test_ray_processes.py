@@ -98,7 +98,8 @@ def train_and_die(rank, job, folder, kept, ends, mark, team, progress):
     return _train(job, folder, kept, ends, mark, team, tell)
 
 
-@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_worker_ends_all_and_one_process_goes_on(
     rank, training_set, run_config, tmp_path, monkeypatch
 ):

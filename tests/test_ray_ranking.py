@@ -62,6 +62,7 @@ def score_some(folder, number, progress):
     return score_shard(folder, number, progress)
 
 
+@pytest.mark.slow
 def test_a_ranking_of_containers_goes_on_where_it_was(nodes, run, folder, tmp_path, monkeypatch):
     contents = [picture(seed)[1] for seed in range(60)]
     write_tar(folder / "x.tar", [(f"{k}.png", contents[k]) for k in range(30)])

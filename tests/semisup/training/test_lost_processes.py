@@ -211,7 +211,7 @@ def test_under_torchrun_one_process_tells(made, told, tmp_path):
     assert re.match(f"Error: ({told})", sentence)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_a_restart_by_torchrun_knows_nothing_of_the_attempt_before(tmp_path):
     options = ["--max-restarts", "1", "--rdzv-backend", "static", "--nnodes", "1"]
     options += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
