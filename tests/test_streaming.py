@@ -267,11 +267,13 @@ def test_a_folder_without_an_image_is_one_sentence(run, tmp_path):
     with pytest.raises(ToldError, match=r"nowhere does not exist; give the folder that holds"):
         rank_folder(run, tmp_path / "nowhere", tmp_path / "out")
     (tmp_path / "none" / ".DS_Store").touch()
-    with pytest.raises(ToldError, match=r"an image: a file of the operating .* \(so of 1 files"):
+    with pytest.raises(
+        ToldError, match=r"an image; this is said of .DS_Store: a file of the operating "
+    ):
         rank_folder(run, tmp_path / "none", tmp_path / "out")
     for name in "ab":
         (tmp_path / "none" / f"{name}.png").write_text("no image")
-    why = r"it is a text file, not an image \(so of 2 files, such as a.png\); give another folder$"
+    why = r"said of a.png and of 1 more: it is a text file, not an image; give another folder$"
     dataset = FolderDataset(str(tmp_path / "out"))
     with pytest.raises(DatasetError) as caught:
         dataset.save(lambda place: rank_folder(run, tmp_path / "none", place, workers=1))

@@ -182,5 +182,9 @@ def require_some(base: sqlite3.Connection, table: str, root: str | Path) -> int:
     found = base.execute(
         "SELECT reason, COUNT(*), MIN(path) FROM rejected GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 1"
     ).fetchone()
-    why = f": {found[0]} (so of {found[1]} files, such as {found[2]})" if found else ""
+    why = ""
+    if found:
+        reason, times, path = found
+        more = f" and of {times - 1} more" if times > 1 else ""
+        why = f"; this is said of {path}{more}: {reason}"
     raise NoImageError(f"no file in {root} can be used as an image{why}; give another folder")
