@@ -202,6 +202,18 @@ def test_the_bar_moves_while_a_job_is_under_way(runner, nodes, tmp_path, monkeyp
     assert dict(found) == {0: True}
 
 
+def test_progress_that_cannot_be_noted_ends_no_job(nodes, monkeypatch):
+    def fail():
+        raise ConnectionError("the store is gone")
+
+    monkeypatch.setattr(ray_engine, "_notes", fail)
+    monkeypatch.setattr(ray_engine, "REPORT_INTERVAL", -1)
+    monkeypatch.setattr(ray_engine, "LOOK_INTERVAL", 0.01)
+    ray_engine._Report("a job").add(1)
+    answers = dict(ray_engine.run_all(square, [(3,)], title="squares", total=3))
+    assert answers[0][0] == 9
+
+
 @pytest.mark.slow
 def test_a_pool_is_given_its_jobs_in_waves(nodes, monkeypatch):
     monkeypatch.setattr(ray_engine, "WAVE", 2)

@@ -11,6 +11,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, Self, TypeVar
@@ -278,7 +279,10 @@ def _notes() -> Any:
 
 
 class _Report:
-    """Adds up the progress of a job and notes it now and then, from the start of this attempt."""
+    """Adds up the progress of a job and notes it now and then, from the start of this attempt.
+
+    That it cannot be noted, or read, for a while ends no job.
+    """
 
     def __init__(self, key: str) -> None:
         self.key = key
@@ -287,7 +291,8 @@ class _Report:
     def add(self, units: float) -> None:
         self.units += units
         if time.monotonic() - self.sent > REPORT_INTERVAL:
-            _notes()._internal_kv_put(self.key, str(self.units))
+            with suppress(Exception):
+                _notes()._internal_kv_put(self.key, str(self.units))
             self.sent = time.monotonic()
 
 
@@ -308,8 +313,9 @@ class _Progress:
 
     def __exit__(self, *_: object) -> None:
         self._ended.set()
-        self._thread.join()
-        _notes()._internal_kv_del(self.name, del_by_prefix=True)
+        self._thread.join(CANCEL_WAIT)
+        with suppress(Exception):
+            _notes()._internal_kv_del(self.name, del_by_prefix=True)
 
     def key(self, position: int) -> str:
         """Where a job notes how far it is."""
@@ -318,12 +324,13 @@ class _Progress:
     def set(self, position: int, units: float) -> None:
         """Say how far a job is that has ended, or that begins again: 0."""
         with self._lock:
-            _notes()._internal_kv_del(self.key(position))
+            with suppress(Exception):
+                _notes()._internal_kv_del(self.key(position))
             self._move(position, units)
 
     def _follow(self) -> None:
         while not self._ended.wait(LOOK_INTERVAL):
-            with self._lock:
+            with self._lock, suppress(Exception):
                 for key in _notes()._internal_kv_list(f"{self.name}/"):
                     note = _notes()._internal_kv_get(key)
                     if note is not None:
