@@ -3,7 +3,8 @@
 python -m benchmarks.processes [--turns 3]
 
 A step of N processes is predicted as a step of one process on an N-th of the batch, and a sum of
-all gradients over the processes. Prints it beside what was measured. Each time is that of a run of
+all gradients over the processes. Prints it beside what was measured, and what it costs that each
+process holds a part of the pool (`training.pool_memory=sharded`). Each time is that of a run of
 some steps less that of a run of fewer, so that starting and ending does not count.
 """
 
@@ -50,6 +51,10 @@ class Case:
         """The same with half of the batch."""
         half = replace(self.training, batch_size=self.training.batch_size // 2)
         return replace(self, training=half)
+
+    def sharded(self) -> "Case":
+        """The same where each process holds a part of the pool."""
+        return replace(self, training=replace(self.training, pool_memory="sharded"))
 
     def parameters(self) -> Tensor:
         """All parameters in one tensor."""
@@ -105,11 +110,12 @@ def main() -> None:
     turns = parser.parse_args().turns
     rows = []
     for case in cases():
-        one, two, predicted = [], [], []
+        one, two, predicted, sharded = [], [], [], []
         for _ in range(turns):
             one.append(seconds_a_step(case, 1))
             predicted.append(seconds_a_step(case.halved(), 1) + seconds_a_sum(case.parameters()))
             two.append(seconds_a_step(case, 2))
+            sharded.append(seconds_a_step(case.sharded(), 2))
         rows.append(
             [
                 case.name,
@@ -117,9 +123,11 @@ def main() -> None:
                 f"{1e3 * statistics.median(one):.1f}",
                 spread([a / b for a, b in zip(one, predicted, strict=True)]),
                 spread([a / b for a, b in zip(one, two, strict=True)]),
+                spread([a / b for a, b in zip(sharded, two, strict=True)]),
             ]
         )
-    header = ["what", "batch", "a step of one process, ms", "speed-up predicted", "measured"]
+    measured = ["speed-up predicted", "measured", "sharded / shared pool"]
+    header = ["what", "batch", "a step of one process, ms", *measured]
     print("\n".join(markdown(header, rows)), end="\n\n")
     print(conditions(["torch"]))
 

@@ -19,6 +19,7 @@ from weighmatch.engine_config import EngineConfig
 from weighmatch.extras import family_of, require_backbone, require_packages
 
 SolverName = Literal["identity", "neumann", "conjugate_gradient"]
+PoolMemory = Literal["auto", "device", "sharded", "host"]
 # RandAugment's operations as FixMatch uses them (Sohn et al., 2020, table 12).
 OPERATIONS = (
     "identity",
@@ -275,8 +276,8 @@ class TrainingConfig:
         channels_last: whether images and kernels lie in memory with channels last.
         compile: whether `torch.compile` prepares the classifier; its minute or so counts.
         deterministic: whether only repeatable algorithms are used on a GPU.
-        pool_memory: where the pool lies: "device", "host" (streamed through pinned memory), or
-            "auto": on the GPU if it takes no more than a quarter of what is free there.
+        pool_memory: "device", "sharded" (a part on the device of each process), "host" (pinned), or
+            "auto": the first of them that takes at most a quarter of a GPU's free memory.
         augmentation: see `AugmentationConfig`.
         features: see `FeaturesConfig`.
         weighting: see `WeightingConfig`.
@@ -306,7 +307,7 @@ class TrainingConfig:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
-    pool_memory: Literal["auto", "device", "host"] = "auto"
+    pool_memory: PoolMemory = "auto"
     augmentation: AugmentationConfig = field(default_factory=AugmentationConfig)
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     weighting: WeightingConfig = field(default_factory=WeightingConfig)
@@ -332,7 +333,7 @@ class TrainingConfig:
         require_number("training.ema", self.ema, 0, 1)
         require_choice("training.device", self.device, ("auto", "cpu", "cuda"))
         require_choice("training.precision", self.precision, ("float32", "bfloat16", "float64"))
-        require_choice("training.pool_memory", self.pool_memory, ("auto", "device", "host"))
+        require_choice("training.pool_memory", self.pool_memory, get_args(PoolMemory))
         for name in ("distribution_alignment", "channels_last", "compile", "deterministic"):
             require_boolean(f"training.{name}", getattr(self, name))
 
@@ -340,8 +341,7 @@ class TrainingConfig:
         """Require that the network, its weights and what is trained of it fit."""
         if not isinstance(self.weights, str) or not self.weights:
             raise ValueError(
-                "training.weights must be none, packaged, DEFAULT or the path of a state dict, got "
-                f"{self.weights!r}"
+                f"training.weights must be none, packaged, DEFAULT or a path, got {self.weights!r}"
             )
         require_choice("training.fine_tune", self.fine_tune, ("none", "last", "all"))
         if self.weights != "none":

@@ -116,6 +116,7 @@ def assert_equal_files(job, one, other):
 def test_two_processes_train_what_one_does(training_set, run_config, tmp_path):
     learned = doubled("learned", run_config(steps=50, distribution_alignment=True), training_set)
     rounds = doubled("rounds", run_config(steps=50, schedule="rounds", rounds=2), training_set)
+    sharded = doubled("sharded", run_config(steps=50, pool_memory="sharded"), training_set)
     # What one process has begun two go on with.
     resumed = doubled("resumed", run_config(steps=120), training_set)
     folder = resumed.folder(tmp_path / "all")
@@ -127,7 +128,7 @@ def test_two_processes_train_what_one_does(training_set, run_config, tmp_path):
         team.also(hypergradient, learned, tmp_path / "b")
         found.update(hypergradient(learned, tmp_path / "b", team.group))
 
-    assert_all_are_one([learned, rounds, resumed], tmp_path, measure)
+    assert_all_are_one([learned, rounds, sharded, resumed], tmp_path, measure)
     expected = hypergradient(learned, tmp_path / "a")
     assert all(bool(tensor.any()) for tensor in expected["hypergradient"])
     assert_close(expected, found)
@@ -146,7 +147,13 @@ def test_two_processes_train_other_arms_as_one_does(training_set, run_config, tm
         },
     }
     planned = [doubled(name, config, training_set) for name, config in configs.items()]
-    assert_all_are_one([*planned, *on_features(run_config)], tmp_path)
+    planned += on_features(run_config)
+    training = [replace(job.config.training, pool_memory="sharded") for job in planned]
+    planned += [
+        replace(job, name=f"{job.name}-sharded", config=replace(job.config, training=each))
+        for job, each in zip(planned, training, strict=True)
+    ]
+    assert_all_are_one(planned, tmp_path)
 
 
 @pytest.mark.slow
@@ -179,7 +186,9 @@ def test_two_processes_with_a_gpu_train_what_one_does(training_set, run_config, 
     """Where there is one GPU they share it."""
     online = run_config(steps=50, device="cuda")
     rounds = run_config(steps=50, schedule="rounds", rounds=2, device="cuda")
-    planned = [doubled("online", online, training_set), doubled("rounds", rounds, training_set)]
+    sharded = run_config(steps=50, device="cuda", pool_memory="sharded")
+    configs = {"online": online, "rounds": rounds, "sharded": sharded}
+    planned = [doubled(name, config, training_set) for name, config in configs.items()]
     assert_all_are_one(planned, tmp_path, device="cuda")
 
 
@@ -209,6 +218,34 @@ def train_by_two(job, folder, progress):
     with together(2, "cpu") as team:
         team.also(_fit, job, folder)
         _fit(job, folder, team.group, progress)
+
+
+def hold_a_part(job, group):
+    """Fail unless this process holds half of the images, and gives out all that it is asked for."""
+    for kept in (np.arange(job.data.pool_size) > -1, np.arange(job.data.pool_size) % 3 > 0):
+        data = job.data.select(kept)
+        store = data.store(torch.device("cpu"), "sharded", group)
+        assert abs(store.held - len(store) / 2) < 1
+        # Each process asks for others, and for other numbers of them.
+        asked = torch.arange(len(store) - 1, -1, -1 - group.rank).repeat(2)
+        assert torch.equal(store[asked], torch.from_numpy(data.pool_images(asked.numpy())))
+        assert len(store[asked[:0]]) == 0
+        if data.has_features:
+            views = asked % store.shape[1]
+            expected = data.pool_images(asked.numpy())[np.arange(len(asked)), views.numpy()]
+            assert torch.equal(store.view(asked, views), torch.from_numpy(expected))
+
+
+@pytest.mark.integration
+def test_processes_share_out_a_pool_and_give_one_another_its_images(training_set, run_config):
+    images = Job("images", "seed_0", run_config(), training_set, 1.0)
+    with together(2, "cpu") as team:
+        for job in (images, on_features(run_config)[0]):
+            team.also(hold_a_part, job)
+            hold_a_part(job, team.group)
+        team.also(disagree)
+        with pytest.raises(DisagreementError):  # all have come so far
+            disagree(team.group)
 
 
 def disagree(group):

@@ -6,6 +6,7 @@ all of them. So all processes hold the same parameters at every step, and a run 
 their number but for the order of sums.
 """
 
+import os
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -42,9 +43,10 @@ class Group:
     Attributes:
         rank: the number of this process, from 0.
         size: the number of processes.
+        spread: whether they are on several machines.
     """
 
-    rank, size = 0, 1
+    rank, size, spread = 0, 1, False
 
     @property
     def first(self) -> bool:
@@ -78,6 +80,16 @@ class Group:
         """What `function` gives for each of the items (n, …), where each process does its share."""
         return function(items)
 
+    def fetch(self, held: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        """Rows (n, …) that processes hold, on the device of those that this one holds.
+
+        Args:
+            held: the rows of this process, (m, …).
+            owners: the process that holds each of the rows to fetch, (n,).
+            places: where it lies among the rows of that process, (n,).
+        """
+        return held.index_select(0, places.to(held.device))
+
     def from_first(self, function: Callable[[], T]) -> T:
         """What `function` gives in the first process, in all of them; the others do not call it."""
         return function()
@@ -104,6 +116,8 @@ class Processes(Group):
 
     def __init__(self, minutes: float) -> None:
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
+        # Set by torchrun and by Ray Train: how many of them are on this machine.
+        self.spread = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) < self.size
         self._minutes = minutes
 
     def rows(self, count: int, times: int = 1) -> Rows:
@@ -157,6 +171,25 @@ class Processes(Group):
         if len(items) < self.size:  # a network may know no batch without an image
             return function(items)
         return self.gather(function(items[self.rank :: self.size]))
+
+    def fetch(self, held: Tensor, owners: Tensor, places: Tensor) -> Tensor:
+        order = owners.argsort(stable=True)
+        asked = owners.bincount(minlength=self.size)
+        due = self._exchange(asked, [1] * self.size, [1] * self.size, held.device)
+        mine, theirs = asked.tolist(), due.tolist()
+        wanted = self._exchange(places[order], theirs, mine, held.device)
+        found = self._exchange(held.index_select(0, wanted), mine, theirs, held.device)
+        return torch.empty_like(found).index_copy_(0, order.to(found.device), found)
+
+    def _exchange(
+        self, rows: Tensor, receive: list[int], send: list[int], device: torch.device
+    ) -> Tensor:
+        """Send so many rows (n, …) to each process in turn, and receive so many of each."""
+        sent = rows.to(device).contiguous()
+        found = sent.new_empty(sum(receive), *rows.shape[1:])
+        with self._together():
+            dist.all_to_all_single(found, sent, receive, send)
+        return found
 
     def from_first(self, function: Callable[[], T]) -> T:
         found: Any = function() if self.first else None

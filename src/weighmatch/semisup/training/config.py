@@ -5,7 +5,7 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -17,11 +17,11 @@ from torch import Tensor
 
 from weighmatch.arms import SCHEDULES, Arm, Schedule, get_arm
 from weighmatch.checks import require_choice, require_images, require_integer
-from weighmatch.semisup.config import TrainingConfig
+from weighmatch.semisup.config import PoolMemory, TrainingConfig
 from weighmatch.semisup.parts.backbones import load_backbone
 from weighmatch.semisup.parts.group import ALONE, Group
 from weighmatch.semisup.parts.state_file import State
-from weighmatch.semisup.parts.store import Stored
+from weighmatch.semisup.parts.store import ImageStore, Stored
 from weighmatch.semisup.training.code import training_code
 
 
@@ -118,13 +118,23 @@ class TrainingSet:
 
     @property
     def plain_pool(self) -> Stored:
-        """The pool's images as they are, or the features of these, (n, 1, width).
+        """The pool's images as they are, or the features of these, (N, 1, width).
 
-        It is a copy only where the pool is a part of what is stored.
+        It is a copy where the pool is a part of what is stored.
         """
+        return next(self.parts(self.pool_size))
+
+    def parts(self, size: int) -> Iterator[Stored]:
+        """The pool's images as they are, or the features of these, at most `size` at a time."""
         stored = self.unlabelled_images
         plain = stored[:, :1] if self.has_features else stored
-        return plain if self.rows is None else plain[self.rows]
+        for start in range(0, self.pool_size, size):
+            part = slice(start, start + size)
+            yield plain[part if self.rows is None else self.rows[part]]
+
+    def store(self, device: torch.device, memory: PoolMemory, group: Group) -> ImageStore:
+        """The pool as batches are drawn from it; see `ImageStore`."""
+        return ImageStore(self.unlabelled_images, device, memory, self.rows, group)
 
     def pool_images(self, positions: NDArray[np.int64]) -> Stored:
         """What is stored of some images of the pool, whose positions are (n,)."""

@@ -91,7 +91,7 @@ class Run:
                 )
             outer = (labelled[~kept], labels[~kept])
             labelled, labels = labelled[kept], labels[kept]
-        pool = ImageStore(data.unlabelled_images, self.device, self.training.pool_memory, data.rows)
+        pool = data.store(self.device, self.training.pool_memory, self.group)
         views = make_views(self.training)
         self.with_pool = config.row.pool != "none"
         self.batches = Batches(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.semisup.parts.store import ImageStore
 from weighmatch.semisup.parts.streams import Streams, derive_seed
 from weighmatch.semisup.parts.views import make_views
 from weighmatch.semisup.training.config import RunConfig, TrainingSet, pick_device
@@ -50,7 +49,7 @@ def measure_pool(
         labelled,
         labels,
         (labelled, labels),
-        ImageStore(data.unlabelled_images, device, training.pool_memory, data.rows),
+        data.store(device, training.pool_memory, config.group),
         config.classes,
         make_views(training),
         training,

@@ -99,10 +99,16 @@ def _rank_by_criterion(
     run: TrainedRun, known: Known, data: TrainingSet, config: RunConfig, seed: int
 ) -> tuple[Ranking, Known]:
     kind = Weighting.kind(config.row.weighting)
-    found = run.score_unchecked(data.plain_pool, pick_device(config.training.device))
-    scores, cut = _criterion(kind, run, torch.from_numpy(found.scores).float())
+    device = pick_device(config.training.device)
+
+    def score(images: Stored) -> Tensor:
+        found = run.score_unchecked(images, device)
+        return torch.from_numpy(np.stack([found.scores, found.probabilities.argmax(axis=1)], 1))
+
+    found = torch.cat([config.group.divide(score, part) for part in data.parts(HEAD_BATCH)])
+    scores, cut = _criterion(kind, run, found[:, 0].float())
     _require_finite(scores)
-    classes = torch.from_numpy(found.probabilities.argmax(axis=1))
+    classes = found[:, 1].long()
     decision = decide_by_cut(scores, classes, config.classes, cut)
     return Ranking(scores, decision.cut, decision.kept, None), known
 
@@ -111,14 +117,13 @@ def _rank_by_head(
     run: TrainedRun, known: Known, data: TrainingSet, config: RunConfig, seed: int
 ) -> tuple[Ranking, Known]:
     classifier = on_device(run.classifier, pick_device(config.training.device))
-    views, pool = make_views(config.training), data.plain_pool
+    views = make_views(config.training)
     seen, head = fit_head(classifier, data, config)
     classes, likely, found = [], [], []
     with torch.no_grad():
-        for start in range(0, len(pool), HEAD_BATCH):  # features of all would fill the memory
+        for part in data.parts(HEAD_BATCH):  # features of all would fill the memory
             features = config.group.divide(
-                lambda images: _features(classifier, images, views),
-                pool[start : start + HEAD_BATCH],
+                lambda images: _features(classifier, images, views), part
             )
             classes.append(run.classifier.head(features).argmax(dim=1))
             likely.append(torch.sigmoid(head.parts(features)[:, 0]))
@@ -175,8 +180,8 @@ def record_kept(
     snapshots = []
     for step, run, kept in stages:
         device = pick_device(run.config.training.device)
-        classify = partial(run.classify, device=device)
-        found = run.config.group.divide(classify, data.plain_pool)
+        classify, divide = partial(run.classify, device=device), run.config.group.divide
+        found = torch.cat([divide(classify, part) for part in data.parts(HEAD_BATCH)])
         confidence, labels = found.max(dim=1)
         snapshots.append((step, mean_one(kept.float()), confidence))
     return History.of(snapshots), labels
@@ -266,16 +271,16 @@ def rank_early(data: TrainingSet) -> Tensor:
         data: of stored features.
     """
     classifier = FeatureClassifier(data.unlabelled_images.shape[2], data.classes)
-    pool = as_tensor(data.plain_pool)
-    classifier.trunk.fit(pool[:MAX_HEAD_IMAGES, 0].float())
-    norm = nn.LayerNorm(pool.shape[2], elementwise_affine=False)
+    first = as_tensor(next(data.parts(MAX_HEAD_IMAGES)))[:, 0].float()
+    classifier.trunk.fit(first)
+    norm = nn.LayerNorm(first.shape[1], elementwise_affine=False)
     labelled = as_tensor(data.labelled_images)[:, 0].float()
-    nearness = Nearness(pool.shape[2], data.classes)
+    nearness = Nearness(first.shape[1], data.classes)
     with torch.no_grad():
-        sample = norm(classifier.trunk(pool[:MAX_HEAD_IMAGES, 0].float()))
+        sample = norm(classifier.trunk(first))
         nearness.fit(norm(classifier.trunk(labelled)), torch.from_numpy(data.labels), sample)
-        parts = pool[:, 0].split(BATCH)
-        return torch.cat([nearness(norm(classifier.trunk(part.float()))) for part in parts])
+        parts = (as_tensor(part)[:, 0].float() for part in data.parts(BATCH))
+        return torch.cat([nearness(norm(classifier.trunk(part))) for part in parts])
 
 
 def labelled_copies(count: int) -> int:
