@@ -38,6 +38,12 @@ def score_all(place, run, root, preparation=Preparation(), limit=None):  # noqa:
     return numbers
 
 
+def manifest_in(place):
+    """The only manifest of a working folder."""
+    (path,) = place.glob("*-manifest.jsonl")
+    return path
+
+
 def same_ranking(first, second):
     """Whether two folders have the same files, those of the shards among them."""
     both = [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.ranked import draw_folder, same_ranking, score_all, train_run
+from tests.ranked import draw_folder, manifest_in, same_ranking, score_all, train_run
 from weighmatch import shards, streaming
 from weighmatch.data import containers, files
 from weighmatch.data.containers import UnseenError
@@ -28,7 +28,7 @@ def test_a_line_that_was_torn_spoils_no_other_one(run, folder, tmp_path, monkeyp
     monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
     place = tmp_path / "work"
     assert score_all(place, run, folder, limit=1) == [0]
-    with (place / "manifest.jsonl").open("a") as file:
+    with manifest_in(place).open("a") as file:
         file.write('{"number": 7, "fi')
     assert score_all(place, run, folder, limit=1) == [1]
     assert score_all(place, run, folder, limit=1) == [2]

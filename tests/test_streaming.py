@@ -16,7 +16,7 @@ import pytest
 from kedro.io import DatasetError
 from PIL import Image
 
-from tests.ranked import FILES, draw_folder, same_ranking, score_all, train_run
+from tests.ranked import FILES, draw_folder, manifest_in, same_ranking, score_all, train_run
 from weighmatch import shards, streaming
 from weighmatch.checks import ToldError
 from weighmatch.cli import _sentence_of
@@ -123,10 +123,10 @@ def test_a_ranking_that_was_killed_goes_on_at_the_shards_that_are_missing(
     assert scored == [0, 1, 2, 3, 4]
     # What was damaged since, or written by half, is made again.
     kept = tmp_path / "parts.shards"
-    lines = [json.loads(line) for line in (kept / "manifest.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in manifest_in(kept).read_text().splitlines()]
     (kept / lines[1]["file"]).write_bytes(b"damaged")
     (kept / lines[3]["file"]).unlink()
-    with (kept / "manifest.jsonl").open("a") as file:
+    with manifest_in(kept).open("a") as file:
         file.write('{"number": 7, "fi')
     scored[:] = []
     monkeypatch.setattr(
@@ -153,6 +153,24 @@ def test_the_ranking_holds_its_shards(run, folder, tmp_path, monkeypatch):
     assert sum(line["images"] for line in lines) == table["score"].notna().sum() == 30
     ranking = pd.read_csv(tmp_path / "out" / "ranking.csv")
     assert sorted(table["path"][table["reason"].isna()]) == sorted(ranking["path"])
+
+
+def test_another_folder_in_between_removes_nothing_that_is_done(run, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "FILES_AT_ONCE", 4)
+    place = tmp_path / "out.shards"
+    done = score_all(place, run, folder, limit=3)
+    # The same names, sizes and times, as in piles of one origin; the images are others.
+    other = shutil.copytree(folder, tmp_path / "other")
+    for path in folder.rglob("*.png"):
+        content = path.read_bytes()
+        (other / path.relative_to(folder)).write_bytes(content[::-1])
+        shutil.copystat(path, other / path.relative_to(folder))
+    assert 0 in Shards(place, run, other, Preparation()).missing()
+    shutil.copytree(folder, other, dirs_exist_ok=True)
+    rank_folder(run, other, tmp_path / "out", workers=1)
+    assert list(Shards(place, run, folder, Preparation()).kept) == done
+    rank_folder(run, folder, tmp_path / "out", workers=1)
+    assert not place.exists()
 
 
 def test_an_error_or_a_wrong_folder_removes_nothing_that_is_done(

@@ -1,8 +1,9 @@
 """A pile of images in shards: each is decoded and scored by itself, and kept in a file of its own.
 
 A working folder holds all that a worker needs, so that any process of any machine that sees the
-folder can score any shard. It also holds a manifest of the shards that are done. A job that was
-killed goes on at those that are missing, also where files were added or removed since.
+folder can score any shard. It also holds a manifest of the shards that are done of a pile. A job
+that was killed goes on at those that are missing, also where files were added or removed since, or
+where another pile was ranked in between.
 """
 
 import hashlib
@@ -134,7 +135,7 @@ class Shards:
     """The shards of a pile of images.
 
     Args:
-        folder: the working folder. What it holds of another run or of another pile is replaced.
+        folder: the working folder. What it holds of another run is replaced.
         run: the stored run.
         root: the folder of images, or one container; nothing in it is changed.
         preparation: how files become images.
@@ -175,12 +176,15 @@ class Shards:
             code=code_digest(__name__),
         )
         write_list(new_list, root, plan.size)
-        if _read_plan(folder) != plan:
-            (folder / MANIFEST).unlink(missing_ok=True)
-            (folder / PLAN).write_text(json.dumps(asdict(plan)), "utf-8")
+        known = _read_plan(folder)
+        if known is None or replace(known, root=plan.root) != plan:
+            for path in folder.glob(f"*{MANIFEST}"):
+                path.unlink()
+        (folder / PLAN).write_text(json.dumps(asdict(plan)), "utf-8")
         os.replace(new_run, folder / RUN)
         os.replace(new_list, folder / FILES)
         self.plan = plan
+        self._done = _manifest_of(folder, plan.root)
         self.listed = PileList(folder / FILES)
         self.files = self.listed.count()
         self._count = len(self.listed)
@@ -206,7 +210,7 @@ class Shards:
                 f"a machine of the cluster sees an earlier state of {self.folder}; start the same "
                 "command again in a minute, which keeps the shards that are done"
             )
-        with (self.folder / MANIFEST).open("a", encoding="utf-8") as file:
+        with self._done.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(shard)) + "\n")
         self.kept[shard.number] = shard
 
@@ -244,7 +248,7 @@ class Shards:
 
     def _manifest(self) -> Iterator[Shard]:
         """The shards that are done, of those that the list has, with their numbers there."""
-        with (self.folder / MANIFEST).open("ab+") as file:
+        with self._done.open("ab+") as file:
             file.seek(0)
             content = file.read()
             # What was being written when a job was killed would spoil the next line.
@@ -262,6 +266,26 @@ class Shards:
         if not path.exists():
             return False
         return hashlib.sha256(path.read_bytes()).hexdigest() == shard.sha256
+
+
+def clear(folder: Path, root: str | Path) -> None:
+    """Remove a working folder when a pile is ranked; what is done of another pile stays.
+
+    Args:
+        folder: the working folder of `Shards`.
+        root: the pile.
+    """
+    mine = _manifest_of(folder, str(base_of(root)))
+    if list(folder.glob(f"*{MANIFEST}")) == [mine]:
+        shutil.rmtree(folder)
+    else:
+        mine.unlink()
+
+
+def _manifest_of(folder: Path, root: str) -> Path:
+    """The manifest of a pile in a working folder."""
+    pile = hashlib.sha256(os.fsencode(root)).hexdigest()[:16]
+    return folder / f"{pile}-{MANIFEST}"
 
 
 def require_own(folder: Path, marks: tuple[str, ...] = (MANIFEST,)) -> None:

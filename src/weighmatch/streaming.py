@@ -6,7 +6,6 @@ or of a cluster. What is said of them goes to a data base on disk, which sorts i
 
 import csv
 import logging
-import shutil
 import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -31,7 +30,7 @@ from weighmatch.evaluation.gallery_page import (
 from weighmatch.evaluation.ranking import COLUMNS, SURE, calibrate
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.checkpoint import TrainedRun
-from weighmatch.shards import Shards, require_own, score_shard
+from weighmatch.shards import Shards, clear, require_own, score_shard
 
 log = logging.getLogger(__name__)
 
@@ -68,8 +67,9 @@ def rank_folder(
         workers: processes that decode and score; "auto": one a core, or as many as a cluster has
             room for. The result does not depend on it.
         engine: where that is done. A worker that Ray gives a GPU, or a part of one, scores on it.
-        work: a folder for what is done, which the caller removes when the ranking is in its place.
-            None: one beside `folder` whose name ends in `.shards`, which is removed at the end.
+        work: a folder for what is done, which the caller clears when the ranking is in its place
+            (`weighmatch.shards.clear`). None: one beside `folder` whose name ends in `.shards`,
+            which is cleared at the end.
 
     Returns:
         How many images were ranked.
@@ -87,7 +87,7 @@ def rank_folder(
     _score(shards, workers, engine)
     count = _merge(shards, run, root, folder, temperature)
     if work is None:
-        shutil.rmtree(place)
+        clear(place, root)
     return count
 
 

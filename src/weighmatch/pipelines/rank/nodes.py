@@ -1,6 +1,5 @@
 """Nodes of `rank`."""
 
-import shutil
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 from weighmatch.data.rank_config import Preparation, RankConfig
 from weighmatch.export import RUN, read_preparation
 from weighmatch.semisup.checkpoint import TrainedRun
+from weighmatch.shards import clear
 from weighmatch.streaming import rank_folder
 
 
@@ -24,6 +24,6 @@ def rank_images(
         # Beside the ranking, whatever the name under which that is filled.
         work = folder.with_name(f"{folder.stem}.shards")
         rank_folder(run, rank.images, folder, preparation, temperature, rank.workers, rank, work)
-        return partial(shutil.rmtree, work)
+        return partial(clear, work, rank.images)
 
     return write
