@@ -430,6 +430,9 @@ def test_what_several_processes_cannot_train_is_refused_before(
     with pytest.raises(ToldError, match=r"influence\.curvature_batch 1 cannot .* over 2 p"):
         finish_jobs([small], tmp_path, 1, processes=2)
     require_divisible(2, small.config.training, [("fixmatch", "online")], limited=False)
+    tiny = replace(job, data=training_set.select(np.arange(training_set.pool_size) == 3))
+    with pytest.raises(ToldError, match=r"pool of 1 images cannot be divided over 2 processes"):
+        finish_jobs([job, tiny], tmp_path, 1, processes=2)
     monkeypatch.setenv(LAUNCHED, "x")
     monkeypatch.setenv("WORLD_SIZE", "9")
     with pytest.raises(ToldError, match=r"training\.batch_size 6 cannot be divided over 9"):

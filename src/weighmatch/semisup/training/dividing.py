@@ -26,6 +26,7 @@ def require_divisible(
     runs: Iterable[tuple[str, Schedule]],
     *,
     limited: bool,
+    pool: int | None = None,
 ) -> None:
     """Require that processes can train runs together.
 
@@ -34,10 +35,11 @@ def require_divisible(
         training: the sizes of batches.
         runs: arms and schedules.
         limited: whether there is a time limit.
+        pool: how many images the smallest pool has; None: nobody knows yet.
 
     Raises:
-        TogetherError: if a batch has fewer images than there are processes, or there is a time
-            limit.
+        TogetherError: if a batch or the pool has fewer images than there are processes, or there is
+            a time limit.
     """
     if processes == 1:
         return
@@ -45,6 +47,11 @@ def require_divisible(
         raise TogetherError(
             f"{processes} processes train together without a time limit; leave out "
             "runs.time_limit, or start one process"
+        )
+    if pool is not None and pool < processes:
+        raise TogetherError(
+            f"a pool of {pool} images cannot be divided over {processes} processes; train with "
+            "fewer processes"
         )
     sizes = {"batch_size": training.batch_size}
     for arm, schedule in runs:

@@ -199,7 +199,8 @@ def finish_jobs(
     else:
         runs = [(job.config.arm, job.config.schedule) for job in jobs]
         count = count_processes(processes)
-        require_divisible(count, jobs[0].config.training, runs, limited=deadline is not None)
+        training, pool = jobs[0].config.training, min(job.data.pool_size for job in jobs)
+        require_divisible(count, training, runs, limited=deadline is not None, pool=pool)
     runner = make_runner(engine, device, processes)
     with together(1 if runner.far else processes, device) as team:
         count = max(processes, team.group.size)
