@@ -1,11 +1,13 @@
 """Runs and rankings on a cluster of two nodes on this machine; workers and a node are killed."""
 
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +182,22 @@ def test_a_machine_that_cannot_begin_is_one_sentence(nodes, monkeypatch):
         WorkerError, match=r"cannot run WeighMatch \(.*No module named 'weighmatch'"
     ):
         list(ray_engine.run_all(square, [(1,)], title="squares", total=1))
+
+
+def warn_and_double(number, progress):
+    warnings.warn("the number is odd; take another", stacklevel=1)
+    logging.getLogger("weighmatch").warning("%d is doubled", number)
+    logging.getLogger("weighmatch").info("which nobody asks about")
+    return 2 * number
+
+
+@RUNNERS
+def test_warnings_of_jobs_are_told_once(runner, nodes, caplog):
+    jobs = [(3,), (5,), (3,)]
+    found = getattr(ray_engine, runner)(warn_and_double, jobs, title="doubles", total=3)
+    assert sorted(found) == [(0, 6), (1, 10), (2, 6)]
+    told = [record.getMessage() for record in caplog.records]
+    assert sorted(told) == ["3 is doubled", "5 is doubled", "the number is odd; take another"]
 
 
 def report_and_wait(mark, progress):

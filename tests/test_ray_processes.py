@@ -1,5 +1,6 @@
 """One run that workers of Ray Train train together, on a cluster of two CPUs of this machine."""
 
+import logging
 import os
 import signal
 from dataclasses import replace
@@ -112,6 +113,20 @@ def test_a_killed_worker_ends_all_and_one_process_goes_on(
     assert kept_steps(*planned, tmp_path) == 100
     finish_jobs(planned, tmp_path, 1)
     assert kept_steps(*planned, tmp_path) == 110
+
+
+def warn_and_train(job, folder, kept, ends, mark, team, progress):
+    logging.getLogger("weighmatch").warning("%s is about to be trained", job.config.arm)
+    return _train(job, folder, kept, ends, mark, team, progress)
+
+
+@pytest.mark.slow
+def test_the_first_worker_warns(training_set, run_config, tmp_path, monkeypatch, caplog):
+    planned = plan(run_config(steps=10), training_set)
+    monkeypatch.setattr(training_jobs, "_train", warn_and_train)
+    finish_jobs(planned, tmp_path, engine=RAY, processes=2)
+    told = [record.getMessage() for record in caplog.records]
+    assert told.count("learned is about to be trained") == 1
 
 
 def fail_in_second(job, folder, kept, ends, mark, team, progress):

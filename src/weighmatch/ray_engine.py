@@ -100,7 +100,7 @@ def _run_tasks(
             for reference in finished:
                 position = running.pop(reference)
                 try:
-                    kind, value, units = pickle.loads(ray.get(reference))
+                    kind, value, units, told = pickle.loads(ray.get(reference))
                 except ray.exceptions.RayError as lost:
                     _raise_unable(ray, lost)
                     progress.set(position, 0)
@@ -113,6 +113,7 @@ def _run_tasks(
                     local.report_kill(how, kills[position], title, count)
                     continue
                 progress.set(position, units)
+                progress.tell(told)
                 if kind == "failed":
                     local.raise_failed(value, title, count)
                 yield position, value
@@ -165,8 +166,9 @@ def run_in_pool(
             try:
                 for batch in found.iter_batches(batch_size=1, prefetch_batches=0):
                     (position,), (answer,) = batch["position"].tolist(), batch["answer"].tolist()
-                    kind, value, units = pickle.loads(answer)
+                    kind, value, units, told = pickle.loads(answer)
                     progress.set(position, units)
+                    progress.tell(told)
                     if kind == "failed":
                         local.raise_failed(value, progress.title, count)
                     yield position, value
@@ -225,16 +227,18 @@ def make_engine(config: EngineConfig, device_type: str = "cpu") -> Engine:
 
 
 def _work(packed: bytes, key: str, versions: Mapping[str, str], *arrays: NDArray[Any]) -> bytes:
-    """Do a job; a pickle of "answer" or "failed", what came of it, and the units done."""
+    """Do a job; a pickle of "answer" or "failed", what came of it, units done, and warnings."""
     report = _Report(key)
-    try:
-        cluster.require_versions(versions)
-        function, job = _Unpickler(io.BytesIO(packed), arrays).load()
-        with local.one_thread():
-            answer = function(*job, report.add)
-        return pickle.dumps(("answer", answer, report.units))
-    except Exception as error:
-        return pickle.dumps(("failed", local.portable(error), report.units))
+    found: tuple[str, object]
+    with local.overheard() as told:
+        try:
+            cluster.require_versions(versions)
+            function, job = _Unpickler(io.BytesIO(packed), arrays).load()
+            with local.one_thread():
+                found = ("answer", function(*job, report.add))
+        except Exception as error:
+            found = ("failed", local.portable(error))
+    return pickle.dumps((*found, report.units, told))
 
 
 class _Actor:
@@ -252,7 +256,7 @@ class _Actor:
                 f"an actor was ended {ends} times at the same job, most likely because memory ran "
                 "out; free memory or set fewer workers and start again, what is finished is kept"
             )
-            return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0))]}
+            return {"position": [position], "answer": [pickle.dumps(("failed", error, 0.0, []))]}
         answer = _work(packed, f"{self.name}/{position}", self.versions)
         return {"position": [position], "answer": [answer]}
 
@@ -297,13 +301,14 @@ class _Report:
 
 
 class _Progress:
-    """The bar of all jobs. A thread brings it up to date with what they note."""
+    """The bar of all jobs, and their warnings. A thread moves the bar by what the jobs note."""
 
     def __init__(self, bar: Any) -> None:
         self.name = f"weighmatch-{uuid4().hex}"
         self.title = bar.desc.strip(": ")
         self._bar = bar
         self._units: dict[int, float] = {}
+        self._told: set[str] = set()
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._follow, daemon=True)
 
@@ -327,6 +332,13 @@ class _Progress:
             with suppress(Exception):
                 _notes()._internal_kv_del(self.key(position))
             self._move(position, units)
+
+    def tell(self, warnings: Sequence[str]) -> None:
+        """Log the warnings of a job that has ended, each of them once."""
+        for warning in warnings:
+            if warning not in self._told:
+                log.warning("%s", warning)
+        self._told.update(warnings)
 
     def _follow(self) -> None:
         while not self._ended.wait(LOOK_INTERVAL):

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -141,6 +142,25 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextmanager
+def overheard() -> Iterator[list[str]]:
+    """Warnings that are given meanwhile, in place of showing them where nobody looks."""
+    told: list[str] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            told.append(record.getMessage())
+
+    ear, root = Ear(logging.WARNING), logging.getLogger()
+    root.addHandler(ear)
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_: told.append(str(message))
+            yield told
+    finally:
+        root.removeHandler(ear)
 
 
 def default_workers(device_type: str = "cpu") -> int:

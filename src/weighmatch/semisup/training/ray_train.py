@@ -18,7 +18,7 @@ from weighmatch.engine_config import EngineConfig
 from weighmatch.ray_engine import Engine, make_engine
 from weighmatch.semisup.parts.group import GroupError
 from weighmatch.semisup.training.place import MINUTES
-from weighmatch.workers import WorkerError, one_thread, portable
+from weighmatch.workers import WorkerError, log, one_thread, overheard, portable
 
 T = TypeVar("T")
 # The one of two interfaces of Ray Train that is used here; read when it is imported.
@@ -119,12 +119,15 @@ def _conduct(
         except TrainingFailedError as error:
             lost = error
     letters = [pickle.loads(letter) for letter in ray.get(box.take.remote())]
-    for kind, value, units in letters:
+    for *_, told in letters:
+        for warning in told:
+            log.warning("%s", warning)
+    for kind, value, units, _ in letters:
         if kind == "answer":
             progress(units)
             answer: T = value
             return answer
-    for _, value, _ in letters:
+    for _, value, _, _ in letters:
         # That another worker is gone is what the others see of an error, too.
         if not isinstance(value, GroupError):
             raise value
@@ -163,15 +166,18 @@ def _work(config: Mapping[str, _Task]) -> None:
         task.progress(units)
 
     def hand_over(kind: str, value: object) -> None:
-        ray.get(task.box.put.remote(pickle.dumps((kind, value, done))))
+        # All of them warn of the same.
+        letter = (kind, value, done, told if first else [])
+        ray.get(task.box.put.remote(pickle.dumps(letter)))
 
     function, job = ray.get(task.call)
-    try:
-        with one_thread():
-            answer = function(*job, report if first else _ignore)
-    except Exception as error:
-        hand_over("failed", portable(error))
-        raise
+    with overheard() as told:
+        try:
+            with one_thread():
+                answer = function(*job, report if first else _ignore)
+        except Exception as error:
+            hand_over("failed", portable(error))
+            raise
     if first:
         hand_over("answer", answer)
 
