@@ -10,7 +10,7 @@ import pytest
 
 from tests.semisup.helpers import arrays_of, same
 from tests.semisup.training.test_processes import assert_close
-from weighmatch import ray_cluster
+from weighmatch import ray_cluster, ray_engine
 from weighmatch.checks import ToldError
 from weighmatch.engine_config import EngineConfig
 from weighmatch.semisup.config import RunsConfig
@@ -73,19 +73,24 @@ def train_others(name, job, *arguments):
 def test_workers_of_a_cluster_train_what_processes_of_a_machine_do(
     training_set, run_config, tmp_path, monkeypatch
 ):
+    import ray
+
     training = run_config(steps=50).training
     runs = RunsConfig(arms=("learned",), rounds=2)
-    sets = {f"seed_{seed}": arrays_of(training_set) for seed in range(2)}
-    planned = plan_jobs(("learned",), sets, training, runs)
+    arrays = arrays_of(training_set)
+    planned = plan_jobs(("learned",), {f"seed_{n}": arrays for n in range(3)}, training, runs)
     finish_jobs(planned[:1], tmp_path / "ray", engine=RAY, processes=2)
-    # A run that is finished is not sent to the cluster.
+    # A run that is finished is not sent to the cluster, and the data of the others goes there once.
+    put, sent = ray.put, []
+    monkeypatch.setattr(ray, "put", lambda value: sent.append(value.nbytes) or put(value))
+    monkeypatch.setattr(ray_engine, "LARGE", training_set.unlabelled_images.nbytes)
     monkeypatch.setattr(training_jobs, "_train", partial(train_others, planned[0].name))
     finish_jobs(planned, tmp_path / "ray", engine=RAY, processes=2)
+    assert sent == [ray_engine.LARGE]
     monkeypatch.undo()
     finish_jobs(planned, tmp_path / "local", processes=2)
     for job in planned:
-        ray, local = (states_of(job, tmp_path / place) for place in ("ray", "local"))
-        assert same(ray, local)
+        assert same(*(states_of(job, tmp_path / place) for place in ("ray", "local")))
 
 
 def train_and_die(rank, job, folder, kept, ends, mark, team, progress):

@@ -83,7 +83,7 @@ def _run_tasks(
     demand: tuple[float, float],
 ) -> Iterator[tuple[int, T]]:
     task = ray.remote(_work).options(num_cpus=demand[0], num_gpus=demand[1], max_retries=0)
-    store, title, versions = _Store(ray), progress.title, cluster.versions()
+    store, title, versions = Store(ray), progress.title, cluster.versions()
     waiting, kills = deque(range(len(jobs))), Counter[int]()
     running: dict[Any, int] = {}
     try:
@@ -233,7 +233,7 @@ def _work(packed: bytes, key: str, versions: Mapping[str, str], *arrays: NDArray
     with local.overheard() as told:
         try:
             cluster.require_versions(versions)
-            function, job = _Unpickler(io.BytesIO(packed), arrays).load()
+            function, job = unpack(packed, arrays)
             with local.one_thread():
                 found = ("answer", function(*job, report.add))
         except Exception as error:
@@ -353,48 +353,67 @@ class _Progress:
         self._units[position] = units
 
 
-class _Store:
-    """Puts large arrays into the object store, each once however many jobs have it."""
+class Store:
+    """Puts large arrays into the object store, each once however many jobs have it.
+
+    Args:
+        ray: the package.
+    """
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
         self._known: dict[tuple[Any, ...], tuple[Any, NDArray[Any]]] = {}
 
     def pack(self, call: Any) -> tuple[bytes, list[Any]]:
-        """A pickle of a call, and references to the arrays that are not in it."""
+        """A pickle of a call, and what is not in it: references to arrays.
+
+        Where the call itself has references, each is in a list, so that Ray leaves it as it is.
+        """
         file = io.BytesIO()
         pickler = _Pickler(file, self)
         pickler.dump(call)
         return file.getvalue(), pickler.references
 
-    def put(self, array: NDArray[Any]) -> Any:
+    def refer(self, value: Any) -> Any:
+        """What is in the place of a value that is not in a pickle; None: it is in it."""
+        if isinstance(value, self._ray.ObjectRef):
+            return [value]
+        large = isinstance(value, np.ndarray) and value.nbytes >= LARGE
+        if not large or value.dtype.hasobject:
+            return None
         # Two views of the same memory are the same array.
-        place = array.__array_interface__
-        key = (place["data"][0], array.shape, array.strides, array.dtype.str)
+        place = value.__array_interface__
+        key = (place["data"][0], value.shape, place["strides"], value.dtype.str)
         if key not in self._known:
             # The array is kept, so that no other one gets its memory.
-            self._known[key] = self._ray.put(np.asarray(array)), array
+            self._known[key] = self._ray.put(np.asarray(value)), value
         return self._known[key][0]
 
 
 class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, store: _Store) -> None:
+    def __init__(self, file: io.BytesIO, store: Store) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self.references: list[Any] = []
         self._store = store
 
     def persistent_id(self, value: Any) -> int | None:
-        large = isinstance(value, np.ndarray) and value.nbytes >= LARGE
-        if not large or value.dtype.hasobject:
+        reference = self._store.refer(value)
+        if reference is None:
             return None
-        self.references.append(self._store.put(value))
+        self.references.append(reference)
         return len(self.references) - 1
 
 
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, arrays: Sequence[NDArray[Any]]) -> None:
-        super().__init__(file)
-        self._arrays = arrays
+def unpack(packed: bytes, found: Sequence[Any]) -> Any:
+    """The call that `Store.pack` packed, given what Ray has for its references."""
+    return _Unpickler(io.BytesIO(packed), found).load()
 
-    def persistent_load(self, number: int) -> NDArray[Any]:
-        return self._arrays[number]
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, found: Sequence[Any]) -> None:
+        super().__init__(file)
+        self._found = found
+
+    def persistent_load(self, number: int) -> Any:
+        found = self._found[number]
+        return found[0] if isinstance(found, list) else found

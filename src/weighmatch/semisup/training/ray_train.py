@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from weighmatch import ray_cluster, ray_engine
 from weighmatch.engine_config import EngineConfig
-from weighmatch.ray_engine import Engine, make_engine
+from weighmatch.ray_engine import Engine, Store, make_engine, unpack
 from weighmatch.semisup.parts.group import GroupError
 from weighmatch.semisup.training.place import MINUTES
 from weighmatch.workers import WorkerError, log, one_thread, overheard, portable
@@ -60,23 +60,27 @@ def run_all(
         WorkerError: if the cluster has no room for all of them.
         GroupError: if one of them is lost.
     """
-    calls = [(function, job, processes, num_cpus, num_gpus) for job in jobs]
+    if not jobs:
+        return
+    store = Store(ray_cluster.connect())
+    calls = [(*store.pack((function, job)), processes, num_cpus, num_gpus) for job in jobs]
     yield from ray_engine.run_all(
         _conduct, calls, 1, title=title, total=total, done=done, skips=skips, num_cpus=0
     )
 
 
 def _conduct(
-    function: Callable[..., T],
-    job: tuple[Any, ...],
+    packed: bytes,
+    references: Sequence[Any],
     processes: int,
     num_cpus: float,
     num_gpus: float,
     progress: Callable[[float], None],
-) -> T:
+) -> Any:
     """Start the workers of a job, wait for them, and hand over the answer of the first one.
 
-    `progress` travels to the first worker, which tells from there how far the job is.
+    `packed` and `references` are of `ray_engine.Store.pack`. `progress` travels to the first
+    worker, which tells from there how far the job is.
     """
     room = ray_cluster.count_workers(num_cpus, num_gpus)
     if room < processes:
@@ -95,7 +99,7 @@ def _conduct(
     with tempfile.TemporaryDirectory(prefix="weighmatch-") as folder:
         trainer = TorchTrainer(
             _work,
-            train_loop_config={"task": _Task(ray.put((function, job)), progress, box)},
+            train_loop_config={"task": _Task(packed, references, progress, box)},
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if num_gpus >= 1 else "gloo",
                 timeout_s=int(60 * MINUTES),
@@ -125,8 +129,7 @@ def _conduct(
     for kind, value, units, _ in letters:
         if kind == "answer":
             progress(units)
-            answer: T = value
-            return answer
+            return value
     for _, value, _, _ in letters:
         # That another worker is gone is what the others see of an error, too.
         if not isinstance(value, GroupError):
@@ -143,12 +146,14 @@ class _Task:
     """What the workers of a job are given.
 
     Attributes:
-        call: a reference of Ray to a function and its arguments.
+        packed: a function and its arguments, see `ray_engine.Store.pack`.
+        references: of Ray, to the arrays that are not in it.
         progress: the last argument in the first worker.
         box: the actor that gets letters.
     """
 
-    call: Any
+    packed: bytes
+    references: Sequence[Any]
     progress: Callable[[float], None]
     box: Any
 
@@ -170,7 +175,7 @@ def _work(config: Mapping[str, _Task]) -> None:
         letter = (kind, value, done, told if first else [])
         ray.get(task.box.put.remote(pickle.dumps(letter)))
 
-    function, job = ray.get(task.call)
+    function, job = unpack(task.packed, ray.get(task.references))
     with overheard() as told:
         try:
             with one_thread():
