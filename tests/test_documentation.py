@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.project import ROOT
+from weighmatch.data.files import decode
 from weighmatch.semisup import TrainedRun
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -135,6 +136,20 @@ def test_the_script_of_the_idea_trains_and_tells_known_images_from_others(capsys
     said = capsys.readouterr().out
     known, others = re.findall(r"mean weight of the digits \d to \d: (\S+)", said)
     assert float(known) > float(others)
+
+
+def test_an_image_is_prepared_elsewhere_as_by_training(tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "outputs.md").read_text().partition("## The model elsewhere")[2]
+    code = re.findall(r"```python\n(.*?)\nmodel = ", page, re.DOTALL)[0]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.json").write_text('{"width": 20, "height": 24}')
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save("photo.png", exif=exif)
+    names = {}
+    exec(code, names)
+    assert names["images"].numpy().tolist() == [decode("photo.png", (3, 24, 20)).tolist()]
 
 
 def test_the_examples_of_the_library_run_and_agree(capsys):

@@ -130,6 +130,15 @@ def test_classes_without_names_are_numbered(run, tmp_path):
     assert export.read_preparation(tmp_path / "export") == {}
 
 
+@pytest.mark.parametrize(
+    ("fit", "how"), [("crop", "cut at its centre"), ("pad", "padded with red")]
+)
+def test_the_card_tells_how_a_file_becomes_an_image(fit, how, run, tmp_path):
+    export_run(run, tmp_path, preparation={"fit": fit, "background": "red"})
+    (row,) = [line for line in (tmp_path / "model_card.md").read_text().splitlines() if how in line]
+    assert row.startswith("| preparation | an image stands upright, on red where it is transparent")
+
+
 def test_exporting_leaves_the_run_as_it_was(run, tmp_path, images):
     before = run.score(images)
     export_run(run, tmp_path / "export")

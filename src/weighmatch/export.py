@@ -88,7 +88,8 @@ def export_run(
         run: the run.
         folder: made if missing.
         facts: lines of the card's table, such as the number of labels, by name.
-        preparation: how files became images: `fit` and `background` of `data.files.decode`.
+        preparation: how files became images: `fit` and `background` of `data.files.decode`; None:
+            they were no files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     run.save(folder / RUN)
@@ -121,7 +122,8 @@ def export_run(
     }
     text = json.dumps(description, indent=2, ensure_ascii=False)
     (folder / CLASSES).write_text(text + "\n", "utf-8")
-    (folder / CARD).write_text(model_card(run, classes, facts or {}), "utf-8")
+    rows = {**_prepared(preparation or {}), **(facts or {})}
+    (folder / CARD).write_text(model_card(run, classes, rows), "utf-8")
 
 
 def has_onnx() -> bool:
@@ -145,6 +147,19 @@ def _export_onnx(program: torch.export.ExportedProgram, path: Path) -> None:
     )
     assert written is not None
     written.save(str(path), external_data=False)
+
+
+def _prepared(preparation: Mapping[str, str]) -> dict[str, str]:
+    """A row of the card's table on how a file becomes an image, if that is known."""
+    if not preparation:
+        return {}
+    paper = preparation.get("background", "white")
+    how = {
+        "crop": "resized until it just covers that size, and cut at its centre",
+        "pad": f"resized until it just fits into that size, and padded with {paper}",
+    }[preparation.get("fit", "crop")]
+    text = f"an image stands upright, on {paper} where it is transparent, and is {how} (bicubic)"
+    return {"preparation": text}
 
 
 def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object]) -> str:
@@ -176,7 +191,7 @@ def model_card(run: TrainedRun, classes: list[str], facts: Mapping[str, object])
         "# Image classifier trained by WeighMatch\n\n"
         f"| | |\n|---|---|\n{rows}\n\n"
         "## Use\n\n"
-        f"Resize images as the training did. `{PT2}` needs torch alone "
+        f"Prepare images as the table says. `{PT2}` needs torch alone "
         f"(`torch.export.load('{PT2}').module()`), `{ONNX}` needs onnxruntime alone, `{RUN}` is "
         f"read by `weighmatch.semisup.TrainedRun.load`. `{CLASSES}` names the outputs in order.\n\n"
         "The score says how useful an image would be for training: high for images that are like "

@@ -7,6 +7,7 @@ from weighmatch.evaluation.chosen import (
     choose_run,
     describe_limit,
     held_out,
+    held_out_by_best,
     paths_of,
     trained_part,
 )
@@ -49,6 +50,35 @@ def test_folds_say_what_each_labelled_image_looks_like_to_those_that_did_not_see
     assert held.paths == ("0a", "0b", "1a", "1b", "2b")
     assert held.labels.tolist() == [0, 1, 0, 1, 1]
     assert held.probabilities[:, 0].round(6).tolist() == [0.1, 0, 0.1, 0.1, 0.2]
+
+
+def test_labels_are_checked_by_the_arm_that_is_right_most_often():
+    learned = folder_runs()
+    alone, oracle = (
+        learned.assign(run=learned["run"].str.replace("learned", arm), arm=arm, schedule="online")
+        for arm in ("supervised", "oracle")
+    )
+    runs = pd.concat([learned, alone, oracle], ignore_index=True)
+    labels = {f"f-{fold}": {"labels": np.array([0, 1])} for fold in range(3)}
+    tables = [
+        files(2, "test", key=f"f-{fold}").assign(path=[f"{fold}a", f"{fold}b"]) for fold in range(3)
+    ]
+
+    def judge(**right):
+        """The probability of the first image's label, where arms are right of so many of two."""
+        found = {}
+        for name, arm in zip(runs["run"], runs["arm"], strict=True):
+            likely = np.array([[0.9, 0.1], [0.9, 0.1]])
+            likely[1] = likely[1, ::-1] if right[arm] > 1 else likely[1]
+            likely[0] = likely[0, ::-1] if right[arm] < 1 else likely[0]
+            found[name] = lambda likely=likely: {"test_probabilities": likely}
+        held = held_out_by_best(runs, found, labels, pd.concat(tables))
+        return held.accuracy(), held.probabilities[0, 0]
+
+    assert judge(learned=0, supervised=1, oracle=2) == (0.5, 0.9)  # no arm that knows the truth
+    assert judge(learned=2, supervised=0, oracle=0) == (1, 0.9)
+    held = held_out_by_best(learned, dict.fromkeys(runs["run"], dict), {}, files(2))
+    assert held is None
 
 
 def test_nothing_is_held_out_without_a_test_set():

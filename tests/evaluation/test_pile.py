@@ -110,6 +110,9 @@ def test_a_pile_that_helps_beyond_doubt():
     assert found["test_images_needed"] is None
     harm = judged(supervised=[80, 81, 81, 82, 80], learned=[60, 61, 60, 62, 60])
     assert harm["verdict"].startswith("The pile did harm")
+    assert harm["light"] == "red"
+    assert harm["advice"][0].startswith("Use the labelled images alone")
+    assert not any("alone" in advice for advice in found["advice"])
     assert harm["secondary"] is None
 
 
@@ -146,6 +149,14 @@ def test_without_the_arms_or_a_test_set_nothing_is_claimed():
     ):
         assert missing["verdict"].startswith("There is no verdict")
         assert (missing["light"], missing["primary"]) == ("none", None)
+
+
+def test_without_an_arm_that_ranks_nothing_is_said_of_the_pile():
+    found = judged(supervised=[80, 81], given=lists(kept=50))
+    assert found["verdict"].startswith("There is no verdict, as the arms learned and supervised")
+    assert found["useful"]["sentence"].startswith(
+        "No arm that ranks was trained, so that all 50 images of the pile are kept"
+    )
 
 
 def test_half_of_the_width_is_reached_by_the_images_that_are_asked_for():

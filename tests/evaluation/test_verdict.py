@@ -47,7 +47,7 @@ def test_six_seeds_of_one_sign_are_sure():
     )
     harm = judged([-1, -2, -3, -4, -5, -3])
     assert harm.verdict.startswith("Weighing the unlabelled images does harm: ")
-    assert harm.light == "green"
+    assert (harm.light, harm.sure) == ("red", found.sure)
 
 
 @pytest.mark.parametrize(

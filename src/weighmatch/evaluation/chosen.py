@@ -75,6 +75,10 @@ class HeldOut:
     labels: NDArray[np.int64]
     probabilities: NDArray[np.float64]
 
+    def accuracy(self) -> float:
+        """The share of images that are classified as they are labelled."""
+        return float((self.probabilities.argmax(axis=1) == self.labels).mean())
+
 
 def held_out(
     runs: pd.DataFrame,
@@ -96,12 +100,45 @@ def held_out(
     Returns:
         What was found, in the order of the paths; None: no labelled image was held out.
     """
+    run, alike = choose_run(runs), _alike(runs)
+    mine = alike[(alike["arm"] == run["arm"]) & (alike["schedule"] == run["schedule"])]
+    return _predicted(mine, predictions, test_labels, files)
+
+
+def held_out_by_best(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Mapping[str, Arrays],
+    files: pd.DataFrame,
+) -> HeldOut | None:
+    """Predictions out of fold by the arm that has most of them right; see `held_out`.
+
+    An unlabelled pile that does harm would have the learned arm doubt labels that are right.
+    """
+    alike = _alike(runs)
+    blind = alike[[get_arm(arm).pool in ("none", "whole") for arm in alike["arm"]]]
+    parts = [part for _, part in blind.groupby(["arm", "schedule"], sort=False)]
+    judges = [_predicted(part, predictions, test_labels, files) for part in parts]
+    able = [judge for judge in judges if judge is not None]
+    return max(able, key=HeldOut.accuracy, default=None)
+
+
+def _alike(runs: pd.DataFrame) -> pd.DataFrame:
+    """The runs of all arms that are held against the chosen one, its own arm's first."""
     run = choose_run(runs)
-    alike = runs[(runs["arm"] == run["arm"]) & (runs["schedule"] == run["schedule"])]
-    own = alike[alike["run"] == run["run"]]
-    chosen = alike[alike["setting"] != EVERYTHING] if run["setting"] == EVERYTHING else own
+    whole = run["setting"] == EVERYTHING
+    alike = runs[runs["setting"] != EVERYTHING] if whole else runs[runs["key"] == run["key"]]
+    return alike.iloc[np.argsort(alike["arm"] != run["arm"], kind="stable")]
+
+
+def _predicted(
+    runs: pd.DataFrame,
+    predictions: Predictions,
+    test_labels: Mapping[str, Arrays],
+    files: pd.DataFrame,
+) -> HeldOut | None:
     tables = []
-    for name, key in zip(chosen["run"], chosen["key"], strict=True):
+    for name, key in zip(runs["run"], runs["key"], strict=True):
         found = predictions[name]() if key in test_labels else {}
         if "test_probabilities" in found:
             table = pd.DataFrame(found["test_probabilities"].astype(np.float64))

@@ -59,6 +59,13 @@ class Lists:
     temperature: float | None
 
 
+# What is advised where the pile did harm.
+HARM = (
+    "Use the labelled images alone: the model and the ranking of this job learned from the pile. "
+    "Train with runs.arms=supervised and another data_folder."
+)
+
+
 def fold_overlap(manifest: Mapping[str, Any]) -> float:
     """Images tested on for each image trained on where seeds are folds of one set; else 0."""
     cells = [cell for cell in manifest["cells"] if cell["setting"] != EVERYTHING]
@@ -115,6 +122,7 @@ def judge_pile(
         half = half_width(primary) / 100
         needed = images_to_tell(means[run["arm"]], means[PRIMARY.name], half)
     useful = _useful(scores, run, lists.ranking)
+    harm = primary is not None and primary.p_value <= LEVEL and primary.mean < 0
     return {
         **asdict(_verdict(run, means, primary, manifest, overlap, needed)),
         "primary": _described(primary, PRIMARY.name, overlap),
@@ -123,7 +131,7 @@ def judge_pile(
         "test_images_needed": needed,
         "temperature": lists.temperature,
         "files": {"rejected": len(lists.rejected), "copies": _copies(lists)},
-        "advice": _advise(lists, needed),
+        "advice": _advise(lists, needed, HARM if harm else ""),
     }
 
 
@@ -151,7 +159,9 @@ def _verdict(
     overlap: float,
     needed: int | None,
 ) -> Verdict:
-    comparison = replace(POOL_HELPS, arm=get_arm(run["arm"]))
+    comparison = POOL_HELPS
+    if run["arm"] != PRIMARY.name:
+        comparison = replace(POOL_HELPS, arm=get_arm(run["arm"]))
     percent = {name: 100 * mean for name, mean in means.items()}
     if primary is None:
         return judge_nothing(comparison, percent)
@@ -176,7 +186,9 @@ def _useful(scores: pd.DataFrame, run: Mapping[Any, Any], ranking: pd.DataFrame)
     share = kept / max(images, 1)
     low, high = (float(shares.min()), float(shares.max())) if len(shares) else (None, None)
     text = f"{100 * share:.0f} % of the pile looks useful ({kept:,} of {images:,} images)"
-    if kept == images:
+    if not get_arm(run["arm"]).weighs:
+        text = f"No arm that ranks was trained, so that all {images:,} images of the pile are kept"
+    elif kept == images:
         text = f"Nothing speaks against any part of the pile: all {images:,} images are kept"
     if low is not None and high is not None and len(shares) > 1:
         least, most = f"{100 * low:.0f} %", f"{100 * high:.0f} %"
@@ -209,9 +221,9 @@ def _believed(runs: pd.DataFrame, dropped: bool) -> str:
     return f" Between {low} and {high} % are worth training on; the evidence is {sure}."
 
 
-def _advise(lists: Lists, test_images: int | None) -> list[str]:
+def _advise(lists: Lists, test_images: int | None, harm: str) -> list[str]:
     """The three things that would help most, the most helpful first."""
-    found = []
+    found = [harm] if harm else []
     if len(lists.to_check):
         first = lists.to_check.iloc[0]
         found.append(

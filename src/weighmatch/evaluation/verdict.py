@@ -19,8 +19,9 @@ class Verdict:
 
     Attributes:
         verdict: a sentence with at most three numbers.
-        light: "green": it is sure; "red": it is not, though it could have been shown; "amber": so
-            few seeds or labels cannot show it; "none": there is no comparison.
+        light: "green": the arm is better; "red": it is worse, or not better, though that could have
+            been shown; "amber": so few seeds or labels cannot show it; "none": there is no
+            comparison.
         sure: the same in plain words.
     """
 
@@ -46,9 +47,9 @@ def judge(
         test_images: how many test images would show the difference, if they are too few.
     """
     light, sure = _how_sure(difference, labels, test_images)
-    lead = comparison.better if difference.mean > 0 else comparison.worse
-    if light != "green":
-        lead = comparison.unknown
+    lead = comparison.unknown
+    if difference.p_value <= LEVEL:
+        lead = comparison.better if difference.mean > 0 else comparison.worse
     mine, theirs = accuracies
     text = (
         f"{lead}: {comparison.arm.label} classify {mine:.1f} % of the test images right and "
@@ -89,7 +90,7 @@ def _how_sure(
         f"{_one_of(difference.p_value)} such experiments."
     )
     if difference.p_value <= LEVEL:
-        return "green", f"Yes. {odds}"
+        return "green" if difference.mean > 0 else "red", f"Yes. {odds}"
     folder = f"a test folder of about {test_images:,} images" if test_images is not None else ""
     if labels is not None:
         return "amber", f"Not yet. {labels} labels cannot show it{folder and f'; {folder} can'}."

@@ -10,6 +10,7 @@ from weighmatch.evaluation.chosen import (
     describe_limit,
     files_of,
     held_out,
+    held_out_by_best,
     trained_part,
 )
 from weighmatch.evaluation.judging import Arrays, Predictions
@@ -77,7 +78,8 @@ def rank_files(
     every = image_files[(image_files["key"] == key) & (image_files["split"] == "pool")]
     held = held_out(runs, predictions, test_labels, image_files)
     table = ranking.ranking_table(ranked_pool, every, ranking.fit_temperature(held))
-    check = lists.labels_to_check(ranked_pool, labelled, held)
+    best = held_out_by_best(runs, predictions, test_labels, image_files)
+    check = lists.labels_to_check(ranked_pool, labelled, best)
     return table, table, lists.label_next(ranked_pool, pool), check
 
 

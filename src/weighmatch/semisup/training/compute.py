@@ -175,7 +175,7 @@ def _ranking_flops(arm: Arm, sizes: Sizes) -> float:
     views = torch.randn(POOL_VIEWS, fitted, width, generator=generator)
     labels = torch.tensor(sizes.labels)
     plain = views[0]
-    seen = Seen(positives, labels, views, plain[: len(labels)], plain)
+    seen = Seen(positives, labels, views, positives[: len(labels)], plain)
 
     def rank() -> None:
         head = fit_to_features(seen, sizes.training.frozen, config)
