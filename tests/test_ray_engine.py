@@ -3,6 +3,7 @@
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -277,17 +278,29 @@ def test_ray_is_not_imported_where_it_is_not_used():
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_an_address_without_a_cluster_is_one_sentence():
+def what_is_told_of(address):
+    """The sentence that a process ends with that connects to a cluster at this address."""
     code = (
         "from weighmatch import ray_cluster\n"
+        "ray_cluster.JOIN_WAIT = 10\n"
         "try:\n"
         "    ray_cluster.connect()\n"
         "except ray_cluster.WorkerError as error:\n"
         "    print(error)\n"
     )
-    environment = {**os.environ, "RAY_ADDRESS": "127.0.0.1:1", "PYTHONPATH": str(Path("src"))}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
-    assert done.stdout.startswith(b"no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
+    environment = {**os.environ, "RAY_ADDRESS": address, "PYTHONPATH": str(Path("src"))}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+
+
+def test_an_address_without_a_cluster_is_one_sentence():
+    told = what_is_told_of("127.0.0.1:1").stdout
+    assert told.startswith("no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
+    told = what_is_told_of("garbage").stdout
+    assert told.startswith("Ray does not connect to the cluster garbage (Invalid address format")
+    with socket.create_server(("127.0.0.1", 0)) as other:  # which never says a word
+        told = what_is_told_of(f"127.0.0.1:{other.getsockname()[1]}").stdout
+    assert "could be joined or started within 10 seconds; see whether RAY_ADDRESS" in told
 
 
 GUARDED = """

@@ -7,8 +7,10 @@ import atexit
 import logging
 import os
 import socket
+import sys
+import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,8 +38,10 @@ UNASKED = {
     "event_stats": False,
     "task_events_report_interval_ms": 0,
 }
-# Connects: a cluster is started in seconds, in which other work goes on.
-_thread = ThreadPoolExecutor(1, "ray")
+# Seconds in which a cluster has to be joined or started; Ray itself would wait for ever.
+JOIN_WAIT = 120
+# Held while somebody connects.
+_lock = threading.Lock()
 
 
 def connect() -> Any:
@@ -47,9 +51,20 @@ def connect() -> Any:
     else one that is started here and ends with this process.
 
     Raises:
-        WorkerError: if no cluster answers at `RAY_ADDRESS`.
+        WorkerError: if no cluster answers at `RAY_ADDRESS`, or none can be joined or started.
     """
-    return _thread.submit(_connect).result()
+    ray = sys.modules.get("ray")
+    if ray is not None and not _lock.locked() and ray.is_initialized():
+        return ray
+    try:
+        return _start().result(JOIN_WAIT)
+    except TimeoutError as error:
+        given = os.environ.get("RAY_ADDRESS")
+        cure = f"see whether RAY_ADDRESS {given} is that of one" if given else "call `ray stop`"
+        raise WorkerError(
+            f"no cluster of Ray could be joined or started within {JOIN_WAIT} seconds; {cure}, and "
+            "start again"
+        ) from error
 
 
 def begin_to_connect() -> None:
@@ -59,7 +74,22 @@ def begin_to_connect() -> None:
         WorkerError: if no cluster answers at `RAY_ADDRESS`.
     """
     _find_address()
-    _thread.submit(_connect)
+    _start()
+
+
+def _start() -> Future[Any]:
+    """Connect in a thread that ends with this process, whatever it waits for."""
+    future: Future[Any] = Future()
+
+    def work() -> None:
+        try:
+            with _lock:
+                future.set_result(_connect())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name="ray", daemon=True).start()
+    return future
 
 
 def _connect() -> Any:
@@ -81,7 +111,7 @@ def _connect() -> Any:
     quiet: Any = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
         ray.init(address, **quiet, **(own if address == "local" else {}))
-    except (ConnectionError, RuntimeError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise WorkerError(
             f"Ray does not connect to the cluster {address} ({words[0]}); set RAY_AUTH_MODE=token "

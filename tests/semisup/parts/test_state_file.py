@@ -82,6 +82,13 @@ def test_the_digest_sees_every_change(change):
     assert content_digest(state) != content_digest(draw_state())
 
 
+def test_the_digest_sees_content_and_not_how_it_lies_in_memory():
+    rows = torch.arange(12.0).view(4, 3)
+    assert content_digest(rows.T[:, :1]) == content_digest(torch.tensor([[0.0], [1.0], [2.0]]))
+    assert content_digest(rows[:1].T[0]) == content_digest(torch.zeros(1))  # its stride is 3
+    assert content_digest(torch.zeros(0, 3)) != content_digest(torch.zeros(3, 0))
+
+
 def test_a_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
     path = tmp_path / "state.pt"
     write_state(path, draw_state())

@@ -112,7 +112,8 @@ def content_digest(content: Any) -> str:
 def _add(digest: Any, value: Any) -> None:
     if isinstance(value, Tensor):
         digest.update(f"tensor {value.dtype} {list(value.shape)}".encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
+        # A tensor of one row is contiguous whatever its stride is, and a view wants a stride of 1.
+        flat = torch.empty(value.numel(), dtype=value.dtype).copy_(value.detach().reshape(-1))
         digest.update(flat.view(torch.uint8).numpy())
     elif isinstance(value, dict):
         digest.update(f"dict {len(value)}".encode())

@@ -290,7 +290,9 @@ def fingerprint(
     config: RunConfig, data: TrainingSet, start: dict[str, Tensor] | None = None
 ) -> str:
     """Identifies a run: configuration (code included), data, start; 16 hexadecimal digits."""
-    parts = [json.dumps(config.to_dict(), sort_keys=True), json.dumps(data.class_names)]
+    content = config.to_dict()
+    del content["training"]["pool_memory"]  # on which nothing depends
+    parts = [json.dumps(content, sort_keys=True), json.dumps(data.class_names)]
     parts += [array_fingerprint(array) for array in (data.labelled_images, data.labels)]
     parts += [data.pool_fingerprint, f"{data.useful_share}"]
     if config.training.fine_tune != "none":
