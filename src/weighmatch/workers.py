@@ -102,6 +102,7 @@ def progress_bar(title: str, total: float, done: float) -> "Iterator[tqdm[Any]]"
     """The bar of all jobs together, with the time that is left; see `run_all`."""
     # A file gets a line now and then, and no lines that overwrite one another.
     often = 0.5 if sys.stderr.isatty() else 30
+    total *= 1 + 1e-9  # parts that are added up may come to a little more than the whole
     with (
         logging_redirect_tqdm(),  # a line of the log begins a line of the terminal
         tqdm(

@@ -2,7 +2,12 @@ import pytest
 import yaml
 
 from weighmatch.data.config import DataConfig
-from weighmatch.data.grid import GridConfig, make_cells, require_effect
+from weighmatch.data.grid import (
+    GridConfig,
+    make_cells,
+    names_without_effect,
+    require_effect,
+)
 
 DIGITS = DataConfig(seeds=[10, 11])
 SIZES = {"pool_size": 4000, "id_size": 1000}
@@ -116,3 +121,8 @@ def test_parameters_that_count_are_let_through():
     both = GridConfig({"a": {"test_size": 9}, "b": {}}, regimes="fixed_total+added")
     given = {"glyphs": {"noise": 3.0}, "id_size": 3, "pool_size": 9, "test_size": 5, "ratio": 0.5}
     assert require_effect(given, both, GLYPHS) is None
+
+
+def test_what_has_no_effect_on_a_source_is_known():
+    assert names_without_effect("digits") == ()
+    assert {"labels_per_class", "ratio", "pool_size"} < set(names_without_effect("folder"))

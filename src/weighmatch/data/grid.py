@@ -166,6 +166,12 @@ def require_effect(given: Mapping[str, Any], grid: GridConfig, data: DataConfig)
             raise ValueError(f"data.{leaf} has no effect, as {reason}; leave it out")
 
 
+def names_without_effect(source: str) -> tuple[str, ...]:
+    """The parameters of the group `data` that have no effect on a source."""
+    kind = get_source(source)
+    return (*kind.without_effect, *(() if kind.contaminates else CONTAMINATION))
+
+
 def _leaves(group: Mapping[str, Any]) -> Iterator[str]:
     """The names of the parameters within, such as glyphs.clutter."""
     for name, value in group.items():

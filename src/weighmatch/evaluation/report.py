@@ -137,7 +137,9 @@ def _number(value: Any) -> float | None:
 def describe(setting: Row, folds: bool = False) -> str:
     """The setting in a sentence; `folds`: seeds are folds of the labelled images."""
     count = len(setting["seeds"])
-    repeats = "folds of the labelled images" if folds else "seed" if count == 1 else "seeds"
+    repeats = "seed" if count == 1 else "seeds"
+    if folds:
+        repeats = f"{'fold' if count == 1 else 'folds'} of the labelled images"
     pool = ""
     if not _is_unknown(setting["ratio"]):
         pool = (

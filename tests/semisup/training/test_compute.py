@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tests.semisup.training.test_processes import on_features
 from weighmatch.arms import all_arms, get_arm
 from weighmatch.semisup.training.compute import (
     Sizes,
@@ -51,6 +52,18 @@ def test_rounds_cost_their_rankings(sizes):
     assert costs[0] == 1.0 < costs[1] < costs[2] < costs[3]
     more = relative_cost(LEARNED, "rounds", 6, sizes)
     assert more - 1 == pytest.approx(2 * (costs[3] - 1))
+
+
+def test_a_pool_may_have_fewer_images_than_are_labelled(training_set, run_config):
+    frozen = on_features(run_config)[0]
+    for data, training in (
+        (training_set, run_config().training),
+        (frozen.data, frozen.config.training),
+    ):
+        few = Sizes.of(data.select(np.arange(data.pool_size) < 4), 3, training)
+        many = Sizes.of(data, 3, training)
+        costs = [relative_cost(LEARNED, "rounds", 2, sizes) for sizes in (few, many)]
+        assert 1 < costs[0] < costs[1]
 
 
 def test_the_test_of_a_clean_pool_is_counted(sizes):

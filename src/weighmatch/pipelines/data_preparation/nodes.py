@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from weighmatch.arms import declare
 from weighmatch.data.config import DataConfig
 from weighmatch.data.files import Rejected
-from weighmatch.data.grid import Cell, GridConfig, make_cells
+from weighmatch.data.grid import Cell, GridConfig, make_cells, names_without_effect
 from weighmatch.data.ood import KIND_NAMES
 from weighmatch.data.source import get_source
 from weighmatch.data.splits import Arrays, Splits, Unlabelled, fingerprint
@@ -91,8 +91,9 @@ def draw_splits(
         rejected |= dict.fromkeys(source.rejected(raw_images, cell.data))
         files.append(pd.DataFrame({"key": key, **vars(splits.name_files())}))
     _level_labels(described)
+    idle = names_without_effect(data.source)
     manifest = {
-        "parameters": data.parameters(),
+        "parameters": {k: v for k, v in data.parameters().items() if k not in idle},
         "recipe": source.recipe(data),
         "primary": declare(source.contaminates).names(),
         "cells": described,

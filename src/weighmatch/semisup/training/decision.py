@@ -1,13 +1,16 @@
 """What decides how much of a ranking is kept, and which images: `decide`."""
 
+import functools
+import logging
 import math
-import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from weighmatch.semisup.weightings.head import Moments, RelativeMahalanobis
+
+log = logging.getLogger(__name__)
 
 # Parts of the labelled images and of the pool when one is judged by what the others show.
 FOLDS = 5
@@ -66,18 +69,23 @@ def decide(scores: Tensor, classes: Tensor, count: int, evidence: Evidence) -> D
     """
     level, share, p_clean = evidence.level, evidence.share, evidence.p_clean
     if 0 < level < 1 and p_clean is None:
-        warnings.warn(
-            "a class has a single labelled image, so that no test can tell whether the pool is "
-            f"clean, and {100 * share:.0f} % of it is kept; label another one, or set "
-            "training.ranking.contamination_level to 0 (keep all) or 1 (it is contaminated)",
-            stacklevel=2,
-        )
+        _warn_of_single_labels()
     contaminated = level >= 1 or (level > 0 if p_clean is None else p_clean < level)
     kept = torch.ones(len(scores), dtype=torch.bool)
     if not contaminated or share >= 1:
         return Decision(kept, 0.0)
     cut = float(scores.quantile(1 - share))
     return Decision(keep_best(scores, classes, share, count) if share < 1 else kept, cut)
+
+
+@functools.cache
+def _warn_of_single_labels() -> None:
+    """Say once that nothing was tested."""
+    log.warning(
+        "a class has a single labelled image to train on, so that no test can tell whether the "
+        "pool is clean; label another one, or set training.ranking.contamination_level to 0 (keep "
+        "all) or 1 (it is contaminated)"
+    )
 
 
 def decide_by_cut(scores: Tensor, classes: Tensor, count: int, cut: float) -> Decision:

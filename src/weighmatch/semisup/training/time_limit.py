@@ -161,13 +161,14 @@ def _choose(sets: Mapping[str, Arrays], training: TrainingConfig, runs: RunsConf
     )
     if affordable[count - 1] < fewest:
         log.warning(
-            "runs.time_limit %s is too short for %d arms: even %d steps on %d seeds take about "
-            "%.0f minutes, so that more seeds may be left out; take fewer arms",
+            "runs.time_limit %s leaves %.0f s for training, and even %d steps of %d arms on %d "
+            "seeds take about %.0f s, so that seeds may be left out; take fewer arms, or more time",
             runs.time_limit,
-            len(runs.arms),
+            max(left, 0),
             steps,
+            len(runs.arms),
             count,
-            minutes,
+            60 * minutes,
         )
     return Choice(steps, tuple(seeds[:count]), shared)
 
