@@ -137,7 +137,7 @@ def test_there_are_no_more_folds_than_images_to_test_on(tmp_path, prepare, caplo
     assert [len(arrays["labels"]) for arrays in made["training"].values()] == [6] * 6 + [7]
     assert all(cell["test"] for cell in made["manifest"]["cells"][:-1])
     assert fold_overlap(made["manifest"]) == 1 / 6
-    assert caplog.text.count("there are 6 folds instead of 8") == 1
+    assert caplog.text.count("there are 6 folds and not 8") == 1
     one = prepare(make_folder(tmp_path / "one", labels=1), seeds=(3, 4))
     assert one["labels"] == {}
     assert list(one["training"]) == ["folder-seed_0003", "folder-all-seed_0003"]

@@ -59,6 +59,8 @@ class Lists:
     temperature: float | None
 
 
+# A test folder is advised of at most so many times the images that are labelled.
+REACHABLE = 10
 # What is advised where the pile did harm.
 HARM = (
     "Use the labelled images alone: the model and the ranking of this job learned from the pile. "
@@ -233,7 +235,8 @@ def _advise(lists: Lists, test_images: int | None, harm: str) -> list[str]:
     weakest = _weakest(lists)
     if weakest:
         found.append(weakest)
-    if test_images is not None:
+    labelled = int((lists.files["split"] == "labelled").sum())
+    if test_images is not None and test_images <= REACHABLE * labelled:
         found.append(f"Put about {_rounded(test_images):,} labelled images in a test folder.")
     if len(lists.rejected):
         found.append(

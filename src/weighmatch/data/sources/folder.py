@@ -126,7 +126,7 @@ class Folder(Source[FolderParameters]):
         found = _seeds(untag_arrays(raw, config.own), config)
         if len(found) < len(config.seeds):
             log.warning(
-                "so few labelled images can be tested on that there are %d folds instead of %d",
+                "there are %d folds and not %d, as no more labelled images can be tested on",
                 len(found),
                 len(config.seeds),
             )
