@@ -22,7 +22,7 @@ from kedro.validation.exceptions import ParameterValidationError
 from kedro_viz.launchers.cli.main import viz  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from weighmatch.checks import ToldError
+from weighmatch.checks import ToldError, lacks
 from weighmatch.hooks import GROUPS
 from weighmatch.mistakes import require_known, require_project
 from weighmatch.semisup.training.dividing import LAUNCHED
@@ -115,7 +115,7 @@ def _without_prefix(problem: str) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     known = [member.name for member in fields(GROUPS[group])]
     if unknown is not None:
-        return f"{group} has no parameter {unknown[1]!r}; it has {', '.join(known)}"
+        return lacks(group, [unknown[1]], known)
     if text.startswith("Expected dict for dataclass"):
         return f"{group} is a group of parameters; set one of them, such as {group}.{known[0]}"
     missing = re.search(r"missing \d+ required positional arguments?: '(\w+)'", text)
