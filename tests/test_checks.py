@@ -2,7 +2,7 @@
 
 import pytest
 
-from weighmatch.checks import find_nearest, lacks, with_changes
+from weighmatch.checks import counted, find_nearest, lacks, with_changes
 from weighmatch.semisup.config import TrainingConfig
 
 
@@ -42,3 +42,8 @@ def test_each_unknown_parameter_is_told_with_what_was_meant():
         "did you mean root for rot, source for sorce?"
     )
     assert lacks("data", ["moon"], known).endswith("moon; it has root, size, source")
+
+
+def test_counts_are_told_in_the_singular_and_the_plural():
+    assert [counted(n, "file") for n in (0, 1, 2_000)] == ["0 files", "1 file", "2,000 files"]
+    assert counted(2, "file is", "files are") == "2 files are"

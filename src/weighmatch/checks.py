@@ -17,6 +17,11 @@ class ToldError(Exception):
     """An error that is one sentence for the user, who is shown no traceback."""
 
 
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun, such as "1 image" and "2 images"; `many` is for other plurals."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
 def find_nearest(name: str, known: Collection[str]) -> str | None:
     """The known name that was most likely meant; None if none is near."""
     # A name within a namespace or a family is often given by its last part.

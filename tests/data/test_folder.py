@@ -216,11 +216,30 @@ def test_copies_count_once_and_are_reported(tmp_path, prepare, caplog):
     counted = made["manifest"]["cells"][0]["duplicates"]
     assert counted == {"exact in labelled": 1, "exact in pool": 3, "near in pool": 2}
     assert "labelled/cat/2.jpg and labelled/dog/other.jpg are the same image in two" in caplog.text
+    assert (
+        "4 exact copies and 2 near copies of other files count once; 1 of them is " in caplog.text
+    )
+    assert "not used" not in caplog.text
     # A copy of a labelled image goes with it into the test set of its fold.
     for key in ("folder-seed_0000", "folder-seed_0001"):
         table = made["files"][made["files"]["key"] == key].set_index("path")
         both = table.loc[["labelled/cat/2.jpg", "labelled/dog/other.jpg"]]
         assert both["split"].nunique() == both["index"].nunique() == 1
+
+
+def test_one_file_and_one_copy_are_told_in_the_singular(tmp_path, prepare, caplog):
+    root = make_folder(tmp_path / "own")
+    shutil.copy(root / "unlabelled" / "00.png", root / "unlabelled" / "copy.png")
+    (root / "unlabelled" / "empty.png").touch()
+    prepare(root)
+    assert "1 file is not used; rejected_files.csv says why" in caplog.text
+    assert "1 exact copy and 0 near copies of other files count once\n" in caplog.text
+    caplog.clear()
+    caplog.set_level("INFO")
+    (root / "unlabelled" / "text.png").write_text("no image")
+    prepare(root)
+    assert "2 files are not used; rejected_files.csv says why" in caplog.text
+    assert "(1 file read now, the others known)" in caplog.text
 
 
 def test_images_that_are_alike_in_coarse_parts_are_no_copies(tmp_path, prepare):
