@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tests.data.folders import BAD, add_copies, add_traps, make_folder, picture, state
 from tests.project import ROOT
+from weighmatch.checks import ToldError
 from weighmatch.data import cache, decoding, files
 from weighmatch.data.config import DataConfig
 from weighmatch.data.grid import GridConfig, make_cells, require_effect
@@ -494,6 +496,25 @@ def test_a_run_that_is_killed_goes_on_from_what_it_read(tmp_path, prepare, reads
     reads.clear()
     prepare(root)
     assert len(reads) == 15
+
+
+def test_images_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(
+    tmp_path, prepare, monkeypatch
+):
+    root = make_folder(tmp_path / "own")
+    message = (
+        r"^35 decoded images of 2000 × 2000 pixels need 0.4 GB in .*, and its disk has "
+        r"0.2 GB free; lower data.size, make room or"
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=2e8))
+    with pytest.raises(ToldError, match=message):
+        prepare(root, size=2_000)
+    assert not (tmp_path / "cache").exists()
+    prepare(root, size=16)
+    picture(np.random.default_rng(1)).save(root / "unlabelled" / "new.png")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+    with pytest.raises(ToldError, match=r"^36 decoded images of 16 × 16 pixels need 0.0 GB"):
+        prepare(root, size=16)
 
 
 def test_nothing_is_kept_within_the_folder(tmp_path):
