@@ -11,7 +11,7 @@ from tests.project import SOURCE, imported
 # top: they may import everything, and nothing may import them.
 FLOORS = {
     "checks": set(),
-    "extras": set(),
+    "extras": {"checks"},
     "code": set(),
     "workers": {"checks"},
     "engine_config": {"checks", "extras"},

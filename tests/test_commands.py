@@ -55,6 +55,12 @@ def assert_one_sentence(result, message):
         ("training.augmentation.cutout=2", "training.augmentation.cutout must be a number"),
         ("ihvp_analysis.steps=0", "ihvp_analysis.steps must be an integer of at least 1"),
         ("training.weighting.proximity=abc", "training.weighting.proximity must be a number"),
+        ("training.network=resnet18", "'resnet18' is unknown; did you mean torchvision/resnet18?"),
+        ("training.network=torchvision/resnt18", "did you mean torchvision/resnet18?"),
+        (
+            "training.network=torchvision/resnet18,training.weights=/nothing.pt",
+            "training.weights '/nothing.pt' is neither none, packaged, DEFAULT nor a file; give",
+        ),
         ("data=3", "data is a group of parameters"),
         ("rns.arms=learned", "there is no parameter rns"),
         ("training.device=cuda", "set it to auto or cpu"),

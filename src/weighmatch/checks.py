@@ -26,7 +26,8 @@ def find_nearest(name: str, known: Collection[str]) -> str | None:
     """The known name that was most likely meant; None if none is near."""
     # A name within a namespace or a family is often given by its last part.
     short = {re.split("[./]", other)[-1]: other for other in known}
-    found = get_close_matches(name, known, n=1) or get_close_matches(name, short, n=1)
+    parts = get_close_matches(name, short, n=1)
+    found = parts if name in short else get_close_matches(name, known, n=1) or parts
     return short.get(found[0], found[0]) if found else None
 
 
