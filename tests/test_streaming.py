@@ -92,6 +92,8 @@ def test_a_ranking_tells_what_it_ranked_and_what_not(run, folder, tmp_path, capl
     caplog.clear()
     rank_folder(run, pile, tmp_path / "out", workers=1)
     assert "1 file or member of an archive is not used, or not as a whole" in caplog.text
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert f"The images lie in {pile}." in page
 
 
 def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):

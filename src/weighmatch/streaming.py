@@ -137,7 +137,8 @@ def _merge(
         count = require_some(base, "images", root)
         _order(base, run)
         _write_tables(base, run, folder, temperature)
-        page = _page(base, run, shards, temperature, count)
+        pile = Path(root).expanduser().resolve()
+        page = _page(base, run, shards, temperature, count, pile)
         (folder / GALLERY).write_text(page, "utf-8")
         ((rejected,),) = base.execute("SELECT COUNT(*) FROM rejected")
     shards.hand_over(folder / SHARDS)
@@ -230,6 +231,7 @@ def _page(
     shards: Shards,
     temperature: float | None,
     count: int,
+    pile: Path,
 ) -> str:
     """The gallery of the first and the last, over all and of each class with most images."""
     largest = base.execute(
@@ -253,7 +255,7 @@ def _page(
     found = shards.decode([listed[row] for row in order], run.image_shape)
     for row, image in zip(order, found, strict=True):
         images[row] = image
-    return render_gallery(table, images.__getitem__, count, classes)
+    return render_gallery(table, images.__getitem__, count, classes, pile)
 
 
 def _ends(base: sqlite3.Connection, where: str, count: int) -> set[int]:
