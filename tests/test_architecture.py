@@ -11,7 +11,7 @@ from tests.project import SOURCE, imported
 # top: they may import everything, and nothing may import them.
 FLOORS = {
     "checks": set(),
-    "extras": set(),
+    "extras": {"checks"},
     "code": set(),
     "workers": {"checks"},
     "engine_config": {"checks", "extras"},
@@ -29,7 +29,9 @@ FLOORS = {
     "evaluation": {"checks", "arms", "data", "studies"},
     "export": {"semisup"},
     "shards": {"checks", "code", "data", "export", "semisup"},
-    "streaming": {"data", "engine_config", "evaluation", "ray_engine", "semisup", "shards"},
+    "streaming": {
+        *("checks", "data", "engine_config", "evaluation", "ray_engine", "semisup", "shards"),
+    },
     "own_images": {"arms", "data", "evaluation", "export", "semisup", "streaming"},
     "io": {"checks", "semisup"},
 }

@@ -110,6 +110,31 @@ def test_parameters_that_cannot_be_read_are_told(command, given):
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("given", "name"), [("data.ratio=0.5,data.seeds=1,2", "seeds"), ("data.root=/a=b, c", "root")]
+)
+def test_a_value_that_is_cut_at_its_comma_is_told_with_the_cure(command, given, name):
+    result = command("--params", given)
+    assert result.exit_code == 2
+    assert f"--params 'data.{name}=[…]' or --params 'data.{name}=\"…\"'" in result.output
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ('data.root="/a=b, c",data.ratio=0.5', {"root": "/a=b, c", "ratio": 0.5}),
+        ("data.ratio=0.5, data.root='/it, \"b\"' ", {"root": '/it, "b"', "ratio": 0.5}),
+        ("data.root=it's,data.fit=o'clock", {"root": "it's", "fit": "o'clock"}),
+        ("data.source = folder , data.seeds = [1, 2]", {"source": "folder", "seeds": [1, 2]}),
+        ("data.root=a b,", {"root": "a b"}),
+    ],
+)
+def test_quotes_lists_and_spaces_are_read(given, expected):
+    from weighmatch.cli import _split_params
+
+    assert _split_params(None, None, given) == {"data": expected}
+
+
 def test_a_list_can_be_given(command, tmp_path):
     given = f"data.seeds=[4,5],data.ratio=0.25,data_folder={tmp_path}"
     result = command("--pipelines", "data_preparation", "--params", given)

@@ -189,7 +189,7 @@ def test_20_labels_are_too_few_to_tell_and_that_is_said(job):
 def check_later_ranking(job, folder):
     other = make_folder(folder / "later", useful=60, foreign=60, seed=1)
     before = contents(other.root)
-    command("--pipelines", "rank", data_folder=job.data, **{"rank.images": other.root})
+    said = command("--pipelines", "rank", data_folder=job.data, **{"rank.images": other.root})
     assert contents(other.root) == before
     ranking = pd.read_csv(job.reporting / "rank" / "ranking.csv", keep_default_na=False)
     assert tuple(ranking.columns) == COLUMNS
@@ -198,6 +198,8 @@ def check_later_ranking(job, folder):
     rejected = pd.read_csv(job.reporting / "rank" / "rejected_files.csv")["path"]
     # A class is nothing to a ranking of files.
     assert sorted(rejected) == sorted(path for path in other.bad if "empty class" not in path)
+    assert f"{other.root}: {len(ranking)} images are ranked" in said
+    assert f"{len(rejected)} files or members of archives are not used" in said
     page = (job.reporting / "rank" / "gallery.html").read_text()
     assert "images were ranked" in page or "images were kept" in page
     return found

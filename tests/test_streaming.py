@@ -16,6 +16,7 @@ import pytest
 from kedro.io import DatasetError
 from PIL import Image
 
+from tests.containers import picture, write_tar
 from tests.ranked import FILES, draw_folder, manifest_in, same_ranking, score_all, train_run
 from weighmatch import shards, streaming
 from weighmatch.checks import ToldError
@@ -71,6 +72,28 @@ def test_every_bad_file_is_named_once_and_nothing_is_left_behind(run, folder, tm
     assert names == {*FILES, "shards"}
     assert not (tmp_path / "out.shards").exists()
     assert sorted(path for path in folder.rglob("*")) == before
+
+
+def test_a_ranking_tells_what_it_ranked_and_what_not(run, folder, tmp_path, caplog):
+    caplog.set_level("INFO", "weighmatch.streaming")
+    rank_folder(run, folder, tmp_path / "out", workers=1)
+    assert f"{folder}: 30 images are ranked" in caplog.text
+    assert "3 files or members of archives are not used, or not as a whole" in caplog.text
+    assert "rejected_files.csv says why" in caplog.text
+    pile = tmp_path / "pile"
+    pile.mkdir()
+    (folder / "0" / "0.png").rename(pile / "0.png")
+    caplog.clear()
+    rank_folder(run, pile, tmp_path / "out", workers=1)
+    assert f"{pile}: 1 image is ranked" in caplog.text
+    assert "not used" not in caplog.text
+    write_tar(pile / "cut.tar", [(f"{k}.png", picture(k)[1]) for k in range(12)])
+    os.truncate(pile / "cut.tar", 5_000)
+    caplog.clear()
+    rank_folder(run, pile, tmp_path / "out", workers=1)
+    assert "1 file or member of an archive is not used, or not as a whole" in caplog.text
+    page = (tmp_path / "out" / "gallery.html").read_text()
+    assert f"The images lie in {pile}." in page
 
 
 def test_parts_make_no_difference(run, folder, tmp_path, monkeypatch):

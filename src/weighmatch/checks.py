@@ -1,6 +1,9 @@
 """Checks of parameters: each error is one sentence with the parameter's name and the cure."""
 
+import re
+from collections.abc import Collection, Sequence
 from dataclasses import fields, is_dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
@@ -12,6 +15,28 @@ T = TypeVar("T")
 
 class ToldError(Exception):
     """An error that is one sentence for the user, who is shown no traceback."""
+
+
+def counted(number: int, one: str, many: str | None = None) -> str:
+    """A number with its noun, such as "1 image" and "2 images"; `many` is for other plurals."""
+    return f"{number:,} {one if number == 1 else many or f'{one}s'}"
+
+
+def find_nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that was most likely meant; None if none is near."""
+    # A name within a namespace or a family is often given by its last part.
+    short = {re.split("[./]", other)[-1]: other for other in known}
+    parts = get_close_matches(name, short, n=1)
+    found = parts if name in short else get_close_matches(name, known, n=1) or parts
+    return short.get(found[0], found[0]) if found else None
+
+
+def lacks(group: str, unknown: Sequence[str], known: Collection[str]) -> str:
+    """The sentence about parameters that a group lacks: those that were meant, or all it has."""
+    meant = {name: near for name in unknown if (near := find_nearest(name, known))}
+    found = [near if len(unknown) == 1 else f"{near} for {name}" for name, near in meant.items()]
+    cure = f"did you mean {', '.join(found)}?" if found else f"it has {', '.join(sorted(known))}"
+    return f"{group} has no parameter {', '.join(unknown)}; {cure}"
 
 
 def require_boolean(name: str, value: Any) -> None:
@@ -129,7 +154,7 @@ def require_group(name: str, value: Any, kind: type[T]) -> T:
     known = sorted(f.name for f in fields(kind))  # type: ignore[arg-type]
     unknown = sorted(str(key) for key in value if key not in known)
     if unknown:
-        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ValueError(lacks(name, unknown, known))
     return kind(**value)
 
 
@@ -145,7 +170,7 @@ def with_changes(name: str, group: T, changes: Any) -> T:
     known = sorted(f.name for f in fields(group))  # type: ignore[arg-type]
     unknown = sorted(str(key) for key in changes if key not in known)
     if unknown:
-        raise ValueError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
+        raise ValueError(lacks(name, unknown, known))
     new = {}
     for key, value in changes.items():
         old = getattr(group, key)

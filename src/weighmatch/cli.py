@@ -22,13 +22,15 @@ from kedro.validation.exceptions import ParameterValidationError
 from kedro_viz.launchers.cli.main import viz  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 
-from weighmatch.checks import ToldError
+from weighmatch.checks import ToldError, lacks
 from weighmatch.hooks import GROUPS
 from weighmatch.mistakes import require_known, require_project
 from weighmatch.semisup.training.dividing import LAUNCHED
 
 # What the operating system says that no change of this program cures.
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EPERM)
+# A parameter with its value. Commas within a value in quotes or within a list separate nothing.
+PARAMETER = re.compile(r"""[^=,]*=\s*(?:"[^"]*"|'[^']*')\s*(?=,|$)|(?:\[[^\]]*\]|[^,])+""")
 INTERRUPTED = 130  # what a shell reports of a command that Ctrl-C ended
 
 
@@ -115,7 +117,7 @@ def _without_prefix(problem: str) -> str:
     unknown = re.search(r"unexpected keyword argument '(\w+)'", text)
     known = [member.name for member in fields(GROUPS[group])]
     if unknown is not None:
-        return f"{group} has no parameter {unknown[1]!r}; it has {', '.join(known)}"
+        return lacks(group, [unknown[1]], known)
     if text.startswith("Expected dict for dataclass"):
         return f"{group} is a group of parameters; set one of them, such as {group}.{known[0]}"
     missing = re.search(r"missing \d+ required positional arguments?: '(\w+)'", text)
@@ -125,19 +127,31 @@ def _without_prefix(problem: str) -> str:
 
 
 def _split_params(context: click.Context, option: click.Parameter, value: Any) -> Any:
-    """Kedro's own reading of `--params`, for lists too: their commas separate no parameters."""
+    """Kedro's own reading of `--params`, for lists, quotes and spaces too."""
     if isinstance(value, dict):  # from --config
         return value
-    given = [part.strip() for part in re.split(r",(?![^\[]*\])", value) if part.strip()]
-    for part in given:
-        if not re.match(r"\s*[^=\s]+\s*=", part):
+    given, name = [], ""
+    for part in filter(None, map(str.strip, PARAMETER.findall(value))):
+        if not re.match(r"[^=\s]+\s*=", part):
             raise click.BadParameter(
-                f"{part!r} is not of the form name=value, as in data.ratio=0.5"
+                f"{part!r} is not of the form name=value, as in data.ratio=0.5{_with_comma(name)}"
             )
+        name, text = map(str.strip, part.split("=", 1))
+        given.append(f"{name}={text}")
     try:
         return OmegaConf.to_container(OmegaConf.from_dotlist(given))
     except yaml.YAMLError as error:
         raise click.BadParameter(f"{value!r} holds a value that cannot be read") from error
+
+
+def _with_comma(name: str) -> str:
+    """What cures a value with a comma, which was cut there."""
+    if not name:
+        return ""
+    return (
+        f"; if the comma belongs to the value of {name}, a list has brackets and a text has quotes "
+        f"of its own: --params '{name}=[…]' or --params '{name}=\"…\"'"
+    )
 
 
 def _own_params() -> list[click.Parameter]:

@@ -17,6 +17,7 @@ from weighmatch.data import grid
 from weighmatch.data.config import DataConfig
 from weighmatch.data.rank_config import RankConfig
 from weighmatch.data.source import all_sources, get_source
+from weighmatch.extras import family_of, require_file
 from weighmatch.pipeline_registry import register_pipelines
 from weighmatch.ray_engine import make_engine
 from weighmatch.semisup.config import RunsConfig, TrainingConfig, require_effect
@@ -102,6 +103,7 @@ class ChecksBeforeWork:
                 source.check_found(asked.data)
             if "params:training" in inputs:
                 source.recipe(asked.data)  # otherwise settings would silently be others
+                _check_network(asked.training)
             if trains:
                 _check_runs(given, asked)
             if "params:rank" in inputs:
@@ -152,6 +154,17 @@ def _read(catalog: Catalog) -> Asked:
         require_group("training", catalog.load("params:training"), TrainingConfig),
         require_group("runs", catalog.load("params:runs"), RunsConfig),
     )
+
+
+def _check_network(training: TrainingConfig) -> None:
+    """Refuse a network or a file of weights that is not there."""
+    require_file(training.weights)
+    family = family_of(training.network)
+    # To look a name up imports torch, which a run of the defaults does not need yet.
+    if training.network != TrainingConfig.network and family in (None, "torchvision"):
+        from weighmatch.semisup.parts.networks import require_network
+
+        require_network(training.network)
 
 
 def _check_runs(given: Given, asked: Asked) -> None:

@@ -4,7 +4,6 @@ A name that does not exist is refused with the nearest one that does.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -15,13 +14,14 @@ from kedro.pipeline import Pipeline
 from kedro.utils import find_kedro_project
 
 from weighmatch import pipelines
+from weighmatch.checks import find_nearest
 from weighmatch.hooks import RefusedError
 from weighmatch.pipeline_registry import BY_NAME_ONLY, DEFAULT
 
 Options = Mapping[str, Any]
-# Runtime parameters that Kedro puts into paths of the catalog.
 # How many names an error lists where none is near.
 LISTED = 20
+# Runtime parameters that Kedro puts into paths of the catalog.
 FOLDERS = ("data_folder", "run_folder", "cache_folder")
 # What a run of a part of the graph is chosen by: the option, what it names, and all such names.
 PARTS: dict[str, tuple[str, str, Callable[[Pipeline], Iterable[str]]]] = {
@@ -76,11 +76,9 @@ def require_known(options: Options, project: Path) -> None:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """The end of an error about an unknown name: what was most likely meant, or what there is."""
-    # A name within a namespace is often given by its last part.
-    short = {other.rpartition(".")[2]: other for other in known}
-    found = get_close_matches(name, known, n=1) or get_close_matches(name, short, n=1)
-    if found:
-        return f"did you mean {short.get(found[0], found[0])}?"
+    found = find_nearest(name, known)
+    if found is not None:
+        return f"did you mean {found}?"
     if len(known) > LISTED:
         return "kedro registry describe lists the nodes, kedro catalog describe-datasets the rest"
     return f"choose from {', '.join(sorted(known))}"

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from weighmatch.checks import counted
 from weighmatch.data.listing import make_base, require_some
 from weighmatch.data.rank_config import Preparation
 from weighmatch.engine_config import EngineConfig
@@ -85,7 +86,12 @@ def rank_folder(
     device = "cuda" if engine.engine == "ray" and engine.num_gpus else "cpu"
     shards = Shards(place, run, root, preparation, device)
     _score(shards, workers, engine)
-    count = _merge(shards, run, root, folder, temperature)
+    count, rejected = _merge(shards, run, root, folder, temperature)
+    log.info("%s: %s ranked", root, counted(count, "image is", "images are"))
+    if rejected:
+        one, many = "file or member of an archive is", "files or members of archives are"
+        text = counted(rejected, one, many)
+        log.warning("%s not used, or not as a whole; %s says why", text, REJECTED)
     if work is None:
         clear(place, root)
     return count
@@ -113,8 +119,8 @@ def _merge(
     root: str | Path,
     folder: Path,
     temperature: float | None,
-) -> int:
-    """Rank what is in the shards; how many images."""
+) -> tuple[int, int]:
+    """Rank what is in the shards; how many images, and how many rows say what is not used."""
     folder.mkdir(parents=True, exist_ok=True)
     with closing(make_base(shards.folder / BASE)) as base:
         base.executescript(
@@ -131,10 +137,12 @@ def _merge(
         count = require_some(base, "images", root)
         _order(base, run)
         _write_tables(base, run, folder, temperature)
-        page = _page(base, run, shards, temperature, count)
+        pile = Path(root).expanduser().resolve()
+        page = _page(base, run, shards, temperature, count, pile)
         (folder / GALLERY).write_text(page, "utf-8")
+        ((rejected,),) = base.execute("SELECT COUNT(*) FROM rejected")
     shards.hand_over(folder / SHARDS)
-    return count
+    return count, int(rejected)
 
 
 def _add(base: sqlite3.Connection, first: int, found: pa.Table) -> None:
@@ -223,6 +231,7 @@ def _page(
     shards: Shards,
     temperature: float | None,
     count: int,
+    pile: Path,
 ) -> str:
     """The gallery of the first and the last, over all and of each class with most images."""
     largest = base.execute(
@@ -246,7 +255,7 @@ def _page(
     found = shards.decode([listed[row] for row in order], run.image_shape)
     for row, image in zip(order, found, strict=True):
         images[row] = image
-    return render_gallery(table, images.__getitem__, count, classes)
+    return render_gallery(table, images.__getitem__, count, classes, pile)
 
 
 def _ends(base: sqlite3.Connection, where: str, count: int) -> set[int]:

@@ -29,7 +29,7 @@ from weighmatch.data.splits import proportional
         ({"seen_classes": [0]}, "data.seen_classes"),
         ({"seen_classes": [0, 11]}, "data.seen_classes"),
         ({"pool_size": 900}, "unseen classes"),
-        ({"sides": 9, "shape": 2}, "data has no parameter shape, sides; it has background, "),
+        ({"sides": 9, "shape": 2}, "no parameter shape, sides; did you mean size for sides?"),
         ({"glyphs": {"size": 4}}, "data.glyphs.size"),
         ({"source": "moon"}, "data.source 'moon' is unknown; choose from digits, folder"),
         ({"regime": "added", "ratio": 0.9}, "lower data.ratio"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.containers import write_structs, write_tar
 from tests.data.folders import add_traps, make_folder, picture, state
 from weighmatch.data import files
 from weighmatch.data.decoding import decode_many
@@ -230,6 +231,18 @@ def test_a_compressed_archive_is_told_by_its_first_bytes(tmp_path, monkeypatch):
         (tmp_path / "a.tar.gz").write_bytes(start + bytes(20))
         with pytest.raises(RejectedFileError, match=r"a compressed archive, .*; unpack it"):
             decode(tmp_path / "a.tar.gz", SHAPE)
+
+
+def test_a_container_of_images_is_told_by_how_it_begins(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "MAX_BYTES", 400)  # else it would be said that they are large
+    write_tar(tmp_path / "a.tar", [("a.png", b"x")])
+    write_structs(tmp_path / "a.parquet", [b"x"], ["a.png"])
+    for name, message in (
+        ("a.tar", "it is a tar archive, which training does not read; unpack it"),
+        ("a.parquet", "it is a Parquet table, which training does not read; write its images to"),
+    ):
+        with pytest.raises(RejectedFileError, match=message):
+            decode(tmp_path / name, SHAPE)
 
 
 def test_files_that_cannot_be_opened(tmp_path, monkeypatch):

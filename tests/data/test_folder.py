@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image
 
 from tests.data.folders import BAD, add_copies, add_traps, make_folder, picture, state
 from tests.project import ROOT
+from weighmatch.checks import ToldError
 from weighmatch.data import cache, decoding, files
 from weighmatch.data.config import DataConfig
 from weighmatch.data.grid import GridConfig, make_cells, require_effect
@@ -216,11 +218,30 @@ def test_copies_count_once_and_are_reported(tmp_path, prepare, caplog):
     counted = made["manifest"]["cells"][0]["duplicates"]
     assert counted == {"exact in labelled": 1, "exact in pool": 3, "near in pool": 2}
     assert "labelled/cat/2.jpg and labelled/dog/other.jpg are the same image in two" in caplog.text
+    assert (
+        "4 exact copies and 2 near copies of other files count once; 1 of them is " in caplog.text
+    )
+    assert "not used" not in caplog.text
     # A copy of a labelled image goes with it into the test set of its fold.
     for key in ("folder-seed_0000", "folder-seed_0001"):
         table = made["files"][made["files"]["key"] == key].set_index("path")
         both = table.loc[["labelled/cat/2.jpg", "labelled/dog/other.jpg"]]
         assert both["split"].nunique() == both["index"].nunique() == 1
+
+
+def test_one_file_and_one_copy_are_told_in_the_singular(tmp_path, prepare, caplog):
+    root = make_folder(tmp_path / "own")
+    shutil.copy(root / "unlabelled" / "00.png", root / "unlabelled" / "copy.png")
+    (root / "unlabelled" / "empty.png").touch()
+    prepare(root)
+    assert "1 file is not used; rejected_files.csv says why" in caplog.text
+    assert "1 exact copy and 0 near copies of other files count once\n" in caplog.text
+    caplog.clear()
+    caplog.set_level("INFO")
+    (root / "unlabelled" / "text.png").write_text("no image")
+    prepare(root)
+    assert "2 files are not used; rejected_files.csv says why" in caplog.text
+    assert "(1 file read now, the others known)" in caplog.text
 
 
 def test_images_that_are_alike_in_coarse_parts_are_no_copies(tmp_path, prepare):
@@ -475,6 +496,25 @@ def test_a_run_that_is_killed_goes_on_from_what_it_read(tmp_path, prepare, reads
     reads.clear()
     prepare(root)
     assert len(reads) == 15
+
+
+def test_images_that_the_disk_has_no_room_for_are_refused_before_anything_is_written(
+    tmp_path, prepare, monkeypatch
+):
+    root = make_folder(tmp_path / "own")
+    message = (
+        r"^35 decoded images of 2000 × 2000 pixels need 0.4 GB in .*, and its disk has "
+        r"0.2 GB free; lower data.size, make room or"
+    )
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=2e8))
+    with pytest.raises(ToldError, match=message):
+        prepare(root, size=2_000)
+    assert not (tmp_path / "cache").exists()
+    prepare(root, size=16)
+    picture(np.random.default_rng(1)).save(root / "unlabelled" / "new.png")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: SimpleNamespace(free=0))
+    with pytest.raises(ToldError, match=r"^36 decoded images of 16 × 16 pixels need 0.0 GB"):
+        prepare(root, size=16)
 
 
 def test_nothing_is_kept_within_the_folder(tmp_path):

@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from weighmatch.checks import ToldError, counted
 from weighmatch.data.decoding import decode_many
 from weighmatch.data.files import (
     Decoded,
@@ -43,6 +45,10 @@ LEFT_BEHIND_AFTER = 86_400.0
 def default_cache() -> Path:
     """The folder for decoded images where none is given, in the user's own cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "weighmatch"
+
+
+class NoRoomError(ToldError, OSError):
+    """Decoded images need more room than a disk has; the message says how much."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,7 @@ def read_images(
 
     Raises:
         ValueError: if the cache lies in the folder of images, in which nothing is written.
+        NoRoomError: if the disk has no room for the decoded images; nothing is written then.
     """
     folder = Path(cache or default_cache()).resolve()
     if folder.is_relative_to(listing.root):
@@ -136,7 +143,6 @@ class _Store:
         self.row_bytes = int(np.prod(shape))
 
     def read(self, listing: Listing, workers: int | Literal["auto"]) -> ReadImages:
-        self.folder.mkdir(parents=True, exist_ok=True)
         old_name, old = self._load()
         self._remove_left_behind(old_name)
         now = {path: entry for path in listing.paths if (entry := self._look(path))}
@@ -218,6 +224,8 @@ class _Store:
         name = f"images-{os.getpid()}-{time.time_ns()}.npy"
         rows = {path: row for row, path in enumerate(listing.paths)}
         shape = (max(1, len(rows)), *self.shape)
+        _require_room(self.folder, shape)
+        self.folder.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(self.folder / name, "w+", np.uint8, shape).flush()
         start = (self.folder / name).stat().st_size - shape[0] * self.row_bytes
         entries: dict[str, Entry] = {}
@@ -311,6 +319,21 @@ class _Store:
             with suppress(OSError):
                 if path.name != named and time.time() - path.stat().st_mtime > LEFT_BEHIND_AFTER:
                     path.unlink()
+
+
+def _require_room(folder: Path, shape: tuple[int, ...]) -> None:
+    """Raise a NoRoomError unless the disk of a folder has room for an array (n, C, H, W) uint8.
+
+    What is known already needs no less room: it is copied before its old array is removed.
+    """
+    place = next(place for place in (folder, *folder.parents) if place.exists())
+    needed, free = int(np.prod(shape, dtype=object)), shutil.disk_usage(place).free
+    if needed > free:
+        raise NoRoomError(
+            f"{counted(shape[0], 'decoded image')} of {shape[3]} × {shape[2]} pixels need "
+            f"{needed / 1e9:,.1f} GB in {folder}, and its disk has {free / 1e9:,.1f} GB free; "
+            "lower data.size, make room or choose another data_folder"
+        )
 
 
 def _same(old: Entry, now: Entry) -> bool:

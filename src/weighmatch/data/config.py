@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from weighmatch.checks import (
+    lacks,
     require_choice,
     require_integer,
     require_number,
@@ -132,10 +133,7 @@ class DataConfig(SharedDataConfig):
         known = {name for source in all_sources() for name in source.own_names()}
         unknown = sorted(given.keys() - known - set(SHARED_NAMES))
         if unknown:
-            raise ValueError(
-                f"data has no parameter {', '.join(unknown)}; it has "
-                f"{', '.join(sorted(known.union(SHARED_NAMES)))}"
-            )
+            raise ValueError(lacks("data", unknown, known.union(SHARED_NAMES)))
         for source in all_sources():
             mine = {name: given[name] for name in source.own_names() if name in given}
             parameters = source.parameters(**mine)

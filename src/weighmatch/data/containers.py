@@ -46,7 +46,7 @@ def base_of(root: str | Path) -> Path:
     Raises:
         UnfitFolderError: if there is no such folder and no such file.
     """
-    place = Path(root).resolve()
+    place = Path(root).expanduser().resolve()
     if place.is_file():
         return place.parent
     require_folder(place)
@@ -62,8 +62,8 @@ def walk_members(root: str | Path) -> Iterator[Member | Rejected]:
     Raises:
         UnfitFolderError: if the root does not exist or cannot be listed; it says which.
     """
-    base = base_of(root)
-    for one in walk_images(base) if Path(root).is_dir() else [Path(root).resolve().name]:
+    base, top = base_of(root), Path(root).expanduser().resolve()
+    for one in walk_images(base) if top.is_dir() else [top.name]:
         if isinstance(one, Rejected):
             yield one
             continue

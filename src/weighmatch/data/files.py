@@ -44,6 +44,11 @@ TOO_LARGE = f"it is larger than {MAX_BYTES >> 20} MiB"
 SIDE, LOOKED_AT = 32, 64
 # How compressed archives begin: those of gzip, bzip2, xz, zstd, zip and 7z.
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"PK\3\4", b"7z\xbc\xaf\x27\x1c")
+# Where and how containers of images begin, and what is said of them where files are read alone.
+UNOPENED = (
+    (257, b"ustar", "it is a tar archive, which training does not read; unpack it"),
+    (0, b"PAR1", "it is a Parquet table, which training does not read; write its images to files"),
+)
 GREY_MODES = ("1", "L", "LA", "La", "F", "I", "I;16", "I;16B", "I;16L")
 
 
@@ -256,6 +261,11 @@ def _read_bytes(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
             _require_unpacked(file)
+            start = file.read(512)
+            for place, mark, reason in UNOPENED:
+                if start.startswith(mark, place):
+                    raise RejectedFileError(reason)
+            file.seek(0)
             if os.fstat(file.fileno()).st_size > MAX_BYTES:
                 raise RejectedFileError(TOO_LARGE)
             return file.read()

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from weighmatch.arms import FIXMATCH, ORACLE, Arm, all_arms, arm_names, get_arm
+from weighmatch.checks import counted
 from weighmatch.data.ood import OOD_KINDS
 from weighmatch.evaluation.statistics import mean_interval
 from weighmatch.evaluation.tables import (
@@ -96,7 +97,7 @@ def _panel_a_cell(
 
 def draw_accuracy(scores: pd.DataFrame) -> Figure:
     """Test accuracy of each arm: seeds as dots, mean and 95 % interval."""
-    seeds = _count(scores["seed"].nunique(), "seed")
+    seeds = counted(scores["seed"].nunique(), "seed")
     message = f"Test accuracy: mean and 95 % interval over {seeds}"
     figure = _draw_seeds(scores, lambda arms: arms, message)
     for axes in figure.axes:
@@ -292,7 +293,7 @@ def draw_compute(scores: pd.DataFrame) -> Figure:
     _name(figure, panels, loc="outside lower center", ncols=int(width // 3.9))
     figure.suptitle(
         f"{_sources(scores)}: what accuracy each arm buys with its compute\n"
-        f"mean and 95 % interval over {_count(scores['seed'].nunique(), 'seed')}; "
+        f"mean and 95 % interval over {counted(scores['seed'].nunique(), 'seed')}; "
         "arms of about the same compute side by side",
         fontsize=12,
     )
@@ -373,7 +374,7 @@ def draw_gap(comparison: pd.DataFrame) -> Figure:
     seeds = int(comparison["seeds"].max()) if len(comparison) else 0
     figure.suptitle(
         f"{_sources(comparison)}: how far arms go from FixMatch to the oracle\n"
-        f"mean and 95 % bootstrap interval over {_count(seeds, 'seed')}",
+        f"mean and 95 % bootstrap interval over {counted(seeds, 'seed')}",
         fontsize=12,
     )
     return figure
@@ -394,7 +395,3 @@ def _marker(series: Series) -> Marks:
 
 def _sources(table: pd.DataFrame) -> str:
     return " and ".join(str(name) for name in table["source"].unique()).capitalize()
-
-
-def _count(n: int, noun: str) -> str:
-    return f"{n} {noun}" if n == 1 else f"{n} {noun}s"

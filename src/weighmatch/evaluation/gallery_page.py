@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -86,6 +87,7 @@ def render_gallery(
     load: Callable[[int], Images],
     total: int | None = None,
     classes: Sequence[str] | None = None,
+    pile: Path | None = None,
 ) -> str:
     """The page.
 
@@ -94,6 +96,7 @@ def render_gallery(
         load: gives the image of a row by its position, (C, H, W) uint8.
         total: how many images were ranked, if the table has only some of them.
         classes: see `choose_sections`.
+        pile: where the images lie, if the page should say so.
     """
     sections = choose_sections(ranking, classes)
     shown = sorted({row for section in sections for row in section.rows})
@@ -107,6 +110,7 @@ def render_gallery(
     return environment.from_string(template).render(
         title="Which images are useful?",
         summary=_summarise(ranking, total),
+        pile=pile,
         note="A weight of 1 is that of plain FixMatch.",
         classes=sorted({card.predicted_class for card in cards.values()}),
         reasons=_reasons(card.why_low for card in cards.values()),

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from weighmatch.arms import FIXMATCH, POOL_HELPS, get_arm
+from weighmatch.checks import counted
 from weighmatch.evaluation.chosen import EVERYTHING, HeldOut
 from weighmatch.evaluation.judging import CELL
 from weighmatch.evaluation.ranking import copies_of
@@ -229,7 +230,7 @@ def _advise(lists: Lists, test_images: int | None, harm: str) -> list[str]:
     if len(lists.to_check):
         first = lists.to_check.iloc[0]
         found.append(
-            f"Check {_count(len(lists.to_check), 'label')} (labels_to_check.csv): {first['path']} "
+            f"Check {counted(len(lists.to_check), 'label')} (labels_to_check.csv): {first['path']} "
             f"is labelled {first['label']} and looks like {first['suggested']}."
         )
     weakest = _weakest(lists)
@@ -240,24 +241,24 @@ def _advise(lists: Lists, test_images: int | None, harm: str) -> list[str]:
         found.append(f"Put about {_rounded(test_images):,} labelled images in a test folder.")
     if len(lists.rejected):
         found.append(
-            f"Repair or remove {_count(len(lists.rejected), 'file')} that could not be used "
+            f"Repair or remove {counted(len(lists.rejected), 'file')} that could not be used "
             "(rejected_files.csv)."
         )
     copies = _copies(lists)
     if copies:
         found.append(
-            f"{_count(copies, 'file')} of those used {'is a copy' if copies == 1 else 'are copies'}"
+            f"{counted(copies, 'file of those used is a copy', 'files of those used are copies')}"
             " of others, or nearly (near_duplicate_of in ranking.csv): they add nothing new."
         )
     if len(lists.to_label):
         found.append(
-            f"Label {_count(len(lists.to_label), 'image')} of label_next.csv: they are useful, "
+            f"Label {counted(len(lists.to_label), 'image')} of label_next.csv: they are useful, "
             "and the classifier is unsure of them."
         )
     ranking = lists.ranking
     left = int((~ranking["kept"] & (ranking["near_duplicate_of"] == "")).sum())
     if left:
-        found.append(f"Look through {_count(left, 'image')} that were left out (gallery.html).")
+        found.append(f"Look through {counted(left, 'image')} that were left out (gallery.html).")
     return found[:ADVICE]
 
 
@@ -288,7 +289,3 @@ def _weakest(lists: Lists) -> str:
         name = str(counts.index[-1])
         return f"Label more images of class {name}: it has {counts.min()}, the fewest."
     return ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

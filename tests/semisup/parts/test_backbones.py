@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from weighmatch import extras
+from weighmatch.checks import ToldError
 from weighmatch.extras import backbone_available, family_of
 from weighmatch.semisup import TrainingConfig
 from weighmatch.semisup.parts.backbones import Backbone, load_backbone
@@ -131,7 +132,7 @@ def test_a_network_of_one_size_gets_images_of_that_size():
     ],
 )
 def test_names_that_do_not_fit_are_refused(network, weights, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ToldError, match=message):
         load_backbone(network, weights)
 
 
@@ -173,7 +174,7 @@ def reshaped(path, state):
 )
 def test_a_file_that_does_not_fit_is_named_with_its_first_fault(resnet, tmp_path, write, message):
     write(tmp_path / "bad.pth", resnet[0].state_dict())
-    with pytest.raises(ValueError, match=rf"bad\.pth .*{message}|bad\.pth {message}"):
+    with pytest.raises(ToldError, match=rf"bad\.pth .*{message}|bad\.pth {message}"):
         load_backbone("torchvision/resnet18", str(tmp_path / "bad.pth"))
 
 
@@ -183,11 +184,11 @@ def test_weights_that_cannot_be_fetched_end_in_one_sentence(monkeypatch):
 
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", fail)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
-    with pytest.raises(ValueError, match=r"\(no network\); fetch https.*\.pth"):
+    with pytest.raises(ToldError, match=r"\(no network\); fetch https.*\.pth"):
         load_backbone("torchvision/resnet18", "DEFAULT")
     monkeypatch.setattr("timm.models._builder.load_pretrained", fail)
     with pytest.raises(
-        ValueError, match=r"fetch model.safetensors of https://huggingface\.co/timm/"
+        ToldError, match=r"fetch model.safetensors of https://huggingface\.co/timm/"
     ):
         load_backbone("timm/resnet10t", "DEFAULT")
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from weighmatch.checks import ToldError
 from weighmatch.semisup import ConfidenceNetwork, build_classifier
 from weighmatch.semisup.parts.networks import _PoolTo2x2
 
@@ -41,8 +42,17 @@ def test_the_confidence_network_takes_any_size(side):
 
 
 def test_unknown_names_are_refused():
-    with pytest.raises(ValueError, match="choose from small_cnn, wrn_28_2"):
-        build_classifier("resnet", 3, 10, seed=0)
+    for name, message in (
+        (
+            "moon",
+            r"choose from small_cnn, wrn_28_2, efficientnet_lite0, torchvision/<name> or timm/",
+        ),
+        ("resnet18", r"'resnet18' is unknown; did you mean torchvision/resnet18\?"),
+        ("efficientnet_b0", r"did you mean torchvision/efficientnet_b0\?"),
+        ("wrn_28", r"did you mean wrn_28_2\?"),
+    ):
+        with pytest.raises(ToldError, match=message):
+            build_classifier(name, 3, 10, seed=0)
 
 
 @pytest.mark.parametrize("size", [(4, 4), (6, 8), (5, 4), (3, 7)])

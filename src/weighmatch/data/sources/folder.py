@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from weighmatch.checks import require_choice, require_integer
+from weighmatch.checks import counted, require_choice, require_integer
 from weighmatch.data.cache import ReadImages, read_images
 from weighmatch.data.config import DataConfig
 from weighmatch.data.duplicates import find_copies
@@ -280,26 +280,27 @@ class _Sorted:
     def _report(self, rejected: int) -> None:
         sizes = Counter(PLACES[place] for place in self.places[self.counts].tolist())
         log.info(
-            "%s: %d labelled images of %d classes, %d in the pool, %d to test on (%d files read "
-            "now, the others known)",
+            "%s: %d labelled images of %d classes, %d in the pool, %d to test on (%s read now, the "
+            "others known)",
             self.layout.listing.root,
             sizes["labelled"],
             len(self.classes),
             sizes["pool"],
             sizes["test"],
-            self.images.decoded,
+            counted(self.images.decoded, "file"),
         )
         if rejected:
-            log.warning("%d files are not used; rejected_files.csv says why", rejected)
+            text = counted(rejected, "file is", "files are")
+            log.warning("%s not used; rejected_files.csv says why", text)
         exact, near = (int((copies >= 0).sum()) for copies in (self.exact, self.near))
         if exact or near:
-            leaks = self.places > self.places[self.original]
+            leaks = int((self.places > self.places[self.original]).sum())
+            text = counted(leaks, "of them is", "of them are")
             log.warning(
-                "%d files are exact and %d near copies of others, and count once; %d of them were "
-                "copies of test or labelled images and are taken out of the pool or the labelled",
-                exact,
-                near,
-                int(leaks.sum()),
+                "%s and %s of other files count once%s",
+                counted(exact, "exact copy", "exact copies"),
+                counted(near, "near copy", "near copies"),
+                f"; {text} left out, as the original is a test or labelled image" if leaks else "",
             )
         for late in np.flatnonzero(self.places == LABELLED):
             early = self.original[late]

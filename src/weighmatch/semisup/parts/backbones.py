@@ -17,7 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weighmatch.extras import NAMED_WEIGHTS, family_of, require_backbone, require_packages
+from weighmatch.extras import (
+    NAMED_WEIGHTS,
+    UnfitNetworkError,
+    family_of,
+    require_backbone,
+    require_file,
+    require_packages,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -186,14 +193,14 @@ def _timm(name: str, weights: str) -> Found:
 
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name.split('.')[0]}*")[:5])
-        raise ValueError(
+        raise UnfitNetworkError(
             f"training.network 'timm/{name}': timm has no network of that name"
             f"{f'; it has {near}' if near else ''}"
         )
     try:
         described = timm.get_pretrained_cfg(name)
     except RuntimeError as error:  # the part after the dot is unknown
-        raise ValueError(f"training.network 'timm/{name}': timm says: {error}") from error
+        raise UnfitNetworkError(f"training.network 'timm/{name}': timm says: {error}") from error
     published = weights == "DEFAULT"
     try:
         net: Any = timm.create_model(name, pretrained=published, num_classes=0)
@@ -202,7 +209,7 @@ def _timm(name: str, weights: str) -> Found:
             raise
         where = described.hf_hub_id if described else name
         where = f"model.safetensors of https://huggingface.co/{where}"
-        raise ValueError(_not_fetched(f"timm/{name}", where, error)) from error
+        raise UnfitNetworkError(_not_fetched(f"timm/{name}", where, error)) from error
     config = net.pretrained_cfg
     heads = config.get("classifier") or ()
     return Found(
@@ -217,13 +224,20 @@ def _timm(name: str, weights: str) -> Found:
     )
 
 
+def torchvision_names() -> list[str]:
+    """The names of torchvision's classification models, such as torchvision/resnet18."""
+    from torchvision import models
+
+    return [f"torchvision/{name}" for name in models.list_models(module=models)]
+
+
 @family("torchvision")
 def _torchvision(name: str, weights: str) -> Found:
     """A classification model of torchvision; its last linear layer is left out."""
     from torchvision import models
 
-    if name not in models.list_models(module=models):
-        raise ValueError(
+    if f"torchvision/{name}" not in torchvision_names():
+        raise UnfitNetworkError(
             f"training.network 'torchvision/{name}': torchvision has no classification model of "
             "that name; torchvision.models.list_models() names them"
         )
@@ -234,10 +248,12 @@ def _torchvision(name: str, weights: str) -> Found:
     except (OSError, RuntimeError) as error:
         if weights != "DEFAULT":
             raise
-        raise ValueError(_not_fetched(f"torchvision/{name}", published.url, error)) from error
+        raise UnfitNetworkError(
+            _not_fetched(f"torchvision/{name}", published.url, error)
+        ) from error
     linear = [key for key, module in net.named_modules() if isinstance(module, nn.Linear)]
     if not linear:
-        raise ValueError(
+        raise UnfitNetworkError(
             f"training.network 'torchvision/{name}' has no linear layer at its end; choose another"
         )
     head = net.get_submodule(linear[-1])
@@ -280,24 +296,18 @@ def load_backbone(network: str, weights: str) -> Backbone:
             He, 2018) takes the place of BatchNorm, which has no statistics then.
 
     Raises:
-        ValueError: if the names do not fit, a package or a file is missing, weights could not be
-            fetched, or a file holds other entries than the network has.
+        UnfitNetworkError: if the names do not fit, a package or a file is missing, weights could
+            not be fetched, or a file holds other entries than the network has.
     """
     if weights == "none":
         if family_of(network) is None:
-            raise ValueError(f"training.network {network!r} is no pretrained network")
+            raise UnfitNetworkError(f"training.network {network!r} is no pretrained network")
         require_packages(network, weights)
         return _finish(_with_group_norm(_find(network, weights)), "freshly initialised")
     require_backbone(network, weights)
-    if weights in NAMED_WEIGHTS:
-        return _load(network, weights, 0)
-    path = Path(weights)
-    if not path.is_file():
-        raise ValueError(
-            f"training.weights {weights!r} is neither {', '.join(NAMED_WEIGHTS)} nor a file; give "
-            "the path of a state dict"
-        )
-    return _load(network, weights, path.stat().st_mtime_ns)
+    require_file(weights)
+    named = weights in NAMED_WEIGHTS
+    return _load(network, weights, 0 if named else Path(weights).stat().st_mtime_ns)
 
 
 def empty_backbone(network: str, weights: str) -> Backbone:
@@ -377,7 +387,7 @@ def _fill(found: Found, weights: str) -> None:
         if name in state and state[name].shape != tensor.shape
     ]
     if wrong:
-        raise ValueError(
+        raise UnfitNetworkError(
             f"training.weights: the file {weights} {wrong[0]} ({len(wrong)} entries do not fit); "
             "give a file of weights of training.network, or set that to the file's network"
         )
@@ -393,7 +403,7 @@ def _read(weights: str) -> State:
             return load_file(weights)
         state: Any = torch.load(weights, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file raises whatever its bytes lead to
-        raise ValueError(
+        raise UnfitNetworkError(
             f"training.weights: the file {weights} could not be read as a state dict; give one "
             f"that torch.save wrote, or a .safetensors file ({type(error).__name__})"
         ) from error
@@ -401,7 +411,7 @@ def _read(weights: str) -> State:
         if isinstance(state, dict) and isinstance(state.get(wrapped), dict):
             state = state[wrapped]
     if not isinstance(state, dict) or not all(isinstance(x, Tensor) for x in state.values()):
-        raise ValueError(
+        raise UnfitNetworkError(
             f"training.weights: the file {weights} is no state dict; save the network's "
             "state_dict() with torch.save"
         )

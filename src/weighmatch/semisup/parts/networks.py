@@ -13,9 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from weighmatch.checks import require_choice
-from weighmatch.extras import family_of
-from weighmatch.semisup.parts.backbones import Backbone, empty_backbone, load_backbone
+from weighmatch.checks import find_nearest
+from weighmatch.extras import UnfitNetworkError, family_of
+from weighmatch.semisup.parts.backbones import (
+    Backbone,
+    empty_backbone,
+    load_backbone,
+    torchvision_names,
+)
 
 # Blocks that are trained where the last ones are fine-tuned, and what the learning rate is
 # multiplied by from one block to the one before it.
@@ -251,6 +256,20 @@ def network_names() -> tuple[str, ...]:
     return tuple(_NETWORKS)
 
 
+def require_network(name: str) -> None:
+    """Raise an UnfitNetworkError unless there is such a network; timm's are not looked up."""
+    if name in _NETWORKS or family_of(name) in ("efficientnet_lite0", "timm"):
+        return
+    known = [*network_names(), "efficientnet_lite0", *torchvision_names()]
+    if name not in known:
+        near = find_nearest(name, known)
+        own = ", ".join(network_names())
+        cure = f"choose from {own}, efficientnet_lite0, torchvision/<name> or timm/<name>"
+        raise UnfitNetworkError(
+            f"training.network {name!r} is unknown; {f'did you mean {near}?' if near else cure}"
+        )
+
+
 def build_classifier(
     name: str,
     channels: int,
@@ -285,7 +304,7 @@ def build_classifier(
             if weights == "none":
                 return BackboneClassifier(backbone, classes)
             return PretrainedClassifier(backbone, classes, fine_tune)
-        require_choice("training.network", name, network_names())
+        require_network(name)
         return _NETWORKS[name](channels, classes, width)
 
 
