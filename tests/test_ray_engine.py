@@ -298,6 +298,10 @@ def test_an_address_without_a_cluster_is_one_sentence():
     assert told.startswith("no cluster of Ray answers at RAY_ADDRESS 127.0.0.1:1; start")
     told = what_is_told_of("garbage").stdout
     assert told.startswith("Ray does not connect to the cluster garbage (Invalid address format")
+
+
+@pytest.mark.slow
+def test_an_address_of_something_else_is_one_sentence():
     with socket.create_server(("127.0.0.1", 0)) as other:  # which never says a word
         told = what_is_told_of(f"127.0.0.1:{other.getsockname()[1]}").stdout
     assert "could be joined or started within 10 seconds; see whether RAY_ADDRESS" in told
