@@ -345,6 +345,39 @@ def test_a_cluster_that_asks_for_a_token_gets_it(tmp_path):
     assert done.stdout.strip() == b"9", done.stderr.decode()
 
 
+OWN = """
+import time
+from weighmatch import ray_cluster
+ray_cluster.begin_to_connect()
+before = ray_cluster.connect().nodes()[0]["NodeID"]
+time.sleep(2)
+"""
+
+
+def test_a_cluster_that_is_started_here_lives_until_the_command_ends(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="ray-") as folder:
+        home = {**os.environ, "HOME": str(tmp_path), "PYTHONPATH": "src:.", "RAY_TMPDIR": folder}
+        home.pop("RAY_ADDRESS", None)
+        command = [sys.executable, "-c", OWN + FOUND]
+        done = subprocess.run(command, env=home, capture_output=True, text=True, timeout=100)
+        assert done.stdout.strip() == "9", done.stderr
+        (place,) = Path(folder, "ray").glob("session_2*")
+        assert wait_for(lambda: not [p for p in map(words_of, running()) if str(place) in p])
+
+
+def running():
+    """The numbers of all processes, on Linux."""
+    return [path.name for path in Path("/proc").iterdir() if path.name.isdigit()]
+
+
+def words_of(pid):
+    """The command of a process; "" where it has ended."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+    except OSError:
+        return ""
+
+
 def test_a_cluster_that_cannot_be_joined_is_one_sentence(monkeypatch):
     import ray
 

@@ -4,15 +4,16 @@ Nothing is imported of Ray until somebody connects.
 """
 
 import atexit
+import functools
 import logging
 import os
 import socket
-import sys
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future
 from importlib.metadata import version
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import weighmatch
@@ -40,8 +41,6 @@ UNASKED = {
 }
 # Seconds in which a cluster has to be joined or started; Ray itself would wait for ever.
 JOIN_WAIT = 120
-# Held while somebody connects.
-_lock = threading.Lock()
 
 
 def connect() -> Any:
@@ -53,9 +52,6 @@ def connect() -> Any:
     Raises:
         WorkerError: if no cluster answers at `RAY_ADDRESS`, or none can be joined or started.
     """
-    ray = sys.modules.get("ray")
-    if ray is not None and not _lock.locked() and ray.is_initialized():
-        return ray
     try:
         return _start().result(JOIN_WAIT)
     except TimeoutError as error:
@@ -78,18 +74,30 @@ def begin_to_connect() -> None:
 
 
 def _start() -> Future[Any]:
-    """Connect in a thread that ends with this process, whatever it waits for."""
     future: Future[Any] = Future()
-
-    def work() -> None:
-        try:
-            with _lock:
-                future.set_result(_connect())
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=work, name="ray", daemon=True).start()
+    _requests().put(future)
     return future
+
+
+@functools.cache
+def _requests() -> SimpleQueue[Future[Any]]:
+    """What asks the one thread that connects.
+
+    Ray's own processes end with the thread that started them, so that it goes on. It is a daemon,
+    as it may wait for ever for what answers at an address and is no cluster.
+    """
+    requests: SimpleQueue[Future[Any]] = SimpleQueue()
+
+    def serve() -> None:
+        while True:
+            future = requests.get()
+            try:
+                future.set_result(_connect())
+            except BaseException as error:
+                future.set_exception(error)
+
+    threading.Thread(target=serve, name="ray", daemon=True).start()
+    return requests
 
 
 def _connect() -> Any:
