@@ -242,6 +242,7 @@ def test_runs_of_other_data_are_kept_and_the_log_says_which_is_used(tmp_path, ca
     assert "0 runs are new and 3 go on or are read" in caplog.text
 
 
+@pytest.mark.slow
 def test_weights_by_path_go_from_the_folder_to_the_report_and_to_another_ranking(tmp_path):
     import torch
     from torchvision.models import resnet18

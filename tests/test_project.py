@@ -108,6 +108,7 @@ def test_the_whole_graph_runs_and_reports(outputs):
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_the_longest_study_runs_by_name_and_only_so(outputs, graph, tmp_path):
     assert not any("meta_learning" in node.name for node in graph.nodes)
     assert not list(outputs.rglob("meta_learning*"))
@@ -173,6 +174,7 @@ def test_the_log_has_lines_of_every_run(outputs):
     assert log["loss"].notna().any()
 
 
+@pytest.mark.slow
 def test_glyphs_go_through_the_whole_graph(tmp_path):
     parameters = {
         "data": {"source": "glyphs", "ood_source": "unseen+patches"},

@@ -326,6 +326,7 @@ print(dict(ray_engine.run_all(square, [(3,)], title="squares", total=3))[0][0])
 """
 
 
+@pytest.mark.slow
 def test_a_cluster_that_asks_for_a_token_gets_it(tmp_path):
     place = tmp_path / ".ray" / "auth_token"
     place.parent.mkdir()
